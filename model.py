@@ -1,0 +1,955 @@
+"""The speech-language model, every module in data-flow order: encoder, length adapter, LLM, their join, generation, files.
+
+Knows tensors and weights, no audio and no text. Letters in shape comments: B rows of a batch, F encoder frames of
+20 ms, A adapter frames of 80 ms, T positions of an LLM row, S positions of a key/value cache, N supervised tokens,
+D width, H heads, V vocabulary. Modules are named as in the pretrained checkpoints, so loading is one strict
+load_state_dict.
+
+Precision is two choices, each float32 or bfloat16: the dtype the weights are kept in, and compute_dtype, in which
+activations flow and matrix products run. Norms, softmax and loss are computed in float32 whichever they are.
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field, fields, MISSING
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+AUDIO = -1  # placeholder id: this position of a row holds the recording's next audio frame
+LOSS_CHUNK = 256  # answer positions whose logits exist at once: 256 x 151,936 float32 is 156 MB
+ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: the message names the file, what was found, what was expected, the remedy."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configurations: field names and defaults are those of the checkpoints' config.json
+
+
+@dataclass
+class EncoderConfig:
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    feature_projection_input_dim: int = 160
+    hidden_act: str = "swish"
+    layer_norm_eps: float = 1e-5
+    left_max_position_embeddings: int = 64  # frames to the left that have a position of their own
+    right_max_position_embeddings: int = 8
+    conv_depthwise_kernel_size: int = 31
+    hidden_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    feat_proj_dropout: float = 0.0
+    conformer_conv_dropout: float = 0.1
+    layerdrop: float = 0.1
+    apply_spec_augment: bool = True
+    mask_time_prob: float = 0.05
+    mask_time_length: int = 10  # frames
+    mask_time_min_masks: int = 2
+    mask_feature_prob: float = 0.0
+    mask_feature_length: int = 10  # channels
+    mask_feature_min_masks: int = 0
+
+    @classmethod
+    def from_dict(cls, raw, where="config.json"):
+        expect(raw, where, model_type=["wav2vec2-bert"], position_embeddings_type=["relative_key"],
+               hidden_act=list(ACTIVATIONS))
+        return cls(**known_fields(cls, raw, where))
+
+
+@dataclass
+class AdapterConfig:
+    output_size: int  # width of the LLM
+    num_adapter_layers: int = 2
+    adapter_kernel_size: int = 3  # frames
+    adapter_stride: int = 2  # two layers of stride 2: 20 ms frames in, 80 ms frames out
+    adapter_act: str = "relu"
+    hidden_size: int = 1024  # from here on: the encoder's
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    layer_norm_eps: float = 1e-5
+    hidden_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    conformer_conv_dropout: float = 0.1
+
+    @classmethod
+    def from_encoder(cls, encoder, output_size, **adapter):
+        shared = {f.name: getattr(encoder, f.name) for f in fields(cls) if hasattr(encoder, f.name)}
+        return cls(output_size=output_size, **shared, **adapter)
+
+
+@dataclass
+class LLMConfig:
+    model_type: str  # qwen2, qwen3 or llama
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3's, or none
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    eos_token_id: list[int] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, raw, where="config.json", generation=None):
+        """raw: the parsed config.json; generation: the parsed generation_config.json, whose end tokens win."""
+        expect(raw, where, model_type=["qwen2", "qwen3", "llama"], hidden_act=["silu"], mlp_bias=[False, None],
+               num_experts=[None, 0], num_local_experts=[None, 0], quantization_config=[None],
+               partial_rotary_factor=[None, 1.0])
+        layers, heads = raw.get("num_hidden_layers", 0), raw.get("num_attention_heads", 1)
+        windowed = raw.get("use_sliding_window") and raw.get("max_window_layers", 28) < layers
+        if windowed or set(raw.get("layer_types") or []) - {"full_attention"}:
+            raise CheckpointError(f"{where}: sliding-window attention is in use (use_sliding_window, layer_types); "
+                                  "only full attention is supported: choose another checkpoint")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        expect({"rope_type": rope_type, **rope}, where, rope_type=["default", "llama3"],
+               partial_rotary_factor=[None, 1.0])
+        eos = (generation or {}).get("eos_token_id", raw.get("eos_token_id"))
+        default_head_dim = 128 if raw["model_type"] == "qwen3" else raw.get("hidden_size", 0) // heads
+        return cls(**known_fields(cls, raw, where, {
+            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+            "head_dim": raw.get("head_dim") or default_head_dim,
+            "rope_theta": raw.get("rope_theta") or rope.get("rope_theta", 10000.0),
+            "rope_scaling": rope if rope_type == "llama3" else None,
+            "eos_token_id": eos if isinstance(eos, list) else [] if eos is None else [eos],
+        }))
+
+
+def expect(raw, where, **allowed):
+    """Raises CheckpointError, naming the field, unless each named field of raw is absent or has an allowed value."""
+    for name, values in allowed.items():
+        if raw.get(name, values[0]) not in values or (name == "model_type" and name not in raw):
+            raise CheckpointError(f"{where}: {name} is {raw.get(name)!r}, expected {' or '.join(map(repr, values))}; "
+                                  "this architecture is not supported: choose another checkpoint")
+
+
+def known_fields(cls, raw, where, derived={}):
+    """The fields of the dataclass cls, from derived, else from raw; those absent keep their default."""
+    values = {f.name: raw[f.name] for f in fields(cls) if f.name in raw} | derived
+    missing = [f.name for f in fields(cls) if f.name not in values and (f.default, f.default_factory) == (MISSING,) * 2]
+    if missing:
+        raise CheckpointError(f"{where}: no field {', '.join(missing)}; copy the checkpoint's own config.json again")
+    return values
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers that state their precision: weights in any dtype, products in the input's, norms in float32
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Conv1d(nn.Conv1d):
+    """A convolution over time on channels-last input (B, F, D), without padding of its own."""
+
+    def forward(self, x):
+        w = self.weight.to(x.dtype)  # (out, in / groups, kernel)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.groups > 1:  # depthwise
+            return F.conv1d(x.transpose(1, 2), w, bias, self.stride, groups=self.groups).transpose(1, 2)
+        x = x.unfold(1, self.kernel_size[0], self.stride[0])  # (B, F', D, kernel)
+        return F.linear(x.flatten(2), w.flatten(1), bias)  # (B, F', out)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return y.type_as(x)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speech encoder: w2v-BERT 2.0 (arXiv 2312.05187), a Conformer (arXiv 2005.08100) with relative keys (arXiv 1803.02155)
+
+
+class FeatureProjection(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer_norm = LayerNorm(config.feature_projection_input_dim, config.layer_norm_eps)
+        self.projection = Linear(config.feature_projection_input_dim, config.hidden_size)
+        self.dropout = config.feat_proj_dropout
+
+    def forward(self, x):
+        return F.dropout(self.projection(self.layer_norm(x)), self.dropout, self.training)  # (B, F, 160) -> (B, F, D)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config, act):
+        super().__init__()
+        self.intermediate_dense = Linear(config.hidden_size, config.intermediate_size)
+        self.output_dense = Linear(config.intermediate_size, config.hidden_size)
+        self.act = ACTIVATIONS[act]
+        self.config = config
+
+    def forward(self, x):
+        x = F.dropout(self.act(self.intermediate_dense(x)), self.config.activation_dropout, self.training)
+        return F.dropout(self.output_dense(x), self.config.hidden_dropout, self.training)
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional attention of encoder and adapter. With relative keys, the score of query i and key j gains
+    q_i . E[clip(j - i, -left, right)]: the product with all left + 1 + right embeddings is taken once per query and
+    gathered into the additive mask of scaled_dot_product_attention, which also carries the padding mask."""
+
+    def __init__(self, config, relative_key):
+        super().__init__()
+        self.linear_q, self.linear_k, self.linear_v, self.linear_out = (
+            Linear(config.hidden_size, config.hidden_size) for _ in range(4))
+        self.heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        if relative_key:
+            positions = config.left_max_position_embeddings + 1 + config.right_max_position_embeddings
+            self.distance_embedding = nn.Embedding(positions, config.hidden_size // self.heads)
+
+    def forward(self, x, real, relative=None):
+        """x (B, F, D); real (B, F) bool, True for real frames; relative (F, F), the row of E for each query and key."""
+        B, T, D = x.shape
+        q, k, v = (linear(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, F, D/H)
+                   for linear in (self.linear_q, self.linear_k, self.linear_v))
+        mask = real[:, None, None]  # (B, 1, 1, F)
+        if relative is not None:
+            bias = (q * q.shape[-1] ** -0.5) @ self.distance_embedding.weight.to(q.dtype).T  # (B, H, F, left+1+right)
+            bias = bias.gather(-1, relative.expand(B, self.heads, -1, -1))  # (B, H, F, F)
+            mask = bias.masked_fill_(~mask, float("-inf"))
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
+        return self.linear_out(y.transpose(1, 2).reshape(B, T, D))
+
+
+class ConvolutionModule(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D = config.hidden_size
+        self.layer_norm = LayerNorm(D, config.layer_norm_eps)
+        self.pointwise_conv1 = Conv1d(D, 2 * D, 1, bias=False)
+        self.depthwise_conv = Conv1d(D, D, config.conv_depthwise_kernel_size, groups=D, bias=False)
+        self.depthwise_layer_norm = LayerNorm(D, config.layer_norm_eps)
+        self.pointwise_conv2 = Conv1d(D, D, 1, bias=False)
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.dropout = config.conformer_conv_dropout
+
+    def forward(self, x):
+        x = F.glu(self.pointwise_conv1(self.layer_norm(x)))
+        x = F.pad(x, (0, 0, self.depthwise_conv.kernel_size[0] - 1, 0))  # causal: all padding on the left
+        x = self.act(self.depthwise_layer_norm(self.depthwise_conv(x)))
+        return F.dropout(self.pointwise_conv2(x), self.dropout, self.training)
+
+
+class ConformerLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, eps = config.hidden_size, config.layer_norm_eps
+        self.ffn1_layer_norm, self.ffn1 = LayerNorm(D, eps), FeedForward(config, config.hidden_act)
+        self.self_attn_layer_norm, self.self_attn = LayerNorm(D, eps), SelfAttention(config, relative_key=True)
+        self.conv_module = ConvolutionModule(config)
+        self.ffn2_layer_norm, self.ffn2 = LayerNorm(D, eps), FeedForward(config, config.hidden_act)
+        self.final_layer_norm = LayerNorm(D, eps)
+        self.dropout = config.attention_dropout
+
+    def forward(self, x, real, relative):
+        x = x + 0.5 * self.ffn1(self.ffn1_layer_norm(x))
+        y = self.self_attn(self.self_attn_layer_norm(x), real, relative)
+        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + self.conv_module(x)
+        x = x + 0.5 * self.ffn2(self.ffn2_layer_norm(x))
+        return self.final_layer_norm(x)
+
+
+class SpeechEncoder(nn.Module):
+    def __init__(self, config, compute_dtype=torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.feature_projection = FeatureProjection(config)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
+            ConformerLayer(config) for _ in range(config.num_hidden_layers))})
+        if config.mask_time_prob > 0 or config.mask_feature_prob > 0:
+            self.masked_spec_embed = nn.Parameter(torch.rand(config.hidden_size))
+
+    def forward(self, features, lengths):
+        """Hidden states of the last layer. The causal convolution and the key mask keep rows free of their padding.
+
+        features (B, F, 160): log-mel frames of 20 ms, right-padded with anything; lengths (B,): real frames, each at
+        least 1. Returns hidden states (B, F, D), meaningless past a row's length, and the lengths. In training,
+        dropout, layerdrop and SpecAugment apply as the config says. Source: Wav2Vec2BertModel of transformers.
+        """
+        c, frames = self.config, torch.arange(features.shape[1], device=features.device)
+        real = frames < lengths[:, None]  # (B, F)
+        x = self.feature_projection(features.to(self.compute_dtype))
+        if self.training and c.apply_spec_augment:
+            x = self.spec_augment(x, lengths)
+        x = F.dropout(x, c.hidden_dropout, self.training)
+        relative = (frames - frames[:, None]).clamp(-c.left_max_position_embeddings, c.right_max_position_embeddings)
+        relative = relative + c.left_max_position_embeddings  # (F, F)
+        for layer in self.encoder.layers:
+            if self.training and c.layerdrop and torch.rand((), device="cpu").item() < c.layerdrop:
+                continue
+            x = layer(x, real, relative)
+        return x, lengths
+
+    def spec_augment(self, x, lengths):
+        """Replaces spans of frames by a learned vector and zeroes spans of channels (SpecAugment, arXiv 1904.08779)."""
+        c, (B, T, D) = self.config, x.shape
+        if c.mask_time_prob > 0:
+            spans = span_mask(lengths, T, c.mask_time_prob, c.mask_time_length, c.mask_time_min_masks)
+            x = torch.where(spans[..., None], self.masked_spec_embed.to(x.dtype), x)
+        if c.mask_feature_prob > 0:
+            channels = torch.full((B,), D, device=x.device)
+            spans = span_mask(channels, D, c.mask_feature_prob, c.mask_feature_length, c.mask_feature_min_masks)
+            x = x.masked_fill(spans[:, None], 0)
+        return x
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id, dtype=torch.float32, compute_dtype=None, device="cpu"):
+        """Loads a w2v-BERT 2.0 checkpoint, or the encoder inside a fine-tune of it (CTC, classification), whose head,
+        adapter and intermediate FFN are left out. Raises CheckpointError."""
+        directory = fetch(path_or_hub_id)
+        config = EncoderConfig.from_dict(read_json(directory / "config.json"), directory / "config.json")
+
+        def rename(key):
+            key = key.removeprefix("wav2vec2_bert.")
+            unused = key == "masked_spec_embed" and config.mask_time_prob == config.mask_feature_prob == 0
+            return None if unused or key.startswith(ENCODER_KEYS_LEFT_OUT) else key
+
+        return load(lambda compute: cls(config, compute), directory, rename, dtype, compute_dtype, device)
+
+    def save_pretrained(self, directory):
+        save(directory, encoder_dict(self.config), self.state_dict())
+
+
+ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
+
+
+def span_mask(lengths, size, prob, span, min_spans):
+    """Random spans covering at most a share `prob` of each row: lengths (B,) -> (B, size) bool.
+
+    A row of n positions gets floor(prob * n / span + u) spans, u uniform, at least min_spans and as many as fit, at
+    distinct starts. As _compute_mask_indices in transformers, except that what fits depends on the row, not on the
+    longest row of the batch, and a row shorter than a span is left alone instead of refused.
+    """
+    device, at = lengths.device, torch.arange(size, device=lengths.device)
+    count = (prob * lengths / span + torch.rand(len(lengths), device=device)).long().clamp(min=min_spans)
+    count = count.minimum(lengths // span)
+    order = torch.rand(len(lengths), size, device=device).masked_fill(at > (lengths - span)[:, None], -1)
+    starts = order.argsort(1, descending=True).argsort(1) < count[:, None]  # (B, size)
+    begun = starts.cumsum(1)
+    return begun > F.pad(begun, (span, 0))[:, :size]  # a span began here or less than `span` positions ago
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Length adapter: the reference system's (arXiv 2506.17019), 20 ms frames in, 80 ms frames of the LLM's width out
+
+
+class AdapterLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, eps = config.hidden_size, config.layer_norm_eps
+        self.residual_layer_norm = LayerNorm(D, eps)
+        self.residual_conv = Conv1d(D, 2 * D, config.adapter_kernel_size, config.adapter_stride)
+        self.self_attn_layer_norm = LayerNorm(D, eps)
+        self.self_attn_conv = Conv1d(D, 2 * D, config.adapter_kernel_size, config.adapter_stride)
+        self.self_attn = SelfAttention(config, relative_key=False)
+        self.ffn_layer_norm, self.ffn = LayerNorm(D, eps), FeedForward(config, config.adapter_act)
+        self.dropout = config.conformer_conv_dropout
+
+    def forward(self, x, real, real_after):
+        """x (B, F, D); real (B, F) and real_after (B, F'): which frames are real before and after the stride."""
+        def pool(norm, conv):
+            y = norm(x).masked_fill(~real[..., None], 0)  # a row's end looks the same whatever the batch pads it with
+            pad = conv.kernel_size[0] // 2
+            return F.glu(conv(F.pad(y, (0, 0, pad, pad))))  # (B, F', D)
+
+        residual = pool(self.residual_layer_norm, self.residual_conv)
+        y = self.self_attn(pool(self.self_attn_layer_norm, self.self_attn_conv), real_after)
+        x = residual + F.dropout(y, self.dropout, self.training)
+        return x + self.ffn(self.ffn_layer_norm(x))
+
+
+class LengthAdapter(nn.Module):
+    def __init__(self, config, compute_dtype=torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.layers = nn.ModuleList(AdapterLayer(config) for _ in range(config.num_adapter_layers))
+        self.enc_to_dec_proj = Linear(config.hidden_size, config.output_size)
+
+    def forward(self, x, lengths):
+        """x (B, F, D) encoder states of 20 ms, lengths (B,) real frames -> (B, A, LLM width), (B,) real 80 ms frames.
+
+        Source: Wav2Vec2BertAdapter of transformers and the reference's projection, with two differences: frames past
+        a row's end are zeroed before every convolution (there they leak in unless a length divides by 4), and there
+        is no layerdrop (there a dropped layer keeps its input's length and half of the frames get masked out).
+        """
+        x = x.to(self.compute_dtype)
+        for layer in self.layers:
+            real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+            lengths, size = (adapter_length(n, self.config, layers=1) for n in (lengths, x.shape[1]))
+            real_after = torch.arange(size, device=x.device) < lengths[:, None]
+            x = layer(x, real, real_after)
+        return self.enc_to_dec_proj(x), lengths
+
+
+def adapter_length(frames, config, layers=None):
+    """Frames after the adapter, of an int or a tensor of frame counts: each layer gives floor((n + 2 * (kernel // 2) -
+    kernel) / stride) + 1, at least 1. With `layers`, after that many of its layers."""
+    kernel, stride = config.adapter_kernel_size, config.adapter_stride
+    for _ in range(config.num_adapter_layers if layers is None else layers):
+        frames = (frames + 2 * (kernel // 2) - kernel) // stride + 1
+    return frames
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LLM: one decoder for Qwen2.5, Qwen3 and Llama (also SmolLM2, EuroLLM)
+
+
+def rope(positions, config):
+    """Rotary angles (arXiv 2104.09864): positions (B, T) -> cos, sin (B, 1, T, head_dim), float32.
+
+    Llama 3 scaling: wavelengths over the original context / low_freq_factor are slowed by `factor`, those under
+    context / high_freq_factor are kept, those between are interpolated.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent  # (head_dim / 2,)
+    if config.rope_scaling is not None:
+        s = config.rope_scaling
+        turns = s["original_max_position_embeddings"] * frequency / (2 * torch.pi)  # within the original context
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / s["factor"]
+    angle = (positions[..., None] * frequency).repeat(1, 1, 2)[:, None]  # (B, 1, T, head_dim)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    first, second = x.chunk(2, -1)  # the checkpoints pair channel i with channel i + head_dim / 2
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, d = config.hidden_size, config.head_dim
+        qkv_bias = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = Linear(D, config.num_attention_heads * d, bias=qkv_bias)
+        self.k_proj = Linear(D, config.num_key_value_heads * d, bias=qkv_bias)
+        self.v_proj = Linear(D, config.num_key_value_heads * d, bias=qkv_bias)
+        self.o_proj = Linear(config.num_attention_heads * d, D, bias=config.attention_bias)
+        if config.model_type == "qwen3":
+            self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
+        self.config = config
+
+    def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
+        """Causal attention. With a cache, the new keys and values are written at `positions` (B, T); with a mask
+        (B, 1, T, S), attention runs over the whole cache, else over the new keys alone."""
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.model_type == "qwen3":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
+        if cache is not None:
+            row = torch.arange(B, device=x.device)[:, None]
+            for store, new in zip(cache, (k, v)):
+                store[row, :, positions] = new.transpose(1, 2)  # (B, T, Hkv, d) into (B, Hkv, S, d)
+            if mask is not None:
+                k, v = cache
+        dropout = self.config.attention_dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm, self.self_attn = RMSNorm(config.hidden_size, config.rms_norm_eps), Attention(config)
+        self.post_attention_layernorm, self.mlp = RMSNorm(config.hidden_size, config.rms_norm_eps), MLP(config)
+
+    def forward(self, x, *attention):
+        x = x + self.self_attn(self.input_layernorm(x), *attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LLM(nn.Module):
+    def __init__(self, config, compute_dtype=torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
+        if not config.tie_word_embeddings:  # tied: the embedding matrix itself is the output layer
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, ids):
+        """ids (B, T), right-padded with any token -> logits (B, T, V), float32."""
+        return self.logits(self.hidden(self.embed(ids)))
+
+    def embed(self, ids):
+        return self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T) -> (B, T, D)
+
+    def hidden(self, x, cache=None, start=None):
+        """x (B, T, D) embeddings -> (B, T, D) states after the final norm.
+
+        cache: one (keys, values) pair a layer, each (B, Hkv, S, head_dim), written in place. start (B,): how many
+        positions of each row the cache already holds; None means none, and the rows begin here.
+        """
+        B, T, _ = x.shape
+        steps, mask = torch.arange(T, device=x.device), None
+        positions = steps.expand(B, T) if start is None else start[:, None] + steps  # (B, T)
+        if start is not None:
+            mask = torch.arange(cache[0][0].shape[2], device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+        cos, sin = (table.to(x.dtype) for table in rope(positions, self.config))
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin, None if cache is None else cache[i], positions, mask)
+        return self.model.norm(x)
+
+    def logits(self, hidden):
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, head.weight.to(hidden.dtype)).float()  # (..., D) -> (..., V)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id, dtype=torch.float32, compute_dtype=None, device="cpu"):
+        """Loads a Qwen2.5, Qwen3 or Llama checkpoint, single-file or sharded. Raises CheckpointError."""
+        directory = fetch(path_or_hub_id)
+        generation = directory / "generation_config.json"
+        config = LLMConfig.from_dict(read_json(directory / "config.json"), directory / "config.json",
+                                     read_json(generation) if generation.exists() else None)
+        return load(lambda compute: cls(config, compute), directory, llm_rename(config, directory), dtype,
+                    compute_dtype, device)
+
+    def save_pretrained(self, directory):
+        save(directory, asdict(self.config), self.state_dict())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SpeechLM: the join
+
+
+class SpeechLM(nn.Module):
+    """A row is prompt tokens, audio frames, instruction tokens, answer tokens, without holes and right-padded only.
+
+    `ids` (B, T) holds the tokens, and AUDIO at the position of every audio frame; adapter_length says how many
+    frames a recording gives. Any token may pad the right end.
+    """
+
+    def __init__(self, encoder, adapter, llm):
+        super().__init__()
+        self.encoder, self.adapter, self.llm = encoder, adapter, llm
+
+    def encode(self, features, lengths):
+        """features (B, F, 160) of 20 ms, lengths (B,) -> audio embeddings (B, A, D) of 80 ms, their lengths (B,)."""
+        return self.adapter(*self.encoder(features, lengths))
+
+    def embed(self, ids, audio=None):
+        """ids (B, T) with AUDIO placeholders, audio (B, A, D) -> (B, T, D): each placeholder takes the next frame."""
+        x = self.llm.embed(ids.clamp(min=0))
+        if audio is None:
+            return x
+        here = ids == AUDIO
+        frame = (here.cumsum(1) - 1).clamp(0, audio.shape[1] - 1)  # (B, T)
+        audio = audio.gather(1, frame[..., None].expand(-1, -1, audio.shape[2]))  # (B, T, D)
+        return torch.where(here[..., None], audio, x)
+
+    def forward(self, features, lengths, ids, targets):
+        """Summed cross-entropy of the answers, and the number of their tokens.
+
+        features (B, F, 160), lengths (B,), ids (B, T); targets (N,): the flat positions b * T + t in ids of every
+        supervised token (the answer from its first token to its end token), none of them at t = 0. Divide by the
+        count over all batches of a step, not by each batch's.
+        """
+        audio, _ = self.encode(features, lengths)
+        hidden = self.llm.hidden(self.embed(ids, audio))
+        return self.answer_loss(hidden.flatten(0, 1)[targets - 1], ids.flatten()[targets]), len(targets)
+
+    def answer_loss(self, hidden, labels):
+        """hidden (N, D), labels (N,) -> scalar sum, float32. Logits exist for LOSS_CHUNK positions at a time and are
+        computed again in the backward pass, so no (N, V) tensor is ever kept."""
+        def loss(h, y):
+            return F.cross_entropy(self.llm.logits(h), y, reduction="sum")
+
+        chunks = zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK))
+        return sum(checkpoint(loss, h, y, use_reentrant=False) for h, y in chunks)
+
+    @torch.no_grad()
+    def read(self, ids, ids_lengths, features, lengths):
+        """Encodes recordings and reads the given beginning of each row once; the result is a `prefix` for generate,
+        which may then be asked any number of instructions. Arguments as in generate."""
+        x = self.embed(ids, self.checked_audio(ids, features, lengths))
+        cache = new_cache(self.llm, *x.shape[:2])
+        self.llm.hidden(x, cache)
+        return Prefix(cache, ids_lengths)
+
+    def generate(self, ids, ids_lengths, features=None, lengths=None, **options):
+        """Answers for a batch of rows. ids (B, T) up to the answer, ids_lengths (B,); features and lengths as in
+        encode, or none when a prefix has the audio; options as in the function generate. Returns B lists of ids."""
+        with torch.no_grad():
+            audio = None if features is None else self.checked_audio(ids, features, lengths)
+            return generate(self.llm, self.embed(ids, audio), ids_lengths, **options)
+
+    def checked_audio(self, ids, features, lengths):
+        audio, found = self.encode(features, lengths)
+        places = (ids == AUDIO).sum(1)
+        if not torch.equal(places, found):
+            raise ValueError(f"rows hold {places.tolist()} audio placeholders for {found.tolist()} audio frames; "
+                             "adapter_length(frames) says how many a row needs")
+        return audio
+
+    @classmethod
+    def from_parts(cls, encoder, llm, dtype=torch.float32, compute_dtype=None, device="cpu", **adapter):
+        """Joins two pretrained checkpoints (directories or Hub ids) by a new adapter. adapter: num_adapter_layers,
+        adapter_kernel_size, adapter_stride. Raises CheckpointError."""
+        encoder, llm = (part.from_pretrained(path, dtype, compute_dtype, device)
+                        for part, path in ((SpeechEncoder, encoder), (LLM, llm)))
+        config = AdapterConfig.from_encoder(encoder.config, llm.config.hidden_size, **adapter)
+        return cls(encoder, LengthAdapter(config, llm.compute_dtype).to(device, dtype), llm)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id, dtype=torch.float32, compute_dtype=None, device="cpu"):
+        """Loads a whole model: one saved by save_pretrained or by the reference code (model_type speech_lm), whose
+        adapter lies inside its encoder. Raises CheckpointError."""
+        directory = fetch(path_or_hub_id)
+        where = directory / "config.json"
+        raw = read_json(where)
+        expect(raw, where, model_type=["speech_lm"], add_pre_adapter=[False, None])
+        parts = {name: raw.get(name) or {} for name in ("encoder", "decoder")}
+        encoder = EncoderConfig.from_dict(parts["encoder"], f"{where}, encoder")
+        llm = LLMConfig.from_dict(parts["decoder"], f"{where}, decoder")
+        expect(parts["encoder"], f"{where}, encoder", add_adapter=[True], use_intermediate_ffn_before_adapter=[False],
+               output_hidden_size=[None, encoder.hidden_size], adapter_act=list(ACTIVATIONS))
+        adapter = AdapterConfig.from_encoder(encoder, llm.hidden_size, **{
+            name: parts["encoder"].get(name, default) for name, default in
+            [("num_adapter_layers", 1), ("adapter_kernel_size", 3), ("adapter_stride", 2), ("adapter_act", "relu")]})
+        if adapter.adapter_kernel_size // 2 != adapter.adapter_stride // 2:
+            raise CheckpointError(f"{where}: adapter kernel {adapter.adapter_kernel_size} with stride "
+                                  f"{adapter.adapter_stride}, expected kernel // 2 == stride // 2; the original pads "
+                                  "and masks these differently and its results cannot be reproduced")
+        llm_key = llm_rename(llm, directory, "decoder.")
+
+        def rename(key):
+            if key.startswith("decoder."):
+                name = llm_key(key.removeprefix("decoder."))
+                return name and "llm." + name
+            if key.startswith("encoder.adapter."):
+                return key.removeprefix("encoder.")
+            return "adapter." + key if key.startswith("enc_to_dec_proj.") else key
+
+        def build(compute):
+            return cls(SpeechEncoder(encoder, compute), LengthAdapter(adapter, compute), LLM(llm, compute))
+
+        return load(build, directory, rename, dtype, compute_dtype, device)
+
+    def save_pretrained(self, directory):
+        """Writes config.json and model.safetensors in the reference's layout, which from_pretrained reads."""
+        state = {}
+        for key, tensor in self.state_dict().items():
+            key = re.sub("^llm[.]", "decoder.", re.sub("^adapter[.]layers", "encoder.adapter.layers", key))
+            state[key.replace("adapter.enc_to_dec_proj", "enc_to_dec_proj")] = tensor
+        a = asdict(self.adapter.config)
+        adapter = {name: a[name] for name in a if "adapter" in name}
+        encoder = encoder_dict(self.encoder.config) | adapter | {"add_adapter": True}
+        save(directory, {"model_type": "speech_lm", "encoder": encoder, "decoder": asdict(self.llm.config)}, state)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation: prefill, decode step, drivers
+
+
+@dataclass
+class Prefix:
+    """Rows already read: the cache's keys and values, and how many positions each row fills (B,)."""
+
+    cache: list
+    lengths: torch.Tensor
+
+
+def new_cache(llm, batch, size):
+    """One (keys, values) pair a layer, each (B, Hkv, S, head_dim), zeros in the compute dtype."""
+    c, weight = llm.config, llm.model.embed_tokens.weight
+    shape = (batch, c.num_key_value_heads, size, c.head_dim)
+    return [tuple(torch.zeros(shape, dtype=llm.compute_dtype, device=weight.device) for _ in range(2))
+            for _ in range(c.num_hidden_layers)]
+
+
+def prefill(llm, x, lengths, cache, start=None):
+    """Reads x (B, T, D), of which `lengths` (B,) positions are real, into the cache, behind the `start` (B,) positions
+    it already holds. Returns the logits (B, V) that follow each row's last real position."""
+    hidden = llm.hidden(x, cache, start)
+    return llm.logits(hidden[torch.arange(len(x), device=x.device), lengths - 1])
+
+
+def decode_step(llm, ids, positions, cache):
+    """One token a row: ids (B,) at positions (B,) go into the cache; returns the logits (B, V) of the next."""
+    return llm.logits(llm.hidden(llm.embed(ids[:, None]), cache, positions)[:, 0])
+
+
+def sample(logits, temperature, top_p, generator):
+    """logits (B, V) -> ids (B,): the most likely at temperature 0, else drawn from the smallest set of tokens whose
+    probabilities reach top_p (nucleus sampling, arXiv 1904.09751)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # multinomial normalises again
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+
+@torch.no_grad()
+def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.0, temperature=0.0, top_p=1.0,
+             generator=None, on_token=None, prefix=None, prefix_rows=None):
+    """Continues rows of embeddings, greedily unless told otherwise, until each meets an end token.
+
+    x (B, T, D), right-padded; lengths (B,). num_beams > 1 is beam search with scores sum(log p) / n**length_penalty;
+    temperature and top_p are for sampling, with an optional torch generator. on_token(row, id) is called for every
+    token as it is made (not with beams). prefix: rows read before, of which prefix_rows (B,) are continued here (row
+    b by row b when not given). Returns B lists of ids, without the end token. Raises ValueError when a row could
+    outgrow the model's context.
+    """
+    B, T, _ = x.shape
+    start = torch.zeros_like(lengths)
+    if prefix is not None:
+        prefix_rows = torch.arange(B, device=x.device) if prefix_rows is None else prefix_rows
+        start = prefix.lengths[prefix_rows]
+    needed, context = int((start + lengths).max()) + max_new_tokens, llm.config.max_position_embeddings
+    if needed > context:
+        raise ValueError(f"a row needs {needed} positions with its {max_new_tokens} new tokens, the model's context "
+                         f"has {context}; give shorter audio or text, or lower max_new_tokens")
+    cache = new_cache(llm, B, int(start.max()) + T + max_new_tokens)
+    if prefix is None:
+        logits = prefill(llm, x, lengths, cache)
+    else:
+        for new, old in zip(cache, prefix.cache):
+            for store, kept in zip(new, old):
+                store[:, :, :kept.shape[2]] = kept[prefix_rows]
+        logits = prefill(llm, x, lengths, cache, start)
+    positions = start + lengths
+    if num_beams > 1:
+        return beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length_penalty)
+
+    answers, done = [[] for _ in range(B)], [False] * B
+    for step in range(max_new_tokens):
+        ids = sample(logits, temperature, top_p, generator)
+        for row, token in enumerate(ids.tolist()):
+            done[row] = done[row] or token in llm.config.eos_token_id
+            if not done[row]:
+                answers[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+        if all(done) or step == max_new_tokens - 1:
+            return answers
+        logits = decode_step(llm, ids, positions + step, cache)
+
+
+def beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length_penalty):
+    """Keeps the num_beams likeliest beginnings of each row and stops a row when no beginning can still beat its
+    num_beams finished answers at the present length. Same results as beam search in transformers.
+
+    logits (B, V), positions (B,) and cache as prefill leaves them. Returns B lists of ids, without the end token.
+    """
+    (B, V), K, eos = logits.shape, num_beams, llm.config.eos_token_id
+    rows = torch.arange(B, device=logits.device).repeat_interleave(K)
+    cache = [tuple(store[rows] for store in layer) for layer in cache]  # (B * K, Hkv, S, head_dim)
+    logits, positions = logits[rows], positions[rows]
+    scores = torch.tensor([0.0] + [float("-inf")] * (K - 1), device=logits.device).repeat(B)  # (B * K,)
+    beams = [[[]] * K for _ in range(B)]
+    finished, done = [[] for _ in range(B)], [False] * B
+    for step in range(1, max_new_tokens + 1):
+        totals = (scores[:, None] + logits.log_softmax(-1)).view(B, K * V)
+        # a beam can end in len(eos) ways, so this many candidates leave num_beams that go on
+        best, index = (t.tolist() for t in totals.topk(min(K * max(2, 1 + len(eos)), K * V)))
+        chosen = []  # (score, row of the old cache, token) of every new beam
+        for b in range(B):
+            going_on = []
+            for rank, (score, i) in enumerate(zip(best[b], index[b])):
+                parent, token = divmod(i, V)
+                if token in eos or step == max_new_tokens:
+                    if rank < K and not done[b]:
+                        ids = beams[b][parent] + [token] * (token not in eos)
+                        finished[b].append((score / step**length_penalty, ids))
+                elif len(going_on) < K:
+                    going_on.append((score, parent, token))
+            finished[b] = sorted(finished[b], key=lambda f: -f[0])[:K]
+            if going_on:
+                done[b] |= len(finished[b]) == K and going_on[0][0] / step**length_penalty <= finished[b][-1][0]
+                beams[b] = [beams[b][parent] + [token] for _, parent, token in going_on]
+                chosen += [(score, b * K + parent, token) for score, parent, token in going_on]
+        if all(done) or step == max_new_tokens:
+            return [f[0][1] for f in finished]
+        scores = torch.tensor([c[0] for c in chosen], device=logits.device)
+        rows, ids = torch.tensor([c[1:] for c in chosen], device=logits.device).T
+        for layer in cache:
+            for store in layer:
+                store.copy_(store[rows])
+        logits = decode_step(llm, ids, positions + step - 1, cache)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: a checkpoint is a directory with config.json and model.safetensors, or shards and their index
+
+
+def fetch(path_or_hub_id):
+    """The local directory of a checkpoint; a Hub id is downloaded, only the files needed, into the Hub's cache
+    (HF_HOME), or taken from there alone (HF_HUB_OFFLINE=1). Raises CheckpointError."""
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
+        raise CheckpointError(f"{path}: no such directory; give the directory of a checkpoint (config.json and "
+                              "model.safetensors) or a Hub id such as Qwen/Qwen2.5-1.5B")
+    from huggingface_hub import snapshot_download  # takes half a second, so only when needed
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[
+            "config.json", "generation_config.json", "tokenizer.json", "model.safetensors",
+            "model.safetensors.index.json", "model-*-of-*.safetensors"]))
+    except Exception as error:  # its errors have no common base: network, HTTP status, cache, disk
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: no such directory here, and the Hub gave no such model "
+                              f"({type(error).__name__}: {reason}); check the name, the network and HF_HUB_OFFLINE") from error
+
+
+def read_json(path):
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found; a checkpoint directory holds config.json and model.safetensors") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); copy it from the checkpoint again") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: found a {type(raw).__name__}, expected a JSON object; copy it again")
+    return raw
+
+
+def weight_files(directory):
+    """The safetensors files of a checkpoint directory, single or sharded."""
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").exists():
+        return [directory / "model.safetensors"]
+    if not index.exists():
+        others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5"))
+        raise CheckpointError(f"{directory}: found {', '.join(others) or 'no weights'}, expected model.safetensors or "
+                              "model.safetensors.index.json; pickled weights are not opened: take the checkpoint's "
+                              "safetensors version or convert it")
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    for name in names:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise CheckpointError(f"{index}: names the shard {name!r}, which is not a file beside it; "
+                                  "download the missing shards")
+    return [directory / name for name in names]
+
+
+def open_weights(file, device="cpu"):
+    try:
+        return safe_open(file, framework="pt", device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes that are not a whole safetensors file ({error}); "
+                              "it is truncated or damaged: download it again") from error
+
+
+def llm_rename(config, directory, prefix=""):
+    """What an LLM checkpoint calls a tensor -> our name, or None for one that is not needed: stored RoPE tables, and
+    the stored copy of a tied output layer, which must equal the embedding."""
+    def rename(key):
+        tied_copy = config.tie_word_embeddings and key == "lm_head.weight"
+        return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
+
+    if config.tie_word_embeddings:
+        pair = {prefix + "lm_head.weight": None, prefix + "model.embed_tokens.weight": None}
+        for file in weight_files(directory):
+            with open_weights(file) as f:
+                pair |= {key: f.get_tensor(key) for key in pair if key in f.keys()}
+        head, embedding = pair.values()
+        if head is not None and embedding is not None and not torch.equal(head, embedding):
+            raise CheckpointError(f"{directory}: tie_word_embeddings is true in config.json, but lm_head.weight differs "
+                                  "from the embedding; set it to false to use both")
+    return rename
+
+
+def load(build, directory, rename, dtype, compute_dtype, device):
+    """The module that build(compute_dtype) gives, with its weights taken from the directory, in eval mode.
+
+    rename gives the module's name of a checkpoint's tensor, or None to leave it out. Tensors already in `dtype` stay
+    memory-mapped; others are converted one by one, and what was read of the file is let go every 64 MB, so loading
+    needs hardly more memory than the weights. Raises CheckpointError listing missing, unexpected and mis-shaped keys.
+    """
+    for precision in (dtype, compute_dtype or dtype):
+        if precision not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"precision {precision} is not supported; choose torch.float32 or torch.bfloat16")
+    with torch.device("meta"):
+        model = build(compute_dtype or dtype)
+    wanted, plan, problems = model.state_dict(), [], []
+    for file in weight_files(directory):
+        with open_weights(file) as f:
+            for key in f.keys():
+                name, shape = rename(key), tuple(f.get_slice(key).get_shape())
+                if name is not None and name not in wanted:
+                    problems.append(f"unexpected {key} {shape}")
+                elif name is not None:
+                    plan.append((file, key, name))
+                    if shape != wanted[name].shape:
+                        problems.append(f"{key} is {shape}, expected {tuple(wanted[name].shape)}")
+    problems += [f"missing {name}" for name in sorted(wanted.keys() - {name for *_, name in plan})]
+    if problems:
+        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise CheckpointError(f"{directory}: {len(problems)} of {len(wanted)} tensors do not fit config.json: "
+                              f"{'; '.join(problems[:12])}{more}; the weights and config.json are of different models")
+    state, opened, converted = {}, None, 0
+    for file, key, name in plan:
+        if opened != file or converted > 64e6:
+            f, opened, converted = open_weights(file, device), file, 0
+        tensor = f.get_tensor(key)
+        state[name] = tensor.to(dtype)
+        converted += tensor.nbytes * (tensor.dtype != dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def encoder_dict(config):
+    return {"model_type": "wav2vec2-bert", "position_embeddings_type": "relative_key", **asdict(config)}
+
+
+def save(directory, config, state):
+    """Writes model.safetensors and config.json; each replaces its forerunner only when it is whole."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = directory / "model.safetensors.tmp"
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights, metadata={"format": "pt"})
+    text = directory / "config.json.tmp"
+    text.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for written in (weights, text):
+        os.replace(written, written.with_suffix(""))

@@ -1,0 +1,53 @@
+"""Shared by the tests: tiny configurations, and the peer (transformers) with every weight random."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+ENCODER = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+               conv_depthwise_kernel_size=7, left_max_position_embeddings=12, right_max_position_embeddings=3)
+LLM = dict(vocab_size=211, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+           num_key_value_heads=2, max_position_embeddings=512, pad_token_id=None, bos_token_id=None, eos_token_id=7)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
+FAMILIES = {
+    "qwen2": dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "qwen2 untied": dict(tie_word_embeddings=False),
+    "qwen3": dict(tie_word_embeddings=True, head_dim=16),
+    "llama": dict(tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "llama untied": dict(tie_word_embeddings=False, attention_bias=True, rms_norm_eps=1e-5, num_key_value_heads=6),
+}
+
+
+def randomise(module, seed=0):
+    """Every parameter random, norm gains and biases too, so that a layer that ignores one cannot pass."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        scale = p[0].numel() ** -0.5 if p.dim() > 1 else 0.3  # keeps activations near 1
+        around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        p.data = around + scale * torch.randn(p.shape, generator=generator)
+    return module.eval()
+
+
+def peer_encoder(**config):
+    from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
+    return randomise(Wav2Vec2BertModel(Wav2Vec2BertConfig(**{**ENCODER, **config})))
+
+
+def peer_llm(family, **config):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = AutoConfig.for_model(family.split()[0], **{**LLM, **FAMILIES[family], **config})
+    return randomise(AutoModelForCausalLM.from_config(config))
+
+
+def relative_error(ours, theirs):
+    return ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,724 @@
+"""model.py against transformers on the same random weights, and against itself: padding, batching, caching, compiling."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ENCODER, FAMILIES, LLM as TINY_LLM, peer_encoder, peer_llm, randomise, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model
+from model import (AUDIO, AdapterConfig, CheckpointError, EncoderConfig, LengthAdapter, LLM, LLMConfig, SpeechEncoder,
+                   SpeechLM, adapter_length, decode_step, generate, new_cache, prefill, sample, span_mask)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny_llm(family="qwen2", **config):
+    raw = {"model_type": family.split()[0], **TINY_LLM, **FAMILIES[family], **config}
+    return randomise(LLM(LLMConfig.from_dict(raw)))
+
+
+def tiny_speech_lm(family="qwen2", seed=0, **llm_config):
+    encoder, llm = EncoderConfig(**ENCODER), tiny_llm(family, **llm_config)
+    adapter = AdapterConfig.from_encoder(encoder, llm.config.hidden_size)
+    return randomise(SpeechLM(SpeechEncoder(encoder), LengthAdapter(adapter), llm), seed)
+
+
+def speech_batch(speech_lm, frames=(61, 1, 34, 7), prompt=(2, 0, 3, 1), answer=(5, 1, 2, 9), extra_frames=0, extra=0):
+    """A batch of rows [prompt][audio][two instruction tokens][answer]: features, lengths, ids, targets."""
+    rows, at = [], []
+    for f, p, a in zip(frames, prompt, answer):
+        before = torch.randint(8, 211, (p,)).tolist() + [AUDIO] * adapter_length(f, speech_lm.adapter.config)
+        rows.append(before + torch.randint(8, 211, (2 + a,)).tolist())
+        at.append(range(len(rows[-1]) - a, len(rows[-1])))
+    ids = torch.randint(0, 211, (len(rows), max(map(len, rows)) + extra))
+    for b, row in enumerate(rows):
+        ids[b, :len(row)] = torch.tensor(row)
+    targets = torch.tensor([b * ids.shape[1] + t for b, answer in enumerate(at) for t in answer])
+    features = torch.randn(len(rows), max(frames) + extra_frames, 160)
+    return features, torch.tensor(frames), ids, targets
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shape of every tensor any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(t.shape) for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)}
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------- exactness
+
+
+@torch.no_grad()
+def test_encoder_equals_peer_row_by_row(tmp_path):
+    peer = peer_encoder()
+    peer.save_pretrained(tmp_path)
+    ours = SpeechEncoder.from_pretrained(tmp_path)
+    features, lengths = torch.randn(4, 70, 160), torch.tensor([70, 33, 1, 2])
+    hidden, out_lengths = ours(features, lengths)
+    assert torch.equal(out_lengths, lengths)
+    for b, n in enumerate(lengths):
+        assert relative_error(hidden[b, :n], peer(features[b:b + 1, :n]).last_hidden_state[0]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("adapter", [False, True])
+def test_encoder_of_a_ctc_finetune(tmp_path, adapter):
+    """A fine-tune's keys have a prefix; its head and its own adapter are left out, the encoder is taken as it is."""
+    from transformers import Wav2Vec2BertConfig, Wav2Vec2BertForCTC
+    config = dict(ENCODER, vocab_size=30, add_adapter=adapter, use_intermediate_ffn_before_adapter=adapter,
+                  mask_time_prob=0.0)
+    peer = randomise(Wav2Vec2BertForCTC(Wav2Vec2BertConfig(**config)))
+    peer.save_pretrained(tmp_path)
+    assert any(key.startswith("wav2vec2_bert.") for key in peer.state_dict())
+    features = torch.randn(2, 40, 160)
+    w = peer.wav2vec2_bert
+    theirs = w.encoder(w.feature_projection(features)[0]).last_hidden_state
+    hidden, _ = SpeechEncoder.from_pretrained(tmp_path)(features, torch.tensor([40, 40]))
+    assert relative_error(hidden, theirs) < 1e-5
+
+
+@torch.no_grad()
+def test_no_position_table_per_query_key_pair():
+    """The relative-position term is a (queries, 16) product, gathered: nothing has query x key x head_dim elements."""
+    encoder = randomise(SpeechEncoder(EncoderConfig(**{**ENCODER, "num_hidden_layers": 1, "hidden_size": 64})))
+    with Shapes() as shapes:
+        encoder(torch.randn(1, 200, 160), torch.tensor([200]))
+    assert max(math.prod(s) for s in shapes.seen) <= 4 * 200 * 200  # heads x queries x keys; head_dim is 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 3, 2), (1, 3, 2), (3, 3, 2), (1, 8, 8), (2, 3, 3)])
+def test_adapter_equals_peer_unpadded(shape):
+    layers, kernel, stride = shape
+    peer = peer_encoder(add_adapter=True, num_adapter_layers=layers, adapter_kernel_size=kernel, adapter_stride=stride)
+    config = AdapterConfig.from_encoder(EncoderConfig(**ENCODER), 48, num_adapter_layers=layers,
+                                        adapter_kernel_size=kernel, adapter_stride=stride)
+    ours = randomise(LengthAdapter(config))
+    ours.layers.load_state_dict(peer.adapter.layers.state_dict(), strict=True)
+    for n in range(1, 30):
+        x = torch.randn(1, n, 32)
+        out, lengths = ours(x, torch.tensor([n]))
+        assert out.shape[1] == lengths.item() == adapter_length(n, config) >= 1
+        assert lengths.item() == peer._get_feat_extract_output_lengths(torch.tensor(n)).item()
+        assert relative_error(out, ours.enc_to_dec_proj(peer.adapter(x))) < 1e-5
+
+
+@torch.no_grad()
+def test_adapter_reads_nothing_past_a_rows_end():
+    """Where the peer leaks padding into the last frame of a row, at every length modulo the stride of 4."""
+    adapter = tiny_speech_lm().adapter
+    lengths = torch.arange(1, 14)
+    x = torch.randn(13, 13, 32)
+    out, out_lengths = adapter(x, lengths)
+    real = torch.arange(13) < lengths[:, None]
+    noisy = torch.where(real[..., None], x, 100 * torch.randn(13, 13, 32))
+    again, _ = adapter(F.pad(noisy, (0, 0, 0, 5), value=1e3), lengths)
+    for b, (n, m) in enumerate(zip(lengths, out_lengths)):
+        alone, _ = adapter(x[b:b + 1, :n], lengths[b:b + 1])
+        torch.testing.assert_close(out[b, :m], alone[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again[b, :m], alone[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llm_equals_peer(tmp_path, family):
+    peer = peer_llm(family)
+    peer.save_pretrained(tmp_path)
+    ours, ids = LLM.from_pretrained(tmp_path), torch.randint(0, 211, (2, 200))
+    assert relative_error(ours(ids), peer(ids).logits) < 1e-5
+    assert hasattr(ours, "lm_head") == ("untied" in family)
+
+
+@torch.no_grad()
+def test_llm_sharded_checkpoint(tmp_path):
+    peer = peer_llm("qwen2")
+    peer.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    ids = torch.randint(0, 211, (1, 30))
+    assert relative_error(LLM.from_pretrained(tmp_path)(ids), peer(ids).logits) < 1e-5
+    next(tmp_path.glob("model-00002-*")).unlink()
+    with pytest.raises(CheckpointError, match="index.json: names the shard 'model-00002-of-.*download the missing"):
+        LLM.from_pretrained(tmp_path)
+
+
+# Fields of the real config.json files that decide the forward pass, in the form they have on the Hub.
+REAL_CONFIGS = {
+    "Qwen2.5-1.5B": (dict(model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
+                          num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, hidden_act="silu",
+                          max_position_embeddings=131072, rms_norm_eps=1e-6, rope_theta=1000000.0,
+                          sliding_window=131072, use_sliding_window=False, max_window_layers=28,
+                          tie_word_embeddings=True, eos_token_id=151643), 1_543_714_304),
+    "Qwen3-1.7B": (dict(model_type="qwen3", vocab_size=151936, hidden_size=2048, intermediate_size=6144, head_dim=128,
+                        num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, hidden_act="silu",
+                        max_position_embeddings=40960, rms_norm_eps=1e-6, rope_theta=1000000, rope_scaling=None,
+                        sliding_window=None, use_sliding_window=False, max_window_layers=28, attention_bias=False,
+                        tie_word_embeddings=True, eos_token_id=151645), 1_720_574_976),
+    "Llama-3.2-1B": (dict(model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, head_dim=64,
+                          num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, hidden_act="silu",
+                          max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0,
+                          rope_scaling=dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0,
+                                            original_max_position_embeddings=8192, rope_type="llama3"),
+                          attention_bias=False, mlp_bias=False, tie_word_embeddings=True, eos_token_id=128001),
+                     1_235_814_400),
+    "SmolLM2-1.7B": (dict(model_type="llama", vocab_size=49152, hidden_size=2048, intermediate_size=8192,
+                          num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32, hidden_act="silu",
+                          max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=130000, rope_scaling=None,
+                          attention_bias=False, mlp_bias=False, tie_word_embeddings=True, eos_token_id=0),
+                     1_711_376_384),
+    "EuroLLM-1.7B": (dict(model_type="llama", vocab_size=128000, hidden_size=2048, intermediate_size=5632,
+                          num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=8, hidden_act="silu",
+                          max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
+                          attention_bias=False, mlp_bias=False, tie_word_embeddings=False, eos_token_id=4),
+                     1_656_850_432),
+}
+
+
+@pytest.mark.parametrize("name", REAL_CONFIGS)
+def test_real_configurations_have_the_published_size(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    raw, parameters = REAL_CONFIGS[name]
+    with torch.device("meta"):
+        ours = LLM(LLMConfig.from_dict(raw))
+        config = AutoConfig.for_model(**raw)
+        peer = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    assert sum(p.numel() for p in peer.parameters()) == parameters
+    names = {name for name, _ in peer.named_parameters()}
+    assert {name for name, _ in ours.named_parameters()} == names - ({"lm_head.weight"} if raw["tie_word_embeddings"] else set())
+    positions = torch.arange(0, raw["max_position_embeddings"], 97)[None]
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+    rotary = sys.modules[MODEL_MAPPING[type(config)].__module__]
+    rotary = next(getattr(rotary, n) for n in dir(rotary) if n.endswith("RotaryEmbedding"))(config)
+    for mine, theirs in zip(model.rope(positions, ours.config), rotary(torch.zeros(1), positions)):
+        torch.testing.assert_close(mine[:, 0], theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_stays_close_to_float32(tmp_path, family):
+    speech_lm = tiny_speech_lm(family)
+    speech_lm.save_pretrained(tmp_path)
+    features, lengths, ids, _ = speech_batch(speech_lm)
+    ids = ids.clamp(min=0)
+    hidden, _ = speech_lm.encoder(features, lengths)
+    audio, n = speech_lm.adapter(hidden, lengths)
+    real, real_audio = torch.arange(61) < lengths[:, None], torch.arange(audio.shape[1]) < n[:, None]
+    for dtype, compute in [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]:
+        ours = SpeechLM.from_pretrained(tmp_path, dtype, compute)
+        assert {p.dtype for p in ours.parameters()} == {dtype}
+        hidden16, (audio16, _), logits = ours.encoder(features, lengths)[0], ours.adapter(hidden, lengths), ours.llm(ids)
+        assert hidden16.dtype == audio16.dtype == ours.llm.embed(ids).dtype == compute and logits.dtype == torch.float32
+        for approximate, exact in [(hidden16[real], hidden[real]), (audio16[real_audio], audio[real_audio]),
+                                   (logits, speech_lm.llm(ids))]:
+            assert 1e-4 < (approximate.float() - exact).norm() / exact.norm() < 2e-2
+    with pytest.raises(ValueError, match="precision torch.float16 is not supported; choose torch.float32 or"):
+        SpeechLM.from_pretrained(tmp_path, torch.float16)
+
+
+def reference_logits(peer, proj, llm, features, mask, ids, ids_mask):
+    """The reference system's forward: audio right-padded, then text left-padded, one arange of positions over all."""
+    frames = peer._get_feature_vector_attention_mask
+    audio = peer(features, attention_mask=mask).last_hidden_state
+    audio_mask = frames(audio.shape[1], mask, add_adapter=True).long()
+    x = torch.cat([F.linear(audio, proj.weight, proj.bias), llm.get_input_embeddings()(ids)], 1)
+    return llm(inputs_embeds=x, attention_mask=torch.cat([audio_mask, ids_mask], 1)).logits
+
+
+@torch.no_grad()
+def test_equals_the_reference_composite(tmp_path):
+    """Two rows of equal audio (16 frames of 20 ms, a multiple of 4, where the peer does not leak) and equal text: the
+    reference's layout has no holes there, and logits and loss agree. Where ours differs on purpose: (a) with unequal
+    rows the reference leaves holes between audio and text, so its rows depend on batch mates; (b) its loss drops
+    the first target token of the longest row, ours has all of them.
+    """
+    peer, llm = peer_encoder(add_adapter=True, num_adapter_layers=2), peer_llm("qwen2")
+    proj = randomise(torch.nn.Linear(32, 48))
+    state = {"encoder." + k: v for k, v in peer.state_dict().items()}
+    state |= {"decoder." + k: v for k, v in llm.state_dict().items()}
+    state |= {"enc_to_dec_proj." + k: v for k, v in proj.state_dict().items()}
+    from safetensors.torch import save_file
+    save_file({k: v.clone() for k, v in state.items()}, tmp_path / "model.safetensors")
+    assert "decoder.lm_head.weight" in state  # the tied copy, which must be recognised
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "speech_lm", "tie_word_embeddings": False,
+        "encoder": peer.config.to_dict(), "decoder": llm.config.to_dict()}))
+    ours = SpeechLM.from_pretrained(tmp_path)
+
+    features, lengths, answer = torch.randn(2, 16, 160), torch.tensor([16, 16]), 6
+    text = torch.randint(8, 211, (2, 3 + answer))
+    ones = torch.ones(2, 16).long()
+    theirs = reference_logits(peer, proj, llm, features, ones, text, torch.ones_like(text))
+    ids = torch.cat([torch.full((2, 4), AUDIO), text], 1)
+    audio, _ = ours.encode(features, lengths)
+    assert relative_error(ours.llm.logits(ours.llm.hidden(ours.embed(ids, audio))), theirs) < 1e-5
+    targets = torch.tensor([b * 13 + t for b in range(2) for t in range(7, 13)])
+    loss, count = ours(features, lengths, ids, targets)
+    per_token = F.cross_entropy(theirs[:, 6:-1].flatten(0, 1), text[:, 3:].flatten(), reduction="none").view(2, answer)
+    assert count == 12
+    torch.testing.assert_close(loss, per_token.sum(), rtol=1e-5, atol=1e-4)
+    # (b) what the reference trains on: logits cut to the label length, then shifted by one once more
+    cut = theirs[:, -answer:]
+    dropped = F.cross_entropy(cut[:, :-1].flatten(0, 1), text[:, 4:].flatten(), reduction="sum")
+    torch.testing.assert_close(dropped, per_token[:, 1:].sum(), rtol=1e-5, atol=1e-4)
+    assert (loss - dropped).item() == pytest.approx(per_token[:, 0].sum().item(), rel=1e-3)
+    # (a) a shorter second row, padded in the middle as the reference does, is not what the row is alone
+    text_mask = torch.ones_like(text)
+    text_mask[1, :2] = 0
+    mask = ones.clone()
+    mask[1, 8:] = 0
+    holes = reference_logits(peer, proj, llm, features, mask, text, text_mask)[1, -answer:]
+    alone = reference_logits(peer, proj, llm, features[1:, :8], ones[1:, :8], text[1:, 2:], text_mask[1:, 2:])[0, -answer:]
+    assert relative_error(holes, alone) > 1e-2
+    row = torch.cat([torch.full((1, 2), AUDIO), text[1:, 2:]], 1)
+    audio, _ = ours.encode(features[1:], torch.tensor([8]))
+    assert relative_error(ours.llm.logits(ours.llm.hidden(ours.embed(row, audio)))[0, -answer:], alone) < 1e-5
+
+
+# ------------------------------------------------------------------------- padding, batching, caching, compiling, meta
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_equals_its_rows(family):
+    speech_lm = tiny_speech_lm(family)
+    features, lengths, ids, targets = speech_batch(speech_lm)
+    loss, count = speech_lm(features, lengths, ids, targets)
+    T = ids.shape[1]
+    alone = 0
+    for b in range(len(ids)):
+        own = targets[targets // T == b] % T
+        end = own.max() + 1
+        one, _ = speech_lm(features[b:b + 1, :lengths[b]], lengths[b:b + 1], ids[b:b + 1, :end], own)
+        alone += one
+    torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-4)
+    assert count == len(targets) == 17
+    wider = torch.cat([ids, torch.randint(0, 211, (4, 9))], 1)
+    noisy = torch.cat([features, 50 * torch.randn(4, 13, 160)], 1)
+    padded, _ = speech_lm(noisy, lengths, wider, targets // T * (T + 9) + targets % T)
+    torch.testing.assert_close(loss, padded, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(num_beams=4), dict(num_beams=3, length_penalty=0.4)])
+def test_a_generated_batch_equals_its_rows(options):
+    ends = list(range(0, 15 if options else 60))  # many end tokens: rows end at different steps
+    speech_lm = tiny_speech_lm(eos_token_id=ends)
+    features, lengths, ids, targets = speech_batch(speech_lm)
+    n = (ids == AUDIO).sum(1) + torch.tensor([2, 0, 3, 1]) + 2
+    batch = speech_lm.generate(ids, n, features, lengths, max_new_tokens=12, **options)
+    alone = [speech_lm.generate(ids[b:b + 1, :n[b]], n[b:b + 1], features[b:b + 1, :lengths[b]], lengths[b:b + 1],
+                                max_new_tokens=12, **options)[0] for b in range(4)]
+    assert batch == alone
+    assert len({len(row) for row in batch}) > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_equals_full_forward(family):
+    llm = tiny_llm(family)
+    ids, lengths = torch.randint(0, 211, (3, 20)), torch.tensor([11, 6, 1])
+    full = llm(ids)
+    cache = new_cache(llm, 3, 32)
+    logits = prefill(llm, llm.embed(ids[:, :11]), lengths, cache)
+    for step in range(9):
+        torch.testing.assert_close(logits, full[torch.arange(3), lengths + step - 1], rtol=1e-4, atol=1e-4)
+        logits = decode_step(llm, ids[torch.arange(3), lengths + step], lengths + step, cache)
+    cache = new_cache(llm, 3, 32)  # the same rows in two unequal pieces
+    prefill(llm, llm.embed(ids[:, :11]), lengths, cache)
+    rest = torch.stack([ids[b, n:n + 9] for b, n in enumerate(lengths)])
+    logits = prefill(llm, llm.embed(rest), torch.tensor([9, 2, 5]), cache, start=lengths)
+    torch.testing.assert_close(logits, full[torch.arange(3), lengths + torch.tensor([9, 2, 5]) - 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(num_beams=2), dict(num_beams=4, length_penalty=0.0), dict(num_beams=5, length_penalty=2.0),
+    dict(num_beams=3, length_penalty=-1.0)])
+@pytest.mark.parametrize("eos", [[7], list(range(20, 60))])
+def test_generated_ids_equal_peer(tmp_path, options, eos):
+    peer = peer_llm("qwen2", eos_token_id=eos)
+    peer.generation_config.eos_token_id = eos
+    peer.save_pretrained(tmp_path)
+    ours = LLM.from_pretrained(tmp_path)
+    assert ours.config.eos_token_id == eos
+    lengths = torch.tensor([9, 4, 1, 17, 12])
+    ids = torch.randint(60, 211, (5, 17))
+    answers = generate(ours, ours.embed(ids), lengths, max_new_tokens=10, **options)
+    for b, n in enumerate(lengths):
+        theirs = peer.generate(ids[b:b + 1, :n], attention_mask=torch.ones(1, n).long(), max_new_tokens=10,
+                               do_sample=False, pad_token_id=0, **options)[0, n:].tolist()
+        end = next((i for i, token in enumerate(theirs) if token in eos), len(theirs))
+        assert answers[b] == theirs[:end]
+    if len(eos) > 1 and options.get("length_penalty", 1) <= 1:
+        assert any(len(answer) < 10 for answer in answers)
+
+
+def test_stop_callback_prefix_and_context():
+    speech_lm = tiny_speech_lm(eos_token_id=list(range(0, 90)))
+    features, lengths, ids, _ = speech_batch(speech_lm)
+    n = (ids == AUDIO).sum(1) + torch.tensor([2, 0, 3, 1])  # prompt and audio
+    spoken = [[] for _ in range(4)]
+    answers = speech_lm.generate(ids, n + 2, features, lengths, max_new_tokens=9,
+                                 on_token=lambda row, token: spoken[row].append(token))
+    assert spoken == answers and len({len(a) for a in answers}) > 1 and max(max(a, default=90) for a in answers) >= 90
+    assert min(min(a, default=90) for a in answers) >= 90  # the end token is not part of the answer
+
+    # the prompt and the audio read once, then six instructions asked of the four recordings, encoder out of reach
+    prefix = speech_lm.read(ids[:, :n.max()], n, features, lengths)
+    questions, of = torch.randint(90, 211, (6, 3)), torch.tensor([0, 3, 3, 1, 2, 0])
+    sizes = torch.tensor([3, 1, 2, 3, 2, 1])
+    separately = []
+    for q, row, size in zip(questions, of, sizes):
+        whole = torch.cat([ids[row, :n[row]], q[:size]])[None]
+        separately += speech_lm.generate(whole, n[row, None] + size, features[row, None, :lengths[row]],
+                                         lengths[row, None], max_new_tokens=9)
+    speech_lm.encoder = speech_lm.adapter = None
+    for _ in range(2):  # asking leaves the prefix as it was
+        assert speech_lm.generate(questions, sizes, prefix=prefix, prefix_rows=of, max_new_tokens=9) == separately
+    with pytest.raises(ValueError, match=r"a row needs \d+ positions with its 500 new tokens, the model's context has 512"):
+        speech_lm.generate(questions, sizes, prefix=prefix, prefix_rows=of, max_new_tokens=500)
+
+
+def test_wrong_number_of_placeholders_is_refused():
+    speech_lm = tiny_speech_lm()
+    features, lengths, ids, _ = speech_batch(speech_lm)
+    ids[0, 2] = 5
+    with pytest.raises(ValueError, match=r"rows hold \[15, 1, 9, 2\] audio placeholders for \[16, 1, 9, 2\] audio frames"):
+        speech_lm.generate(ids, torch.tensor([20, 3, 14, 5]), features, lengths)
+
+
+def test_sampling():
+    from transformers import TopPLogitsWarper
+    logits = torch.randn(5, 40) * 3
+    for top_p in (0.2, 0.7, 0.95, 1.0):
+        kept = TopPLogitsWarper(top_p)(None, logits / 0.8).softmax(-1)
+        drawn = torch.zeros(5, 40)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3000):
+            drawn[torch.arange(5), sample(logits, 0.8, top_p, generator)] += 1 / 3000
+        assert not drawn[kept == 0].any()
+        assert (drawn - kept).abs().max() < 0.05
+    assert torch.equal(sample(logits, 0, 0.3, None), logits.argmax(-1))
+    llm, ids = tiny_llm(), torch.randint(0, 211, (2, 5))
+    run = [generate(llm, llm.embed(ids), torch.tensor([5, 3]), 20, temperature=1.0,
+                    generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert run[0] == run[1] != run[2]
+
+
+def test_whole_path_on_the_meta_device():
+    """Shapes flow from features to loss, gradients and decoding with no tensor made on another device."""
+    with torch.device("meta"):
+        speech_lm = tiny_speech_lm("qwen3")
+    batch = [t.to("meta") for t in speech_batch(speech_lm)]
+    for train in (False, True):
+        speech_lm.train(train)
+        loss, count = speech_lm(*batch)
+        loss.backward()
+        assert loss.device.type == "meta" and loss.shape == () and count == 17
+    assert all(p.grad.device.type == "meta" for name, p in speech_lm.named_parameters() if name.startswith("adapter"))
+    with torch.no_grad():
+        features, lengths, ids, _ = batch
+        audio, _ = speech_lm.encode(features, lengths)
+        cache = new_cache(speech_lm.llm, 4, 64)
+        logits = prefill(speech_lm.llm, speech_lm.embed(ids, audio), lengths, cache)
+        logits = decode_step(speech_lm.llm, sample(logits, 0, 1.0, None), lengths, cache)
+        logits = prefill(speech_lm.llm, speech_lm.embed(ids), lengths, cache, start=lengths)
+    assert logits.shape == (4, 211) and logits.device.type == "meta"
+
+
+@torch.no_grad()
+def test_compiled_equals_eager():
+    speech_lm = tiny_speech_lm("qwen3")
+    features, lengths, ids, targets = speech_batch(speech_lm)
+    compiled = torch.compile(speech_lm.encoder, fullgraph=True, dynamic=False)
+    hidden, _ = speech_lm.encoder(features, lengths)
+    real = torch.arange(61) < lengths[:, None]
+    torch.testing.assert_close(compiled(features, lengths)[0][real], hidden[real], rtol=1e-4, atol=1e-4)
+    llm, text = speech_lm.llm, ids.clamp(min=0)
+    torch.testing.assert_close(torch.compile(llm, fullgraph=True, dynamic=False)(text), llm(text), rtol=1e-4, atol=1e-4)
+    step, caches = torch.compile(decode_step, fullgraph=True, dynamic=False), [new_cache(llm, 4, 40) for _ in range(2)]
+    for cache in caches:
+        prefill(llm, llm.embed(text), lengths.clamp(max=20), cache)
+    for i in range(3):
+        logits = [run(llm, text[:, i], lengths.clamp(max=20) + i, cache)
+                  for run, cache in zip((step, decode_step), caches)]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*caches, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_training_step_equals_eager():
+    speech_lm = tiny_speech_lm()
+    batch = speech_batch(speech_lm)
+    grads = []
+    for run in (speech_lm, torch.compile(speech_lm, fullgraph=True, dynamic=False)):
+        speech_lm.zero_grad()
+        run(*batch)[0].backward()
+        grads.append({name: p.grad.clone() for name, p in speech_lm.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def test_one_step_moves_what_is_trained_and_nothing_else():
+    for trained in (["adapter"], ["encoder", "adapter", "llm"]):
+        speech_lm = tiny_speech_lm()
+        speech_lm.encoder.config.layerdrop = speech_lm.encoder.config.mask_time_prob = 0.0
+        for part in ("encoder", "adapter", "llm"):
+            getattr(speech_lm, part).requires_grad_(part in trained).train(part in trained)
+        before = {name: p.clone() for name, p in speech_lm.named_parameters()}
+        loss, count = speech_lm(*speech_batch(speech_lm))
+        (loss / count).backward()
+        assert speech_lm.adapter.layers[0].residual_conv.weight.grad.abs().sum() > 0
+        torch.optim.SGD([p for p in speech_lm.parameters() if p.requires_grad], 0.1).step()
+        for name, p in speech_lm.named_parameters():
+            moved = not torch.equal(p, before[name])
+            # not used without time masking; and a key bias shifts all scores of a query alike: no gradient
+            if name != "encoder.masked_spec_embed" and not name.endswith("linear_k.bias") or moved:
+                assert moved == (name.split(".")[0] in trained), name
+
+
+def test_loss_makes_no_logits_for_the_whole_batch(monkeypatch):
+    speech_lm = tiny_speech_lm()
+    batch = speech_batch(speech_lm)
+    whole, _ = speech_lm(*batch)
+    whole.backward()
+    grad = speech_lm.llm.model.embed_tokens.weight.grad.clone()
+    monkeypatch.setattr(model, "LOSS_CHUNK", 4)
+    speech_lm.zero_grad()
+    with Shapes() as shapes:
+        loss, _ = speech_lm(*batch)
+        loss.backward()
+    torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(speech_lm.llm.model.embed_tokens.weight.grad, grad, rtol=1e-4, atol=1e-5)
+    with_vocabulary = {s for s in shapes.seen if 211 in s and 48 not in s}
+    assert with_vocabulary and max(math.prod(s) for s in with_vocabulary) == 4 * 211
+
+
+def test_dropout_layerdrop_and_masking_in_training_only():
+    features, lengths = torch.randn(2, 60, 160), torch.tensor([60, 41])
+    off = dict(ENCODER, layerdrop=0.0, mask_time_prob=0.0, conformer_conv_dropout=0.0)
+    for on in (dict(layerdrop=0.5), dict(mask_time_prob=0.3), dict(mask_feature_prob=0.5), dict(hidden_dropout=0.2),
+               dict(activation_dropout=0.2), dict(attention_dropout=0.2), dict(feat_proj_dropout=0.2),
+               dict(conformer_conv_dropout=0.2), {}):
+        encoder = randomise(SpeechEncoder(EncoderConfig(**{**off, **on})))
+        runs = [encoder(features, lengths)[0] for _ in range(2)]
+        assert torch.equal(*runs)
+        encoder.train()
+        runs += [encoder(features, lengths)[0] for _ in range(12)]
+        assert all(torch.equal(runs[0], run) for run in runs) == (not on), on
+    encoder.config.apply_spec_augment, encoder.config.mask_time_prob = False, 0.9
+    assert torch.equal(encoder(features, lengths)[0], runs[0])
+
+
+def test_masked_spans_have_the_peers_statistics():
+    from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import _compute_mask_indices
+    lengths = torch.tensor([200, 120, 50, 12, 9, 1] * 400)
+    real = torch.arange(200) < lengths[:, None]
+    for prob, span, least in ((0.3, 10, 2), (0.05, 10, 0), (0.65, 5, 1)):
+        ours = span_mask(lengths, 200, prob, span, least)
+        assert not ours[~real].any()
+        for n in (200, 120, 50, 12):
+            rows = ours[lengths == n][:, :n].float()
+            theirs = torch.cat([torch.tensor(_compute_mask_indices((1, n), prob, span, None, least))
+                                for _ in range(400)]).float()
+            assert rows.mean().item() == pytest.approx(theirs.mean().item(), abs=0.06), n
+        begins = ours & ~F.pad(ours, (1, 0))[:, :200]
+        ends = ours & ~F.pad(ours, (0, 1))[:, 1:]
+        widths = ends.nonzero()[:, 1] - begins.nonzero()[:, 1] + 1
+        assert widths.min() >= span
+    assert not span_mask(lengths, 200, 0.3, 10, 2)[(lengths == 9) | (lengths == 1)].any()
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def test_save_and_load_again(tmp_path):
+    speech_lm = tiny_speech_lm("qwen3")
+    speech_lm.save_pretrained(tmp_path / "whole")
+    speech_lm.encoder.save_pretrained(tmp_path / "encoder")
+    speech_lm.llm.save_pretrained(tmp_path / "llm")
+    again = SpeechLM.from_pretrained(tmp_path / "whole")
+    assert [p.name for p in sorted((tmp_path / "whole").iterdir())] == ["config.json", "model.safetensors"]
+    parts = SpeechLM.from_parts(tmp_path / "encoder", tmp_path / "llm", num_adapter_layers=3)
+    assert len(parts.adapter.layers) == 3 and parts.adapter.config.output_size == 48
+    for other in (again, parts):
+        state = other.state_dict()
+        for name, tensor in speech_lm.state_dict().items():
+            assert name.startswith("adapter.") and other is parts or torch.equal(state[name], tensor), name
+    assert again.adapter.config == speech_lm.adapter.config and again.llm.config == speech_lm.llm.config
+    from transformers import AutoModelForCausalLM, Wav2Vec2BertModel  # what we save is a checkpoint like any other
+    ids = torch.randint(0, 211, (1, 20))
+    with torch.no_grad():
+        peer = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
+        assert relative_error(speech_lm.llm(ids), peer(ids).logits) < 1e-5
+        x, n = torch.randn(1, 30, 160), torch.tensor([30])
+        peer = Wav2Vec2BertModel.from_pretrained(tmp_path / "encoder").eval()
+        assert relative_error(speech_lm.encoder(x, n)[0], peer(x).last_hidden_state) < 1e-5
+
+
+PEAK = r"""
+import re, sys, torch
+from model import LLM
+def peak(): return int(re.search(r"VmHWM:\s*([0-9]+) kB", open("/proc/self/status").read())[1]) * 1024
+for dtype in (torch.float32, torch.bfloat16):
+    LLM.from_pretrained(sys.argv[2], dtype)  # whatever the first loading of anything costs
+before = peak()
+llm = LLM.from_pretrained(sys.argv[1], getattr(torch, sys.argv[3]))
+for p in llm.parameters(): p.sum()
+print((peak() - before) / sum(p.nbytes for p in llm.parameters()))
+"""
+
+
+@pytest.mark.parametrize("stored, wanted", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"),
+                                            ("bfloat16", "float32")])
+def test_peak_memory_of_loading(tmp_path, stored, wanted):
+    size = dict(vocab_size=60000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=16)
+    for name, config in (("big", size), ("small", {})):
+        tiny_llm(**config).to(getattr(torch, stored)).save_pretrained(tmp_path / name)
+    out = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "big", tmp_path / "small", wanted], cwd=ROOT,
+                         capture_output=True, text=True, check=True).stdout
+    assert 0.9 < float(out) < 1.15
+
+
+def test_hub_id_from_the_local_cache(tmp_path):
+    """A Hub id is looked up under HF_HOME; offline, nothing else is asked."""
+    folder = tmp_path / "hub" / "models--some--model"
+    tiny_llm().save_pretrained(folder / "snapshots" / "abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    run = "import sys\nfrom model import LLM, CheckpointError\ntry: print(LLM.from_pretrained(sys.argv[1]).config.vocab_size)" \
+          "\nexcept CheckpointError as e: print(e)"
+    env = dict(os.environ, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    say = [subprocess.run([sys.executable, "-c", run, name], cwd=ROOT, env=env, capture_output=True, text=True).stdout
+           for name in ("some/model", "some/other")]
+    assert say[0] == "211\n"
+    assert re.fullmatch(r"some/other: no such directory here, and the Hub gave no such model \(LocalEntryNotFoundError: .*"
+                        r"\); check the name, the network and HF_HUB_OFFLINE\n", say[1])
+
+
+def damage(directory, **config):
+    path = directory / "config.json"
+    raw = json.loads(path.read_text()) | config
+    path.write_text(json.dumps({k: v for k, v in raw.items() if v != "gone"}))
+
+
+REFUSED_CONFIGS = [
+    (dict(model_type="mistral"), "config.json: model_type is 'mistral', expected 'qwen2' or 'qwen3' or 'llama'"),
+    (dict(model_type="gone"), "config.json: model_type is None, expected 'qwen2'"),
+    (dict(use_sliding_window=True, max_window_layers=1), "config.json: sliding-window attention is in use"),
+    (dict(layer_types=["full_attention", "sliding_attention", "full_attention"]), "sliding-window attention is in use"),
+    (dict(num_experts=60), "config.json: num_experts is 60, expected None or 0"),
+    (dict(num_local_experts=8), "num_local_experts is 8"),
+    (dict(rope_scaling=dict(type="yarn", factor=4.0)), "rope_type is 'yarn', expected 'default' or 'llama3'"),
+    (dict(rope_parameters=dict(rope_type="linear", factor=2.0)), "rope_type is 'linear'"),
+    (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)), "partial_rotary_factor is 0.5"),
+    (dict(hidden_act="gelu"), "hidden_act is 'gelu', expected 'silu'"),
+    (dict(mlp_bias=True), "mlp_bias is True"),
+    (dict(quantization_config=dict(bits=4)), "quantization_config is {'bits': 4}"),
+    (dict(vocab_size="gone"), "config.json: no field vocab_size; copy the checkpoint's own config.json again"),
+    (dict(hidden_size=64), r"29 of 38 tensors do not fit config.json: model.embed_tokens.weight is \(211, 48\), expected \(211, 64\)"),
+    (dict(num_hidden_layers=2), r"12 of 26 tensors do not fit config.json: unexpected model.layers.2.input_layernorm.weight \(48,\)"),
+    (dict(num_hidden_layers=4), "12 of 50 tensors do not fit config.json: missing model.layers.3.input_layernorm.weight"),
+    (dict(tie_word_embeddings=False), "1 of 39 tensors do not fit config.json: missing lm_head.weight"),
+]
+
+
+@pytest.mark.parametrize("config, message", REFUSED_CONFIGS)
+def test_what_is_not_supported_is_refused_by_name(tmp_path, config, message):
+    tiny_llm().save_pretrained(tmp_path)
+    damage(tmp_path, **config)
+    with pytest.raises(CheckpointError, match=message) as error:
+        LLM.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_sliding_window_fields_that_are_not_in_use_are_accepted(tmp_path):
+    tiny_llm().save_pretrained(tmp_path)
+    damage(tmp_path, sliding_window=32, use_sliding_window=False, max_window_layers=1)
+    LLM.from_pretrained(tmp_path)
+    damage(tmp_path, use_sliding_window=True, max_window_layers=3, layer_types=["full_attention"] * 3)
+    LLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config, message", [
+    (dict(model_type="wav2vec2"), "model_type is 'wav2vec2', expected 'wav2vec2-bert'"),
+    (dict(position_embeddings_type="rotary"), "position_embeddings_type is 'rotary', expected 'relative_key'"),
+    (dict(hidden_act="selu"), "hidden_act is 'selu', expected 'swish' or"),
+    (dict(left_max_position_embeddings=64), r"distance_embedding.weight is \(16, 8\), expected \(68, 8\)")])
+def test_encoder_config_is_refused_by_name(tmp_path, config, message):
+    tiny_speech_lm().encoder.save_pretrained(tmp_path)
+    damage(tmp_path, **config)
+    with pytest.raises(CheckpointError, match=message):
+        SpeechEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config, message", [
+    (dict(model_type="qwen2"), "model_type is 'qwen2', expected 'speech_lm'"),
+    (dict(add_pre_adapter=True), "add_pre_adapter is True"),
+    (dict(decoder="gone"), "config.json, decoder: model_type is None"),
+    (dict(encoder=dict(model_type="wav2vec2-bert", add_adapter=False)), "config.json, encoder: add_adapter is False"),
+    (dict(encoder=dict(model_type="wav2vec2-bert", hidden_size=32, output_hidden_size=64)), "output_hidden_size is 64"),
+    (dict(encoder=dict(model_type="wav2vec2-bert", adapter_kernel_size=7)), "adapter kernel 7 with stride 2")])
+def test_speech_lm_config_is_refused_by_name(tmp_path, config, message):
+    tiny_speech_lm().save_pretrained(tmp_path)
+    damage(tmp_path, **config)
+    with pytest.raises(CheckpointError, match=message):
+        SpeechLM.from_pretrained(tmp_path)
+
+
+def test_bad_checkpoint_directories(tmp_path):
+    def refused(path, message):
+        with pytest.raises(CheckpointError, match=message) as error:
+            LLM.from_pretrained(path)
+        assert "\n" not in str(error.value)
+
+    refused(tmp_path / "no" / "such", "no/such: no such directory; give the directory of a checkpoint")
+    refused(tmp_path, "config.json: not found; a checkpoint directory holds config.json and model.safetensors")
+    (tmp_path / "config.json").write_text("{ not json")
+    refused(tmp_path, "config.json: not readable as JSON .*; copy it from the checkpoint again")
+    (tmp_path / "config.json").write_text("[]")
+    refused(tmp_path, "config.json: found a list, expected a JSON object")
+    llm = tiny_llm()
+    llm.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    for n in (0, 5, 1000, len(whole) - 1):
+        weights.write_bytes(whole[:n])
+        refused(tmp_path, f"model.safetensors: {n:,} bytes that are not a whole safetensors file .* download it again")
+    weights.unlink()
+    refused(tmp_path, "found no weights, expected model.safetensors or model.safetensors.index.json")
+    torch.save(llm.state_dict(), tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "found pytorch_model.bin, expected model.safetensors .* take the checkpoint's safetensors version")
+    for name in ("../secret.safetensors", str(tmp_path / "x.safetensors")):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        (tmp_path.parent / "secret.safetensors").write_bytes(whole)
+        (tmp_path / "x.safetensors").write_bytes(whole)
+        refused(tmp_path, "index.json: names the shard .* which is not a file beside it")
+
+
+def test_tied_checkpoint_with_another_output_layer_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    tiny_llm().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(4)  # in checkpoints of old releases
+    save_file(state, tmp_path / "model.safetensors")
+    LLM.from_pretrained(tmp_path)
+    state["lm_head.weight"][100, 3] += 1
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="tie_word_embeddings is true in config.json, but lm_head.weight differs"):
+        LLM.from_pretrained(tmp_path)
