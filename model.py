@@ -173,6 +173,11 @@ class Conv1d(nn.Conv1d):
         return F.linear(x.flatten(2), w.flatten(1), bias)  # (B, F', out)
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        nn.init.uniform_(self.weight, -0.035, 0.035)  # std 0.02; the usual normal_ takes 3 s on the meta device
+
+
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
@@ -230,7 +235,7 @@ class SelfAttention(nn.Module):
         self.dropout = config.attention_dropout
         if relative_key:
             positions = config.left_max_position_embeddings + 1 + config.right_max_position_embeddings
-            self.distance_embedding = nn.Embedding(positions, config.hidden_size // self.heads)
+            self.distance_embedding = Embedding(positions, config.hidden_size // self.heads)
 
     def forward(self, x, real, relative=None):
         """x (B, F, D); real (B, F) bool, True for real frames; relative (F, F), the row of E for each query and key."""
@@ -511,7 +516,7 @@ class LLM(nn.Module):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
@@ -904,7 +909,7 @@ def load(build, directory, rename, dtype, compute_dtype, device):
     """The module that build(compute_dtype) gives, with its weights taken from the directory, in eval mode.
 
     rename gives the module's name of a checkpoint's tensor, or None to leave it out. Tensors already in `dtype` stay
-    memory-mapped; others are converted one by one, and what was read of the file is let go every 64 MB, so loading
+    memory-mapped; others are converted in blocks of 64 MB, after each of which the file is closed, so that loading
     needs hardly more memory than the weights. Raises CheckpointError listing missing, unexpected and mis-shaped keys.
     """
     for precision in (dtype, compute_dtype or dtype):
@@ -928,13 +933,17 @@ def load(build, directory, rename, dtype, compute_dtype, device):
         more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"{directory}: {len(problems)} of {len(wanted)} tensors do not fit config.json: "
                               f"{'; '.join(problems[:12])}{more}; the weights and config.json are of different models")
-    state, opened, converted = {}, None, 0
+    state, as_stored = {}, {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
     for file, key, name in plan:
-        if opened != file or converted > 64e6:
-            f, opened, converted = open_weights(file, device), file, 0
-        tensor = f.get_tensor(key)
-        state[name] = tensor.to(dtype)
-        converted += tensor.nbytes * (tensor.dtype != dtype)
+        with open_weights(file, device) as f:
+            if f.get_slice(key).get_dtype() == as_stored:
+                state[name] = f.get_tensor(key)
+                continue
+        state[name] = torch.empty(wanted[name].shape, dtype=dtype, device=device)
+        rows = max(1, 2**24 // wanted[name][0].numel())  # 64 MB of float32
+        for i in range(0, len(state[name]), rows):
+            with open_weights(file, device) as f:
+                state[name][i:i + rows] = f.get_slice(key)[i:i + rows]
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 

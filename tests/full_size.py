@@ -1,0 +1,103 @@
+"""The real configurations of w2v-BERT 2.0 and Qwen2.5-1.5B at full size, random weights, against transformers.
+
+    python tests/full_size.py [--dir DIR]     about 10 minutes, 10 GB of disk under DIR, 12 GB of memory
+
+Writes both checkpoints as safetensors (float32, in the layout of the published ones), then runs each implementation
+in a process of its own: loads, times, computes hidden states of 10 s of audio and logits of 64 tokens, keeps them.
+Prints errors between the two, seconds to load, seconds to compute and peak memory over the weights' size.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+ENCODER = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+               feature_projection_input_dim=160, position_embeddings_type="relative_key")
+LLM = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+           num_key_value_heads=2, max_position_embeddings=131072, rope_parameters=dict(rope_type="default", rope_theta=1e6),
+           tie_word_embeddings=True, eos_token_id=151643, bos_token_id=151643)
+
+
+def peer_class(part):
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Wav2Vec2BertConfig, Wav2Vec2BertModel
+    return (Wav2Vec2BertModel, Wav2Vec2BertConfig(**ENCODER)) if part == "encoder" else (Qwen2ForCausalLM, Qwen2Config(**LLM))
+
+
+def write(part, directory):
+    from conftest import randomise
+    cls, config = peer_class(part)
+    randomise(cls(config)).save_pretrained(directory)
+
+
+def memory(field):
+    """VmHWM (peak) or VmRSS (now) of this process in bytes."""
+    return int(re.search(field + r":\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+@torch.no_grad()
+def run(part, who, dtype, directory):
+    """Loads one model, computes on fixed inputs, saves the outputs; prints its figures as JSON."""
+    torch.manual_seed(1)
+    features, ids = torch.randn(1, 500, 160), torch.randint(0, 151000, (1, 64))
+    if who == "ours":
+        import model
+        cls = model.SpeechEncoder if part == "encoder" else model.LLM
+    else:
+        cls = peer_class(part)[0]
+    before, start = memory("VmRSS"), time.time()
+    module = cls.from_pretrained(directory, dtype=dtype).eval()
+    seconds_load = time.time() - start
+    for p in module.parameters():
+        p.flatten()[::1024].sum()  # memory-mapped pages count too, so touch every one
+    peak, size = memory("VmHWM") - before, sum(p.nbytes for p in module.parameters())
+    times = []
+    for _ in range(2):
+        start = time.time()
+        if who == "ours":
+            out = module(features, torch.tensor([500]))[0] if part == "encoder" else module(ids)
+        else:
+            out = module(features.to(dtype)).last_hidden_state if part == "encoder" else module(ids).logits
+        times.append(time.time() - start)
+    torch.save(out.float(), directory / f"{who}-{dtype}.pt")
+    print(json.dumps(dict(load_s=seconds_load, forward_s=min(times), peak=peak, size=size)))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dir", type=Path, default=Path("out/full_size"))
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        part, who, dtype = args.run
+        return run(part, who, getattr(torch, dtype), args.dir / part)
+    for part in ("encoder", "llm"):
+        if not (args.dir / part / "config.json").exists():
+            print(f"writing a random {part} checkpoint to {args.dir / part}", flush=True)
+            write(part, args.dir / part)
+        for dtype in ("float32", "bfloat16"):
+            for who in ("ours", "peer"):
+                result = subprocess.run([sys.executable, __file__, "--dir", args.dir, "--run", part, who, dtype],
+                                        capture_output=True, text=True)
+                if result.returncode:
+                    sys.exit(result.stderr)
+                figures = json.loads(result.stdout.splitlines()[-1])
+                print(f"{part:7} {dtype:8} {who}: weights {figures['size'] / 1e9:.2f} GB, loaded in {figures['load_s']:5.1f} s, "
+                      f"peak {figures['peak'] / figures['size']:.2f} x weights, forward {figures['forward_s']:.2f} s", flush=True)
+            ours, peer = (torch.load(args.dir / part / f"{who}-torch.{dtype}.pt") for who in ("ours", "peer"))
+            print(f"{part:7} {dtype:8} largest difference {(ours - peer).abs().max() / peer.abs().max():.1e}, "
+                  f"mean {(ours - peer).norm() / peer.norm():.1e} (relative)", flush=True)
+            if dtype == "float32":
+                exact = ours
+        print(f"{part:7} ours bfloat16 against ours float32: mean {(ours - exact).norm() / exact.norm():.1e} (relative)")
+
+
+if __name__ == "__main__":
+    main()
