@@ -1,4 +1,4 @@
-"""The speech-language model, every module in data-flow order: encoder, length adapter, LLM, their join, generation, files.
+"""The speech-language model, in data-flow order: encoder, length adapter, LLM, their join, generation, files.
 
 Knows tensors and weights, no audio and no text. Letters in shape comments: B rows of a batch, F encoder frames of
 20 ms, A adapter frames of 80 ms, T positions of an LLM row, S positions of a key/value cache, N supervised tokens,
@@ -14,6 +14,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field, fields, MISSING
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,29 +66,20 @@ class EncoderConfig:
     def from_dict(cls, raw, where="config.json"):
         expect(raw, where, model_type=["wav2vec2-bert"], position_embeddings_type=["relative_key"],
                hidden_act=list(ACTIVATIONS))
-        return cls(**known_fields(cls, raw, where))
+        config = cls(**known_fields(cls, raw, where))
+        divides(where, config, "hidden_size", "num_attention_heads")
+        return config
 
 
 @dataclass
-class AdapterConfig:
-    output_size: int  # width of the LLM
+class AdapterConfig(EncoderConfig):
+    """The encoder's configuration, which gives the adapter its width, heads, FFN and dropout, and the adapter's own."""
+
+    output_size: int = 1536  # width of the LLM
     num_adapter_layers: int = 2
     adapter_kernel_size: int = 3  # frames
     adapter_stride: int = 2  # two layers of stride 2: 20 ms frames in, 80 ms frames out
     adapter_act: str = "relu"
-    hidden_size: int = 1024  # from here on: the encoder's
-    num_attention_heads: int = 16
-    intermediate_size: int = 4096
-    layer_norm_eps: float = 1e-5
-    hidden_dropout: float = 0.0
-    activation_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    conformer_conv_dropout: float = 0.1
-
-    @classmethod
-    def from_encoder(cls, encoder, output_size, **adapter):
-        shared = {f.name: getattr(encoder, f.name) for f in fields(cls) if hasattr(encoder, f.name)}
-        return cls(output_size=output_size, **shared, **adapter)
 
 
 @dataclass
@@ -98,9 +90,9 @@ class LLMConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     max_position_embeddings: int
+    num_key_value_heads: int = 0  # 0: as many as num_attention_heads
+    head_dim: int = 0  # 0: 128 for qwen3, else hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3's, or none
@@ -109,47 +101,77 @@ class LLMConfig:
     tie_word_embeddings: bool = False
     eos_token_id: list[int] = field(default_factory=list)
 
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        usual_head_dim = 128 if self.model_type == "qwen3" else self.hidden_size // self.num_attention_heads
+        self.head_dim = self.head_dim or usual_head_dim
+
     @classmethod
-    def from_dict(cls, raw, where="config.json", generation=None):
+    def from_dict(cls, raw, where="config.json", generation={}):
         """raw: the parsed config.json; generation: the parsed generation_config.json, whose end tokens win."""
-        expect(raw, where, model_type=["qwen2", "qwen3", "llama"], hidden_act=["silu"], mlp_bias=[False, None],
-               num_experts=[None, 0], num_local_experts=[None, 0], quantization_config=[None],
-               partial_rotary_factor=[None, 1.0])
-        layers, heads = raw.get("num_hidden_layers", 0), raw.get("num_attention_heads", 1)
-        windowed = raw.get("use_sliding_window") and raw.get("max_window_layers", 28) < layers
-        if windowed or set(raw.get("layer_types") or []) - {"full_attention"}:
+        expect(raw, where, model_type=["qwen2", "qwen3", "llama"], hidden_act=["silu"], mlp_bias=[False],
+               num_experts=[0], num_local_experts=[0], quantization_config=[None], partial_rotary_factor=[1.0])
+        values = known_fields(cls, raw, where)
+        typed(raw, where, max_window_layers=int, layer_types=list, rope_scaling=dict, rope_parameters=dict)
+        windowed = raw.get("use_sliding_window") and raw.get("max_window_layers", 28) < values["num_hidden_layers"]
+        if windowed or any(kind != "full_attention" for kind in raw.get("layer_types") or []):
             raise CheckpointError(f"{where}: sliding-window attention is in use (use_sliding_window, layer_types); "
                                   "only full attention is supported: choose another checkpoint")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        expect({"rope_type": rope_type, **rope}, where, rope_type=["default", "llama3"],
-               partial_rotary_factor=[None, 1.0])
-        eos = (generation or {}).get("eos_token_id", raw.get("eos_token_id"))
-        default_head_dim = 128 if raw["model_type"] == "qwen3" else raw.get("hidden_size", 0) // heads
-        return cls(**known_fields(cls, raw, where, {
-            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-            "head_dim": raw.get("head_dim") or default_head_dim,
-            "rope_theta": raw.get("rope_theta") or rope.get("rope_theta", 10000.0),
-            "rope_scaling": rope if rope_type == "llama3" else None,
-            "eos_token_id": eos if isinstance(eos, list) else [] if eos is None else [eos],
-        }))
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        rope = {"rope_theta": values.get("rope_theta", 10000.0), "rope_type": rope.get("type", "default"), **rope}
+        expect(rope, where, rope_type=["default", "llama3"], partial_rotary_factor=[1.0])
+        for name in ["rope_theta"] + LLAMA3_FIELDS * (rope["rope_type"] == "llama3"):
+            if type(rope.get(name)) not in (int, float) or rope[name] <= 0:
+                raise CheckpointError(f"{where}: {name} of the RoPE is {rope.get(name)!r}, expected a positive number; "
+                                      "copy the checkpoint's own config.json again")
+        eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(token) is int for token in eos):
+            raise CheckpointError(f"{where}: eos_token_id is {eos}, expected integers; copy the config files again")
+        config = cls(**values | {"rope_theta": rope["rope_theta"], "eos_token_id": eos,
+                                 "rope_scaling": rope if rope["rope_type"] == "llama3" else None})
+        divides(where, config, "num_attention_heads", "num_key_value_heads")
+        return config
+
+
+LLAMA3_FIELDS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+MAY_BE_ZERO = ("left_max_position_embeddings", "right_max_position_embeddings", "mask_time_min_masks",
+               "mask_feature_min_masks", "max_window_layers")
 
 
 def expect(raw, where, **allowed):
-    """Raises CheckpointError, naming the field, unless each named field of raw is absent or has an allowed value."""
+    """Raises CheckpointError, naming the field, unless each field of raw is absent, null or has an allowed value."""
     for name, values in allowed.items():
-        if raw.get(name, values[0]) not in values or (name == "model_type" and name not in raw):
+        if raw.get(name) not in [*values, None] or name == "model_type" and name not in raw:
             raise CheckpointError(f"{where}: {name} is {raw.get(name)!r}, expected {' or '.join(map(repr, values))}; "
                                   "this architecture is not supported: choose another checkpoint")
 
 
-def known_fields(cls, raw, where, derived={}):
-    """The fields of the dataclass cls, from derived, else from raw; those absent keep their default."""
-    values = {f.name: raw[f.name] for f in fields(cls) if f.name in raw} | derived
-    missing = [f.name for f in fields(cls) if f.name not in values and (f.default, f.default_factory) == (MISSING,) * 2]
+def typed(raw, where, **types):
+    """Raises CheckpointError, naming the field, unless each is absent, null, or of its type and large enough."""
+    for name, kind in types.items():
+        value, least = raw.get(name), int(kind is int and name not in MAY_BE_ZERO)
+        if value is not None and (type(value) not in ((int, float) if kind is float else (kind,)) or
+                                  kind in (int, float) and value < least):
+            at_least = f" of at least {least}" if kind in (int, float) else ""
+            raise CheckpointError(f"{where}: {name} is {value!r}, expected {kind.__name__}{at_least}; "
+                                  "copy the checkpoint's own config.json again")
+
+
+def known_fields(cls, raw, where):
+    """The fields of the dataclass cls that raw has, checked; null counts as absent, and only defaults may be absent."""
+    typed(raw, where, **{f.name: f.type for f in fields(cls) if f.type in (int, float, bool, str)})
+    values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+    missing = [f.name for f in fields(cls) if f.name not in values and f.default is f.default_factory is MISSING]
     if missing:
         raise CheckpointError(f"{where}: no field {', '.join(missing)}; copy the checkpoint's own config.json again")
     return values
+
+
+def divides(where, config, whole, part):
+    a, b = getattr(config, whole), getattr(config, part)
+    if a % b:
+        raise CheckpointError(f"{where}: {whole} {a} is no multiple of {part} {b}; copy the checkpoint's config.json again")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,10 +225,10 @@ class FeatureProjection(nn.Module):
         super().__init__()
         self.layer_norm = LayerNorm(config.feature_projection_input_dim, config.layer_norm_eps)
         self.projection = Linear(config.feature_projection_input_dim, config.hidden_size)
-        self.dropout = config.feat_proj_dropout
+        self.config = config
 
-    def forward(self, x):
-        return F.dropout(self.projection(self.layer_norm(x)), self.dropout, self.training)  # (B, F, 160) -> (B, F, D)
+    def forward(self, x):  # (B, F, 160) -> (B, F, D)
+        return F.dropout(self.projection(self.layer_norm(x)), self.config.feat_proj_dropout, self.training)
 
 
 class FeedForward(nn.Module):
@@ -231,23 +253,23 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.linear_q, self.linear_k, self.linear_v, self.linear_out = (
             Linear(config.hidden_size, config.hidden_size) for _ in range(4))
-        self.heads = config.num_attention_heads
-        self.dropout = config.attention_dropout
+        self.config = config
         if relative_key:
             positions = config.left_max_position_embeddings + 1 + config.right_max_position_embeddings
-            self.distance_embedding = Embedding(positions, config.hidden_size // self.heads)
+            self.distance_embedding = Embedding(positions, config.hidden_size // config.num_attention_heads)
 
     def forward(self, x, real, relative=None):
         """x (B, F, D); real (B, F) bool, True for real frames; relative (F, F), the row of E for each query and key."""
         B, T, D = x.shape
-        q, k, v = (linear(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, F, D/H)
+        heads, dropout = self.config.num_attention_heads, self.config.attention_dropout if self.training else 0.0
+        q, k, v = (linear(x).view(B, T, heads, -1).transpose(1, 2)  # (B, H, F, D/H)
                    for linear in (self.linear_q, self.linear_k, self.linear_v))
         mask = real[:, None, None]  # (B, 1, 1, F)
         if relative is not None:
             bias = (q * q.shape[-1] ** -0.5) @ self.distance_embedding.weight.to(q.dtype).T  # (B, H, F, left+1+right)
-            bias = bias.gather(-1, relative.expand(B, self.heads, -1, -1))  # (B, H, F, F)
+            bias = bias.gather(-1, relative.expand(B, heads, -1, -1))  # (B, H, F, F)
             mask = bias.masked_fill_(~mask, float("-inf"))
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         return self.linear_out(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -261,13 +283,13 @@ class ConvolutionModule(nn.Module):
         self.depthwise_layer_norm = LayerNorm(D, config.layer_norm_eps)
         self.pointwise_conv2 = Conv1d(D, D, 1, bias=False)
         self.act = ACTIVATIONS[config.hidden_act]
-        self.dropout = config.conformer_conv_dropout
+        self.config = config
 
     def forward(self, x):
         x = F.glu(self.pointwise_conv1(self.layer_norm(x)))
         x = F.pad(x, (0, 0, self.depthwise_conv.kernel_size[0] - 1, 0))  # causal: all padding on the left
         x = self.act(self.depthwise_layer_norm(self.depthwise_conv(x)))
-        return F.dropout(self.pointwise_conv2(x), self.dropout, self.training)
+        return F.dropout(self.pointwise_conv2(x), self.config.conformer_conv_dropout, self.training)
 
 
 class ConformerLayer(nn.Module):
@@ -279,12 +301,12 @@ class ConformerLayer(nn.Module):
         self.conv_module = ConvolutionModule(config)
         self.ffn2_layer_norm, self.ffn2 = LayerNorm(D, eps), FeedForward(config, config.hidden_act)
         self.final_layer_norm = LayerNorm(D, eps)
-        self.dropout = config.attention_dropout
+        self.config = config
 
     def forward(self, x, real, relative):
         x = x + 0.5 * self.ffn1(self.ffn1_layer_norm(x))
         y = self.self_attn(self.self_attn_layer_norm(x), real, relative)
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + F.dropout(y, self.config.attention_dropout, self.training)
         x = x + self.conv_module(x)
         x = x + 0.5 * self.ffn2(self.ffn2_layer_norm(x))
         return self.final_layer_norm(x)
@@ -309,6 +331,7 @@ class SpeechEncoder(nn.Module):
         """
         c, frames = self.config, torch.arange(features.shape[1], device=features.device)
         real = frames < lengths[:, None]  # (B, F)
+        features = features.masked_fill(~real[..., None], 0)  # whatever pads them, NaN included
         x = self.feature_projection(features.to(self.compute_dtype))
         if self.training and c.apply_spec_augment:
             x = self.spec_augment(x, lengths)
@@ -316,9 +339,9 @@ class SpeechEncoder(nn.Module):
         relative = (frames - frames[:, None]).clamp(-c.left_max_position_embeddings, c.right_max_position_embeddings)
         relative = relative + c.left_max_position_embeddings  # (F, F)
         for layer in self.encoder.layers:
-            if self.training and c.layerdrop and torch.rand((), device="cpu").item() < c.layerdrop:
-                continue
-            x = layer(x, real, relative)
+            y = layer(x, real, relative)
+            # a dropped layer is computed too, so that compiled graphs and gradients keep their shape on every rank
+            x = torch.where(torch.rand((), device=x.device) < c.layerdrop, x, y) if self.training and c.layerdrop else y
         return x, lengths
 
     def spec_augment(self, x, lengths):
@@ -384,7 +407,7 @@ class AdapterLayer(nn.Module):
         self.self_attn_conv = Conv1d(D, 2 * D, config.adapter_kernel_size, config.adapter_stride)
         self.self_attn = SelfAttention(config, relative_key=False)
         self.ffn_layer_norm, self.ffn = LayerNorm(D, eps), FeedForward(config, config.adapter_act)
-        self.dropout = config.conformer_conv_dropout
+        self.config = config
 
     def forward(self, x, real, real_after):
         """x (B, F, D); real (B, F) and real_after (B, F'): which frames are real before and after the stride."""
@@ -395,7 +418,7 @@ class AdapterLayer(nn.Module):
 
         residual = pool(self.residual_layer_norm, self.residual_conv)
         y = self.self_attn(pool(self.self_attn_layer_norm, self.self_attn_conv), real_after)
-        x = residual + F.dropout(y, self.dropout, self.training)
+        x = residual + F.dropout(y, self.config.conformer_conv_dropout, self.training)
         return x + self.ffn(self.ffn_layer_norm(x))
 
 
@@ -416,19 +439,22 @@ class LengthAdapter(nn.Module):
         x = x.to(self.compute_dtype)
         for layer in self.layers:
             real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-            lengths, size = (adapter_length(n, self.config, layers=1) for n in (lengths, x.shape[1]))
+            lengths, size = (strided_length(n, self.config) for n in (lengths, x.shape[1]))
             real_after = torch.arange(size, device=x.device) < lengths[:, None]
             x = layer(x, real, real_after)
         return self.enc_to_dec_proj(x), lengths
 
 
-def adapter_length(frames, config, layers=None):
-    """Frames after the adapter, of an int or a tensor of frame counts: each layer gives floor((n + 2 * (kernel // 2) -
-    kernel) / stride) + 1, at least 1. With `layers`, after that many of its layers."""
-    kernel, stride = config.adapter_kernel_size, config.adapter_stride
-    for _ in range(config.num_adapter_layers if layers is None else layers):
-        frames = (frames + 2 * (kernel // 2) - kernel) // stride + 1
+def adapter_length(frames, config):
+    """80 ms frames after the adapter, of a number (or a tensor of numbers) of 20 ms frames, each at least 1."""
+    for _ in range(config.num_adapter_layers):
+        frames = strided_length(frames, config)
     return frames
+
+
+def strided_length(frames, config):
+    """Frames after one layer of the adapter, whose convolutions pad kernel // 2 frames of zeros at either end."""
+    return (frames + 2 * (config.adapter_kernel_size // 2) - config.adapter_kernel_size) // config.adapter_stride + 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -482,10 +508,13 @@ class Attention(nn.Module):
             row = torch.arange(B, device=x.device)[:, None]
             for store, new in zip(cache, (k, v)):
                 store[row, :, positions] = new.transpose(1, 2)  # (B, T, Hkv, d) into (B, Hkv, S, d)
-            if mask is not None:
-                k, v = cache
-        dropout = self.config.attention_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=True)
+        if mask is None:
+            dropout = self.config.attention_dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True)
+        else:  # with a mask, enable_gqa copies the keys for every query head: queries sharing a key become rows instead
+            groups = q.shape[1] // cache[0].shape[1]
+            q = q.reshape(B, -1, groups * T, q.shape[3])  # (B, Hkv, G * T, d)
+            y = F.scaled_dot_product_attention(q, *cache, mask.repeat(1, 1, groups, 1)).view(B, -1, T, q.shape[3])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -554,14 +583,14 @@ class LLM(nn.Module):
     def from_pretrained(cls, path_or_hub_id, dtype=torch.float32, compute_dtype=None, device="cpu"):
         """Loads a Qwen2.5, Qwen3 or Llama checkpoint, single-file or sharded. Raises CheckpointError."""
         directory = fetch(path_or_hub_id)
-        generation = directory / "generation_config.json"
         config = LLMConfig.from_dict(read_json(directory / "config.json"), directory / "config.json",
-                                     read_json(generation) if generation.exists() else None)
-        return load(lambda compute: cls(config, compute), directory, llm_rename(config, directory), dtype,
+                                     read_generation(directory))
+        check_tied(config, directory)
+        return load(lambda compute: cls(config, compute), directory, lambda key: llm_name(key, config), dtype,
                     compute_dtype, device)
 
     def save_pretrained(self, directory):
-        save(directory, asdict(self.config), self.state_dict())
+        save(directory, asdict(self.config), self.state_dict(), self.config.eos_token_id)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -591,14 +620,14 @@ class SpeechLM(nn.Module):
         here = ids == AUDIO
         frame = (here.cumsum(1) - 1).clamp(0, audio.shape[1] - 1)  # (B, T)
         audio = audio.gather(1, frame[..., None].expand(-1, -1, audio.shape[2]))  # (B, T, D)
-        return torch.where(here[..., None], audio, x)
+        return torch.where(here[..., None], audio.to(x.dtype), x)
 
     def forward(self, features, lengths, ids, targets):
         """Summed cross-entropy of the answers, and the number of their tokens.
 
-        features (B, F, 160), lengths (B,), ids (B, T); targets (N,): the flat positions b * T + t in ids of every
-        supervised token (the answer from its first token to its end token), none of them at t = 0. Divide by the
-        count over all batches of a step, not by each batch's.
+        features (B, F, 160), lengths (B,), ids (B, T) int64, with as many placeholders in a row as adapter_length
+        says; targets (N,): the flat positions b * T + t in ids of every supervised token (the answer from its first
+        token to its end token), none at t = 0. Divide by the count over all batches of a step, not by each batch's.
         """
         audio, _ = self.encode(features, lengths)
         hidden = self.llm.hidden(self.embed(ids, audio))
@@ -611,7 +640,7 @@ class SpeechLM(nn.Module):
             return F.cross_entropy(self.llm.logits(h), y, reduction="sum")
 
         chunks = zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK))
-        return sum(checkpoint(loss, h, y, use_reentrant=False) for h, y in chunks)
+        return sum(checkpoint(loss, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in chunks)
 
     @torch.no_grad()
     def read(self, ids, ids_lengths, features, lengths):
@@ -626,11 +655,11 @@ class SpeechLM(nn.Module):
         """Answers for a batch of rows. ids (B, T) up to the answer, ids_lengths (B,); features and lengths as in
         encode, or none when a prefix has the audio; options as in the function generate. Returns B lists of ids."""
         with torch.no_grad():
-            audio = None if features is None else self.checked_audio(ids, features, lengths)
-            return generate(self.llm, self.embed(ids, audio), ids_lengths, **options)
+            x = self.embed(ids, self.checked_audio(ids, features, lengths))
+            return generate(self.llm, x, ids_lengths, **options)
 
     def checked_audio(self, ids, features, lengths):
-        audio, found = self.encode(features, lengths)
+        audio, found = (None, torch.zeros_like(ids[:, 0])) if features is None else self.encode(features, lengths)
         places = (ids == AUDIO).sum(1)
         if not torch.equal(places, found):
             raise ValueError(f"rows hold {places.tolist()} audio placeholders for {found.tolist()} audio frames; "
@@ -643,8 +672,8 @@ class SpeechLM(nn.Module):
         adapter_kernel_size, adapter_stride. Raises CheckpointError."""
         encoder, llm = (part.from_pretrained(path, dtype, compute_dtype, device)
                         for part, path in ((SpeechEncoder, encoder), (LLM, llm)))
-        config = AdapterConfig.from_encoder(encoder.config, llm.config.hidden_size, **adapter)
-        return cls(encoder, LengthAdapter(config, llm.compute_dtype).to(device, dtype), llm)
+        config = AdapterConfig(**asdict(encoder.config), output_size=llm.config.hidden_size, **adapter)
+        return cls(encoder, LengthAdapter(config, llm.compute_dtype).to(device, dtype), llm).eval()
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, dtype=torch.float32, compute_dtype=None, device="cpu"):
@@ -653,28 +682,26 @@ class SpeechLM(nn.Module):
         directory = fetch(path_or_hub_id)
         where = directory / "config.json"
         raw = read_json(where)
-        expect(raw, where, model_type=["speech_lm"], add_pre_adapter=[False, None])
-        parts = {name: raw.get(name) or {} for name in ("encoder", "decoder")}
-        encoder = EncoderConfig.from_dict(parts["encoder"], f"{where}, encoder")
-        llm = LLMConfig.from_dict(parts["decoder"], f"{where}, decoder")
-        expect(parts["encoder"], f"{where}, encoder", add_adapter=[True], use_intermediate_ffn_before_adapter=[False],
-               output_hidden_size=[None, encoder.hidden_size], adapter_act=list(ACTIVATIONS))
-        adapter = AdapterConfig.from_encoder(encoder, llm.hidden_size, **{
-            name: parts["encoder"].get(name, default) for name, default in
-            [("num_adapter_layers", 1), ("adapter_kernel_size", 3), ("adapter_stride", 2), ("adapter_act", "relu")]})
-        if adapter.adapter_kernel_size // 2 != adapter.adapter_stride // 2:
-            raise CheckpointError(f"{where}: adapter kernel {adapter.adapter_kernel_size} with stride "
-                                  f"{adapter.adapter_stride}, expected kernel // 2 == stride // 2; the original pads "
-                                  "and masks these differently and its results cannot be reproduced")
-        llm_key = llm_rename(llm, directory, "decoder.")
+        expect(raw, where, model_type=["speech_lm"], add_pre_adapter=[False])
+        typed(raw, where, encoder=dict, decoder=dict)
+        own, decoder, where = raw.get("encoder") or {}, raw.get("decoder") or {}, f"{where}, encoder"
+        encoder = EncoderConfig.from_dict(own, where)
+        llm = LLMConfig.from_dict(decoder, f"{directory / 'config.json'}, decoder", read_generation(directory))
+        expect(own, where, add_adapter=[True], use_intermediate_ffn_before_adapter=[False],
+               output_hidden_size=[encoder.hidden_size], adapter_act=list(ACTIVATIONS))
+        adapter = AdapterConfig(**known_fields(AdapterConfig, {"num_adapter_layers": 1, **own}, where)
+                                | {"output_size": llm.hidden_size})
+        padding = own.get("adapter_padding", adapter.adapter_stride // 2)
+        if adapter.adapter_kernel_size // 2 != padding:
+            raise CheckpointError(f"{where}: adapter kernel {adapter.adapter_kernel_size} padded by {padding}, expected "
+                                  "kernel // 2; the original masks such rows wrongly and cannot be reproduced")
+        check_tied(llm, directory, "decoder.")
 
         def rename(key):
-            if key.startswith("decoder."):
-                name = llm_key(key.removeprefix("decoder."))
-                return name and "llm." + name
-            if key.startswith("encoder.adapter."):
-                return key.removeprefix("encoder.")
-            return "adapter." + key if key.startswith("enc_to_dec_proj.") else key
+            for ours, stored in SPEECH_LM_KEYS:
+                if key.startswith(stored):
+                    return llm_name(ours + key.removeprefix(stored), llm)
+            return key
 
         def build(compute):
             return cls(SpeechEncoder(encoder, compute), LengthAdapter(adapter, compute), LLM(llm, compute))
@@ -683,22 +710,29 @@ class SpeechLM(nn.Module):
 
     def save_pretrained(self, directory):
         """Writes config.json and model.safetensors in the reference's layout, which from_pretrained reads."""
+        adapter = asdict(self.adapter.config)
+        own = {name: adapter.pop(name) for name in list(adapter) if name not in asdict(self.encoder.config)}
+        if adapter != asdict(self.encoder.config):
+            raise ValueError("the adapter's width, heads, FFN and dropout differ from the encoder's, but the saved form "
+                             "has one place for both; build the adapter from the encoder's configuration")
+        own |= {"add_adapter": True, "adapter_padding": own["adapter_kernel_size"] // 2}
         state = {}
         for key, tensor in self.state_dict().items():
-            key = re.sub("^llm[.]", "decoder.", re.sub("^adapter[.]layers", "encoder.adapter.layers", key))
-            state[key.replace("adapter.enc_to_dec_proj", "enc_to_dec_proj")] = tensor
-        a = asdict(self.adapter.config)
-        adapter = {name: a[name] for name in a if "adapter" in name}
-        encoder = encoder_dict(self.encoder.config) | adapter | {"add_adapter": True}
-        save(directory, {"model_type": "speech_lm", "encoder": encoder, "decoder": asdict(self.llm.config)}, state)
+            ours, stored = next((pair for pair in SPEECH_LM_KEYS if key.startswith(pair[0])), ("", ""))
+            state[stored + key.removeprefix(ours)] = tensor
+        save(directory, {"model_type": "speech_lm", "encoder": encoder_dict(self.encoder.config) | own,
+                         "decoder": asdict(self.llm.config)}, state, self.llm.config.eos_token_id)
+
+
+SPEECH_LM_KEYS = [("adapter.layers.", "encoder.adapter.layers."), ("adapter.enc_to_dec_proj.", "enc_to_dec_proj."),
+                  ("llm.", "decoder.")]  # ours, and the reference's
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Generation: prefill, decode step, drivers
 
 
-@dataclass
-class Prefix:
+class Prefix(NamedTuple):
     """Rows already read: the cache's keys and values, and how many positions each row fills (B,)."""
 
     cache: list
@@ -747,7 +781,16 @@ def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.
     outgrow the model's context.
     """
     B, T, _ = x.shape
+    if max_new_tokens < 1 or num_beams < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} and num_beams {num_beams} must be at least 1, temperature "
+                         f"{temperature} at least 0, top_p {top_p} above 0 and at most 1")
+    if num_beams > 1 and (temperature > 0 or on_token is not None):
+        raise ValueError("beam search neither samples nor streams; give num_beams, or temperature and on_token")
+    if not 1 <= lengths.min() <= lengths.max() <= T:
+        raise ValueError(f"row lengths {lengths.tolist()}, expected 1 to {T}")
     start = torch.zeros_like(lengths)
+    if prefix is not None and prefix_rows is None and len(prefix.lengths) != B:
+        raise ValueError(f"a prefix of {len(prefix.lengths)} rows for {B} rows; say with prefix_rows which to continue")
     if prefix is not None:
         prefix_rows = torch.arange(B, device=x.device) if prefix_rows is None else prefix_rows
         start = prefix.lengths[prefix_rows]
@@ -755,13 +798,14 @@ def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.
     if needed > context:
         raise ValueError(f"a row needs {needed} positions with its {max_new_tokens} new tokens, the model's context "
                          f"has {context}; give shorter audio or text, or lower max_new_tokens")
-    cache = new_cache(llm, B, int(start.max()) + T + max_new_tokens)
+    held = int(start.max())
+    cache = new_cache(llm, B, held + T + max_new_tokens)
     if prefix is None:
         logits = prefill(llm, x, lengths, cache)
     else:
         for new, old in zip(cache, prefix.cache):
             for store, kept in zip(new, old):
-                store[:, :, :kept.shape[2]] = kept[prefix_rows]
+                store[:, :, :held] = kept[prefix_rows, :, :held]
         logits = prefill(llm, x, lengths, cache, start)
     positions = start + lengths
     if num_beams > 1:
@@ -790,7 +834,7 @@ def beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length
     (B, V), K, eos = logits.shape, num_beams, llm.config.eos_token_id
     rows = torch.arange(B, device=logits.device).repeat_interleave(K)
     cache = [tuple(store[rows] for store in layer) for layer in cache]  # (B * K, Hkv, S, head_dim)
-    logits, positions = logits[rows], positions[rows]
+    logits, positions, filled = logits[rows], positions[rows], int(positions.max())
     scores = torch.tensor([0.0] + [float("-inf")] * (K - 1), device=logits.device).repeat(B)  # (B * K,)
     beams = [[[]] * K for _ in range(B)]
     finished, done = [[] for _ in range(B)], [False] * B
@@ -820,7 +864,7 @@ def beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length
         rows, ids = torch.tensor([c[1:] for c in chosen], device=logits.device).T
         for layer in cache:
             for store in layer:
-                store.copy_(store[rows])
+                store[:, :, :filled + step - 1] = store[rows, :, :filled + step - 1]
         logits = decode_step(llm, ids, positions + step - 1, cache)
 
 
@@ -843,17 +887,17 @@ def fetch(path_or_hub_id):
             "config.json", "generation_config.json", "tokenizer.json", "model.safetensors",
             "model.safetensors.index.json", "model-*-of-*.safetensors"]))
     except Exception as error:  # its errors have no common base: network, HTTP status, cache, disk
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: no such directory here, and the Hub gave no such model "
-                              f"({type(error).__name__}: {reason}); check the name, the network and HF_HUB_OFFLINE") from error
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise CheckpointError(f"{path}: no such directory here, and the Hub gave no such model ({reason}); check the "
+                              "name, the network and HF_HUB_OFFLINE") from error
 
 
 def read_json(path):
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: not found; a checkpoint directory holds config.json and model.safetensors") from None
-    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not found; a checkpoint has config.json and model.safetensors") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); copy it from the checkpoint again") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: found a {type(raw).__name__}, expected a JSON object; copy it again")
@@ -870,9 +914,11 @@ def weight_files(directory):
         raise CheckpointError(f"{directory}: found {', '.join(others) or 'no weights'}, expected model.safetensors or "
                               "model.safetensors.index.json; pickled weights are not opened: take the checkpoint's "
                               "safetensors version or convert it")
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    raw = read_json(index)
+    typed(raw, index, weight_map=dict)
+    names = sorted({str(name) for name in (raw.get("weight_map") or {}).values()})
     for name in names:
-        if Path(name).name != name or not (directory / name).is_file():
+        if not re.fullmatch(r"[\w-][\w.-]{,200}[.]safetensors", name) or not (directory / name).is_file():
             raise CheckpointError(f"{index}: names the shard {name!r}, which is not a file beside it; "
                                   "download the missing shards")
     return [directory / name for name in names]
@@ -880,29 +926,33 @@ def weight_files(directory):
 
 def open_weights(file, device="cpu"):
     try:
-        return safe_open(file, framework="pt", device=str(device))
+        return safe_open(file, framework="pt", device=str(torch.device(device)))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes that are not a whole safetensors file ({error}); "
                               "it is truncated or damaged: download it again") from error
 
 
-def llm_rename(config, directory, prefix=""):
-    """What an LLM checkpoint calls a tensor -> our name, or None for one that is not needed: stored RoPE tables, and
-    the stored copy of a tied output layer, which must equal the embedding."""
-    def rename(key):
-        tied_copy = config.tie_word_embeddings and key == "lm_head.weight"
-        return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
+def read_generation(directory):
+    path = directory / "generation_config.json"
+    return read_json(path) if path.exists() else {}
 
-    if config.tie_word_embeddings:
-        pair = {prefix + "lm_head.weight": None, prefix + "model.embed_tokens.weight": None}
-        for file in weight_files(directory):
-            with open_weights(file) as f:
-                pair |= {key: f.get_tensor(key) for key in pair if key in f.keys()}
-        head, embedding = pair.values()
-        if head is not None and embedding is not None and not torch.equal(head, embedding):
-            raise CheckpointError(f"{directory}: tie_word_embeddings is true in config.json, but lm_head.weight differs "
-                                  "from the embedding; set it to false to use both")
-    return rename
+
+def llm_name(key, config):
+    """Our name of an LLM checkpoint's tensor; None if not needed: RoPE tables, the copy of a tied output layer."""
+    tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
+    return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
+
+
+def check_tied(config, directory, prefix=""):
+    """Raises CheckpointError if the output layer is to be the embedding, but the checkpoint has another one."""
+    pair = dict.fromkeys([prefix + "lm_head.weight", prefix + "model.embed_tokens.weight"] * config.tie_word_embeddings)
+    for file in weight_files(directory):
+        with open_weights(file) as f:
+            pair |= {key: f.get_tensor(key) for key in pair if key in f.keys()}
+    found = [tensor for tensor in pair.values() if tensor is not None]
+    if len(found) == 2 and not torch.equal(*found):
+        raise CheckpointError(f"{directory}: tie_word_embeddings is true in config.json, but lm_head.weight differs "
+                              "from the embedding; set it to false to use both")
 
 
 def load(build, directory, rename, dtype, compute_dtype, device):
@@ -917,26 +967,32 @@ def load(build, directory, rename, dtype, compute_dtype, device):
             raise ValueError(f"precision {precision} is not supported; choose torch.float32 or torch.bfloat16")
     with torch.device("meta"):
         model = build(compute_dtype or dtype)
-    wanted, plan, problems = model.state_dict(), [], []
+    wanted, plan, problems = model.state_dict(), {}, []
     for file in weight_files(directory):
         with open_weights(file) as f:
             for key in f.keys():
-                name, shape = rename(key), tuple(f.get_slice(key).get_shape())
-                if name is not None and name not in wanted:
+                name, tensor = rename(key), f.get_slice(key)
+                if name is None:
+                    continue
+                shape, stored = tuple(tensor.get_shape()), tensor.get_dtype()
+                if name not in wanted:
                     problems.append(f"unexpected {key} {shape}")
-                elif name is not None:
-                    plan.append((file, key, name))
-                    if shape != wanted[name].shape:
-                        problems.append(f"{key} is {shape}, expected {tuple(wanted[name].shape)}")
-    problems += [f"missing {name}" for name in sorted(wanted.keys() - {name for *_, name in plan})]
+                elif name in plan:
+                    problems.append(f"{key} is there twice")
+                elif shape != wanted[name].shape:
+                    problems.append(f"{key} is {shape}, expected {tuple(wanted[name].shape)}")
+                elif stored not in ("F32", "BF16", "F16"):
+                    problems.append(f"{key} is {stored}, expected F32, BF16 or F16")
+                plan[name] = file, key, stored
+    problems += [f"missing {name}" for name in sorted(wanted.keys() - plan.keys())]
     if problems:
         more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise CheckpointError(f"{directory}: {len(problems)} of {len(wanted)} tensors do not fit config.json: "
+        raise CheckpointError(f"{directory}: {len(problems)} tensors do not fit config.json: "
                               f"{'; '.join(problems[:12])}{more}; the weights and config.json are of different models")
-    state, as_stored = {}, {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
-    for file, key, name in plan:
+    state = {}
+    for name, (file, key, stored) in plan.items():
         with open_weights(file, device) as f:
-            if f.get_slice(key).get_dtype() == as_stored:
+            if stored == {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]:
                 state[name] = f.get_tensor(key)
                 continue
         state[name] = torch.empty(wanted[name].shape, dtype=dtype, device=device)
@@ -952,13 +1008,22 @@ def encoder_dict(config):
     return {"model_type": "wav2vec2-bert", "position_embeddings_type": "relative_key", **asdict(config)}
 
 
-def save(directory, config, state):
-    """Writes model.safetensors and config.json; each replaces its forerunner only when it is whole."""
+def save(directory, config, state, eos_token_id=None):
+    """Writes the weights and the JSON files; each replaces its forerunner only when it is whole."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights = directory / "model.safetensors.tmp"
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights, metadata={"format": "pt"})
-    text = directory / "config.json.tmp"
-    text.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for written in (weights, text):
-        os.replace(written, written.with_suffix(""))
+    texts = {"config.json": config}
+    if eos_token_id is not None:
+        texts["generation_config.json"] = {"eos_token_id": eos_token_id}
+    written = [directory / f"{name}.tmp" for name in ("model.safetensors", *texts)]
+    try:
+        state = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(state, written[0], metadata={"format": "pt"})
+        for file, values in zip(written[1:], texts.values()):
+            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    except BaseException:
+        for file in written:
+            file.unlink(missing_ok=True)
+        raise
+    for file in written:
+        os.replace(file, file.with_suffix(""))

@@ -28,7 +28,7 @@ def tiny_llm(family="qwen2", **config):
 
 def tiny_speech_lm(family="qwen2", seed=0, **llm_config):
     encoder, llm = EncoderConfig(**ENCODER), tiny_llm(family, **llm_config)
-    adapter = AdapterConfig.from_encoder(encoder, llm.config.hidden_size)
+    adapter = AdapterConfig(**ENCODER, output_size=llm.config.hidden_size)
     return randomise(SpeechLM(SpeechEncoder(encoder), LengthAdapter(adapter), llm), seed)
 
 
@@ -48,15 +48,17 @@ def speech_batch(speech_lm, frames=(61, 1, 34, 7), prompt=(2, 0, 3, 1), answer=(
 
 
 class Shapes(TorchDispatchMode):
-    """Records the shape of every tensor any operation makes."""
+    """Records the shapes and devices of every tensor any operation makes."""
 
     def __init__(self):
         super().__init__()
-        self.seen = set()
+        self.seen, self.devices = set(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.seen |= {tuple(t.shape) for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)}
+        made = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.seen |= {tuple(t.shape) for t in made}
+        self.devices |= {t.device.type for t in made}
         return out
 
 
@@ -106,8 +108,8 @@ def test_no_position_table_per_query_key_pair():
 def test_adapter_equals_peer_unpadded(shape):
     layers, kernel, stride = shape
     peer = peer_encoder(add_adapter=True, num_adapter_layers=layers, adapter_kernel_size=kernel, adapter_stride=stride)
-    config = AdapterConfig.from_encoder(EncoderConfig(**ENCODER), 48, num_adapter_layers=layers,
-                                        adapter_kernel_size=kernel, adapter_stride=stride)
+    config = AdapterConfig(**ENCODER, output_size=48, num_adapter_layers=layers, adapter_kernel_size=kernel,
+                           adapter_stride=stride)
     ours = randomise(LengthAdapter(config))
     ours.layers.load_state_dict(peer.adapter.layers.state_dict(), strict=True)
     for n in range(1, 30):
@@ -230,6 +232,23 @@ def test_bfloat16_stays_close_to_float32(tmp_path, family):
         SpeechLM.from_pretrained(tmp_path, torch.float16)
 
 
+def test_norms_and_loss_are_float32_under_bfloat16(monkeypatch):
+    x = (torch.randn(4, 2000) * 30 + 500).bfloat16()
+    for norm, exact in [(model.LayerNorm(2000), lambda y: (y - y.mean(-1, keepdim=True)) / y.std(-1, keepdim=True, correction=0)),
+                        (model.RMSNorm(2000, 1e-6), lambda y: y / y.square().mean(-1, keepdim=True).sqrt())]:
+        norm = randomise(norm)
+        expected = exact(x.double()) * norm.weight + getattr(norm, "bias", 0.0)
+        torch.testing.assert_close(norm(x).double(), expected.bfloat16().double(), rtol=2**-7, atol=2**-9)
+    seen = []
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda h, *args, **kwargs: seen.append(h.dtype) or cross_entropy(h, *args, **kwargs))
+    llm = tiny_llm()
+    llm.compute_dtype = torch.bfloat16
+    speech_lm = SpeechLM(None, None, llm)
+    loss = speech_lm.answer_loss(llm.hidden(llm.embed(torch.randint(0, 211, (1, 9))))[0], torch.randint(0, 211, (9,)))
+    assert loss.dtype == torch.float32 and set(seen) == {torch.float32}
+
+
 def reference_logits(peer, proj, llm, features, mask, ids, ids_mask):
     """The reference system's forward: audio right-padded, then text left-padded, one arange of positions over all."""
     frames = peer._get_feature_vector_attention_mask
@@ -271,6 +290,10 @@ def test_equals_the_reference_composite(tmp_path):
     per_token = F.cross_entropy(theirs[:, 6:-1].flatten(0, 1), text[:, 3:].flatten(), reduction="none").view(2, answer)
     assert count == 12
     torch.testing.assert_close(loss, per_token.sum(), rtol=1e-5, atol=1e-4)
+    state["decoder.lm_head.weight"] = torch.randn(211, 48)
+    save_file(state | {"decoder.model.embed_tokens.weight": torch.randn(211, 48)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="lm_head.weight differs from the embedding"):
+        SpeechLM.from_pretrained(tmp_path)
     # (b) what the reference trains on: logits cut to the label length, then shifted by one once more
     cut = theirs[:, -answer:]
     dropped = F.cross_entropy(cut[:, :-1].flatten(0, 1), text[:, 4:].flatten(), reduction="sum")
@@ -308,7 +331,7 @@ def test_a_batch_equals_its_rows(family):
     torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-4)
     assert count == len(targets) == 17
     wider = torch.cat([ids, torch.randint(0, 211, (4, 9))], 1)
-    noisy = torch.cat([features, 50 * torch.randn(4, 13, 160)], 1)
+    noisy = torch.cat([features, torch.full((4, 13, 160), float("nan"))], 1)
     padded, _ = speech_lm(noisy, lengths, wider, targets // T * (T + 9) + targets % T)
     torch.testing.assert_close(loss, padded, rtol=1e-5, atol=1e-4)
 
@@ -380,14 +403,23 @@ def test_stop_callback_prefix_and_context():
     prefix = speech_lm.read(ids[:, :n.max()], n, features, lengths)
     questions, of = torch.randint(90, 211, (6, 3)), torch.tensor([0, 3, 3, 1, 2, 0])
     sizes = torch.tensor([3, 1, 2, 3, 2, 1])
-    separately = []
+    separately, beamed = [], []
     for q, row, size in zip(questions, of, sizes):
         whole = torch.cat([ids[row, :n[row]], q[:size]])[None]
         separately += speech_lm.generate(whole, n[row, None] + size, features[row, None, :lengths[row]],
                                          lengths[row, None], max_new_tokens=9)
+        beamed += speech_lm.generate(whole, n[row, None] + size, features[row, None, :lengths[row]],
+                                     lengths[row, None], max_new_tokens=9, num_beams=3)
     speech_lm.encoder = speech_lm.adapter = None
     for _ in range(2):  # asking leaves the prefix as it was
         assert speech_lm.generate(questions, sizes, prefix=prefix, prefix_rows=of, max_new_tokens=9) == separately
+    asked = speech_lm.generate(questions, sizes, prefix=prefix, prefix_rows=of, max_new_tokens=9, num_beams=3)
+    assert asked == beamed
+    assert speech_lm.generate(questions[:4], sizes[:4], prefix=prefix, max_new_tokens=9) == [
+        speech_lm.generate(questions[b:b + 1], sizes[b:b + 1], prefix=prefix, prefix_rows=torch.tensor([b]),
+                           max_new_tokens=9)[0] for b in range(4)]
+    with pytest.raises(ValueError, match="a prefix of 4 rows for 6 rows; say with prefix_rows which to continue"):
+        speech_lm.generate(questions, sizes, prefix=prefix)
     with pytest.raises(ValueError, match=r"a row needs \d+ positions with its 500 new tokens, the model's context has 512"):
         speech_lm.generate(questions, sizes, prefix=prefix, prefix_rows=of, max_new_tokens=500)
 
@@ -398,6 +430,20 @@ def test_wrong_number_of_placeholders_is_refused():
     ids[0, 2] = 5
     with pytest.raises(ValueError, match=r"rows hold \[15, 1, 9, 2\] audio placeholders for \[16, 1, 9, 2\] audio frames"):
         speech_lm.generate(ids, torch.tensor([20, 3, 14, 5]), features, lengths)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(max_new_tokens=0), "max_new_tokens 0 and num_beams 1 must be at least 1"),
+    (dict(num_beams=0), "num_beams 0 must be at least 1"), (dict(temperature=-1), "temperature -1 at least 0"),
+    (dict(top_p=0), "top_p 0 above 0"), (dict(num_beams=2, temperature=1.0), "beam search neither samples nor streams"),
+    (dict(ids_lengths=torch.tensor([0, 3])), r"row lengths \[0, 3\], expected 1 to 5"),
+    (dict(ids=torch.full((2, 5), AUDIO)), r"rows hold \[5, 5\] audio placeholders for \[0, 0\] audio frames")])
+def test_generate_refuses_what_makes_no_sense(options, message):
+    speech_lm = tiny_speech_lm()
+    arguments = dict(ids=torch.randint(0, 211, (2, 5)), ids_lengths=torch.tensor([5, 3]))
+    assert len(speech_lm.generate(**arguments, max_new_tokens=2)) == 2  # text alone will do
+    with pytest.raises(ValueError, match=message):
+        speech_lm.generate(**{**arguments, **options})
 
 
 def test_sampling():
@@ -423,20 +469,20 @@ def test_whole_path_on_the_meta_device():
     with torch.device("meta"):
         speech_lm = tiny_speech_lm("qwen3")
     batch = [t.to("meta") for t in speech_batch(speech_lm)]
-    for train in (False, True):
-        speech_lm.train(train)
-        loss, count = speech_lm(*batch)
-        loss.backward()
-        assert loss.device.type == "meta" and loss.shape == () and count == 17
-    assert all(p.grad.device.type == "meta" for name, p in speech_lm.named_parameters() if name.startswith("adapter"))
-    with torch.no_grad():
-        features, lengths, ids, _ = batch
-        audio, _ = speech_lm.encode(features, lengths)
-        cache = new_cache(speech_lm.llm, 4, 64)
-        logits = prefill(speech_lm.llm, speech_lm.embed(ids, audio), lengths, cache)
-        logits = decode_step(speech_lm.llm, sample(logits, 0, 1.0, None), lengths, cache)
-        logits = prefill(speech_lm.llm, speech_lm.embed(ids), lengths, cache, start=lengths)
-    assert logits.shape == (4, 211) and logits.device.type == "meta"
+    with Shapes() as made:
+        for train in (False, True):
+            speech_lm.train(train)
+            loss, count = speech_lm(*batch)
+            loss.backward()
+            assert loss.shape == () and count == 17
+        with torch.no_grad():
+            features, lengths, ids, _ = batch
+            audio, _ = speech_lm.encode(features, lengths)
+            cache = new_cache(speech_lm.llm, 4, 64)
+            logits = prefill(speech_lm.llm, speech_lm.embed(ids, audio), lengths, cache)
+            logits = decode_step(speech_lm.llm, sample(logits, 0, 1.0, None), lengths, cache)
+            logits = prefill(speech_lm.llm, speech_lm.embed(ids), lengths, cache, start=lengths)
+    assert logits.shape == (4, 211) and made.devices == {"meta"}
 
 
 @torch.no_grad()
@@ -461,6 +507,9 @@ def test_compiled_equals_eager():
 
 def test_compiled_training_step_equals_eager():
     speech_lm = tiny_speech_lm()
+    speech_lm.encoder.train()  # with layerdrop and time masking it must trace; to compare, all chances are 0
+    torch.compile(speech_lm.encoder, fullgraph=True, dynamic=False, backend="aot_eager")(*speech_batch(speech_lm)[:2])
+    speech_lm.encoder.eval()
     batch = speech_batch(speech_lm)
     grads = []
     for run in (speech_lm, torch.compile(speech_lm, fullgraph=True, dynamic=False)):
@@ -499,21 +548,49 @@ def test_loss_makes_no_logits_for_the_whole_batch(monkeypatch):
     grad = speech_lm.llm.model.embed_tokens.weight.grad.clone()
     monkeypatch.setattr(model, "LOSS_CHUNK", 4)
     speech_lm.zero_grad()
+    kept = set()
     with Shapes() as shapes:
-        loss, _ = speech_lm(*batch)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(tuple(t.shape)) or t, lambda t: t):
+            loss, _ = speech_lm(*batch)
         loss.backward()
+    assert kept and not any(s[-1:] == (211,) for s in kept)  # logits are not kept for the backward pass
     torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(speech_lm.llm.model.embed_tokens.weight.grad, grad, rtol=1e-4, atol=1e-5)
     with_vocabulary = {s for s in shapes.seen if 211 in s and 48 not in s}
     assert with_vocabulary and max(math.prod(s) for s in with_vocabulary) == 4 * 211
 
 
-def test_dropout_layerdrop_and_masking_in_training_only():
+# how many dropouts with the given rate the peer's module of the same configuration applies in one forward pass
+DROPOUTS = [("hidden_dropout", 1 + 3 * 2, 2), ("activation_dropout", 3 * 2, 2), ("attention_dropout", 2 * 3, 2),
+            ("feat_proj_dropout", 1, 0), ("conformer_conv_dropout", 3, 2)]
+
+
+@pytest.mark.parametrize("name, in_encoder, in_adapter", DROPOUTS)
+def test_every_dropout_of_the_peer_is_there_and_in_training_only(monkeypatch, name, in_encoder, in_adapter):
+    rates = dict.fromkeys([rate for rate, *_ in DROPOUTS], 0.0) | {name: 0.25}
+    config = {**ENCODER, **rates, "layerdrop": 0.0, "mask_time_prob": 0.0}
+    encoder, adapter = SpeechEncoder(EncoderConfig(**config)), LengthAdapter(AdapterConfig(**config, output_size=48))
+    used, dropout, attention = [], F.dropout, F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: used.append(p * training) or dropout(x, p, training))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, mask, p: used.append(p) or attention(q, k, v, mask, p))
+    for train in (True, False):
+        for module, features, count in [(encoder, torch.randn(1, 20, 160), in_encoder), (adapter, torch.randn(1, 20, 32), in_adapter)]:
+            used.clear()
+            module.train(train)(features, torch.tensor([20]))
+            assert used.count(0.25) == count * train and set(used) <= {0.0, 0.25}
+
+
+def test_attention_dropout_of_the_llm():
+    llm, ids = tiny_llm(attention_dropout=0.5), torch.randint(0, 211, (1, 30))
+    assert torch.equal(llm(ids), llm(ids))
+    llm.train()
+    assert not torch.equal(llm(ids), llm(ids))
+
+
+def test_layerdrop_and_masking_in_training_only():
     features, lengths = torch.randn(2, 60, 160), torch.tensor([60, 41])
     off = dict(ENCODER, layerdrop=0.0, mask_time_prob=0.0, conformer_conv_dropout=0.0)
-    for on in (dict(layerdrop=0.5), dict(mask_time_prob=0.3), dict(mask_feature_prob=0.5), dict(hidden_dropout=0.2),
-               dict(activation_dropout=0.2), dict(attention_dropout=0.2), dict(feat_proj_dropout=0.2),
-               dict(conformer_conv_dropout=0.2), {}):
+    for on in (dict(layerdrop=0.5), dict(mask_time_prob=0.3), dict(mask_feature_prob=0.5), {}):
         encoder = randomise(SpeechEncoder(EncoderConfig(**{**off, **on})))
         runs = [encoder(features, lengths)[0] for _ in range(2)]
         assert torch.equal(*runs)
@@ -522,6 +599,32 @@ def test_dropout_layerdrop_and_masking_in_training_only():
         assert all(torch.equal(runs[0], run) for run in runs) == (not on), on
     encoder.config.apply_spec_augment, encoder.config.mask_time_prob = False, 0.9
     assert torch.equal(encoder(features, lengths)[0], runs[0])
+    encoder.config.layerdrop = 1.0  # every layer dropped: the projected features come out
+    torch.testing.assert_close(encoder(features, lengths)[0][0], encoder.feature_projection(features)[0])
+
+
+def test_masked_frames_become_the_learned_vector_and_masked_channels_zero():
+    encoder = randomise(SpeechEncoder(EncoderConfig(**ENCODER, mask_time_prob=0.3, mask_feature_prob=0.3)))
+    x, lengths = torch.randn(3, 60, 32) + 5, torch.tensor([60, 60, 30])
+    y = encoder.spec_augment(x, lengths)
+    channels = (y == 0).all(1)  # (B, D)
+    frames = ((y == encoder.masked_spec_embed) | channels[:, None]).all(-1)  # (B, T)
+    assert channels.any() and frames.any() and not frames[2, 30:].any()
+    assert torch.equal(y, torch.where(channels[:, None], 0, torch.where(frames[..., None], encoder.masked_spec_embed, x)))
+
+
+@torch.no_grad()
+def test_other_activations_equal_peer():
+    peer = peer_encoder(add_adapter=True, hidden_act="gelu", adapter_act="swish")
+    config = dict(ENCODER, hidden_act="gelu", adapter_act="swish", num_adapter_layers=1)
+    encoder = SpeechEncoder(EncoderConfig(**{k: v for k, v in config.items() if "adapter" not in k})).eval()
+    adapter = LengthAdapter(AdapterConfig(**config, output_size=48)).eval()
+    state = peer.state_dict()
+    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("adapter")})
+    adapter.layers.load_state_dict(peer.adapter.layers.state_dict())
+    features, lengths = torch.randn(1, 21, 160), torch.tensor([21])
+    x, _ = adapter(*encoder(features, lengths))
+    assert relative_error(x, adapter.enc_to_dec_proj(peer(features).last_hidden_state)) < 1e-5
 
 
 def test_masked_spans_have_the_peers_statistics():
@@ -552,7 +655,11 @@ def test_save_and_load_again(tmp_path):
     speech_lm.encoder.save_pretrained(tmp_path / "encoder")
     speech_lm.llm.save_pretrained(tmp_path / "llm")
     again = SpeechLM.from_pretrained(tmp_path / "whole")
-    assert [p.name for p in sorted((tmp_path / "whole").iterdir())] == ["config.json", "model.safetensors"]
+    assert [p.name for p in sorted((tmp_path / "whole").iterdir())] == ["config.json", "generation_config.json",
+                                                                      "model.safetensors"]
+    half = SpeechLM.from_parts(tmp_path / "encoder", tmp_path / "llm", torch.bfloat16, torch.float32)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and not half.training
+    assert {half.encoder.compute_dtype, half.adapter.compute_dtype, half.llm.compute_dtype} == {torch.float32}
     parts = SpeechLM.from_parts(tmp_path / "encoder", tmp_path / "llm", num_adapter_layers=3)
     assert len(parts.adapter.layers) == 3 and parts.adapter.config.output_size == 48
     for other in (again, parts):
@@ -568,6 +675,37 @@ def test_save_and_load_again(tmp_path):
         x, n = torch.randn(1, 30, 160), torch.tensor([30])
         peer = Wav2Vec2BertModel.from_pretrained(tmp_path / "encoder").eval()
         assert relative_error(speech_lm.encoder(x, n)[0], peer(x).last_hidden_state) < 1e-5
+
+
+@torch.no_grad()
+def test_a_new_adapter_of_any_shape_is_saved_and_loaded(tmp_path):
+    encoder, llm = EncoderConfig(**ENCODER), tiny_llm(eos_token_id=[5, 6])
+    for kernel, stride in ((5, 2), (3, 4), (3, 1), (8, 8)):
+        adapter = AdapterConfig(**ENCODER, output_size=48, adapter_kernel_size=kernel, adapter_stride=stride)
+        whole = randomise(SpeechLM(SpeechEncoder(encoder), LengthAdapter(adapter), llm))
+        whole.save_pretrained(tmp_path)  # over the memory-mapped model of the round before
+        again = SpeechLM.from_pretrained(tmp_path)
+        features, lengths = torch.randn(2, 33, 160), torch.tensor([33, 1])
+        for ours, theirs in zip(whole.encode(features, lengths), again.encode(features, lengths)):
+            assert torch.equal(ours, theirs)
+        assert again.llm.config.eos_token_id == [5, 6]
+    whole.adapter.config.num_attention_heads = 2
+    with pytest.raises(ValueError, match="the adapter's width, heads, FFN and dropout differ from the encoder's"):
+        whole.save_pretrained(tmp_path)
+
+
+def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch):
+    llm = tiny_llm()
+    llm.save_pretrained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        randomise(llm, 1).save_pretrained(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 PEAK = r"""
@@ -617,11 +755,19 @@ def damage(directory, **config):
 
 
 REFUSED_CONFIGS = [
+    (dict(num_attention_heads=0), "config.json: num_attention_heads is 0, expected int of at least 1"),
+    (dict(num_attention_heads="6"), "num_attention_heads is '6', expected int of at least 1"),
+    (dict(hidden_size=48.0), "hidden_size is 48.0, expected int"), (dict(vocab_size=None), "no field vocab_size"),
+    (dict(tie_word_embeddings="true"), "tie_word_embeddings is 'true', expected bool"),
+    (dict(rope_theta=0, rope_scaling="gone"), "rope_theta of the RoPE is 0, expected a positive number"),
+    (dict(rope_scaling="llama3"), "rope_scaling is 'llama3', expected dict"), (dict(layer_types=5), "layer_types is 5"),
+    (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor of the RoPE is None"),
+    (dict(num_key_value_heads=4), "num_attention_heads 6 is no multiple of num_key_value_heads 4"),
     (dict(model_type="mistral"), "config.json: model_type is 'mistral', expected 'qwen2' or 'qwen3' or 'llama'"),
     (dict(model_type="gone"), "config.json: model_type is None, expected 'qwen2'"),
     (dict(use_sliding_window=True, max_window_layers=1), "config.json: sliding-window attention is in use"),
     (dict(layer_types=["full_attention", "sliding_attention", "full_attention"]), "sliding-window attention is in use"),
-    (dict(num_experts=60), "config.json: num_experts is 60, expected None or 0"),
+    (dict(num_experts=60), "config.json: num_experts is 60, expected 0"),
     (dict(num_local_experts=8), "num_local_experts is 8"),
     (dict(rope_scaling=dict(type="yarn", factor=4.0)), "rope_type is 'yarn', expected 'default' or 'llama3'"),
     (dict(rope_parameters=dict(rope_type="linear", factor=2.0)), "rope_type is 'linear'"),
@@ -630,10 +776,10 @@ REFUSED_CONFIGS = [
     (dict(mlp_bias=True), "mlp_bias is True"),
     (dict(quantization_config=dict(bits=4)), "quantization_config is {'bits': 4}"),
     (dict(vocab_size="gone"), "config.json: no field vocab_size; copy the checkpoint's own config.json again"),
-    (dict(hidden_size=64), r"29 of 38 tensors do not fit config.json: model.embed_tokens.weight is \(211, 48\), expected \(211, 64\)"),
-    (dict(num_hidden_layers=2), r"12 of 26 tensors do not fit config.json: unexpected model.layers.2.input_layernorm.weight \(48,\)"),
-    (dict(num_hidden_layers=4), "12 of 50 tensors do not fit config.json: missing model.layers.3.input_layernorm.weight"),
-    (dict(tie_word_embeddings=False), "1 of 39 tensors do not fit config.json: missing lm_head.weight"),
+    (dict(hidden_size=64), r"29 tensors do not fit config.json: model.embed_tokens.weight is \(211, 48\), expected \(211, 64\)"),
+    (dict(num_hidden_layers=2), r"12 tensors do not fit config.json: unexpected model.layers.2.input_layernorm.weight \(48,\)"),
+    (dict(num_hidden_layers=4), "12 tensors do not fit config.json: missing model.layers.3.input_layernorm.weight"),
+    (dict(tie_word_embeddings=False), "1 tensors do not fit config.json: missing lm_head.weight"),
 ]
 
 
@@ -672,7 +818,7 @@ def test_encoder_config_is_refused_by_name(tmp_path, config, message):
     (dict(decoder="gone"), "config.json, decoder: model_type is None"),
     (dict(encoder=dict(model_type="wav2vec2-bert", add_adapter=False)), "config.json, encoder: add_adapter is False"),
     (dict(encoder=dict(model_type="wav2vec2-bert", hidden_size=32, output_hidden_size=64)), "output_hidden_size is 64"),
-    (dict(encoder=dict(model_type="wav2vec2-bert", adapter_kernel_size=7)), "adapter kernel 7 with stride 2")])
+    (dict(encoder=dict(model_type="wav2vec2-bert", adapter_kernel_size=7)), "adapter kernel 7 padded by 1, expected kernel // 2")])
 def test_speech_lm_config_is_refused_by_name(tmp_path, config, message):
     tiny_speech_lm().save_pretrained(tmp_path)
     damage(tmp_path, **config)
@@ -687,13 +833,19 @@ def test_bad_checkpoint_directories(tmp_path):
         assert "\n" not in str(error.value)
 
     refused(tmp_path / "no" / "such", "no/such: no such directory; give the directory of a checkpoint")
-    refused(tmp_path, "config.json: not found; a checkpoint directory holds config.json and model.safetensors")
+    refused(tmp_path, "config.json: not found; a checkpoint has config.json and model.safetensors")
     (tmp_path / "config.json").write_text("{ not json")
     refused(tmp_path, "config.json: not readable as JSON .*; copy it from the checkpoint again")
     (tmp_path / "config.json").write_text("[]")
     refused(tmp_path, "config.json: found a list, expected a JSON object")
+    (tmp_path / "config.json").write_text("[" * 100000)
+    refused(tmp_path, "config.json: not readable as JSON")
     llm = tiny_llm()
     llm.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [[7]]}')
+    refused(tmp_path, r"eos_token_id is \[\[7\]\], expected integers")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
+    assert LLM.from_pretrained(tmp_path).config.eos_token_id == [8, 9]  # config.json says 7
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     for n in (0, 5, 1000, len(whole) - 1):
@@ -703,11 +855,28 @@ def test_bad_checkpoint_directories(tmp_path):
     refused(tmp_path, "found no weights, expected model.safetensors or model.safetensors.index.json")
     torch.save(llm.state_dict(), tmp_path / "pytorch_model.bin")
     refused(tmp_path, "found pytorch_model.bin, expected model.safetensors .* take the checkpoint's safetensors version")
-    for name in ("../secret.safetensors", str(tmp_path / "x.safetensors")):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    refused(tmp_path, r"weight_map is \[\], expected dict")
+    for name in ("../secret.safetensors", str(tmp_path / "x.safetensors"), 5, None, "x" * 400 + ".safetensors"):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
         (tmp_path.parent / "secret.safetensors").write_bytes(whole)
         (tmp_path / "x.safetensors").write_bytes(whole)
         refused(tmp_path, "index.json: names the shard .* which is not a file beside it")
+
+
+def test_doubled_and_quantised_tensors_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    tiny_llm().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    save_file({"model.norm.weight": torch.zeros(48)}, tmp_path / "b.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": dict.fromkeys(state, "a.safetensors") | {"model.norm.weight": "b.safetensors"}}))
+    with pytest.raises(CheckpointError, match="model.norm.weight is there twice"):
+        LLM.from_pretrained(tmp_path)
+    save_file(state | {"model.norm.weight": torch.ones(48, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="model.norm.weight is I8, expected F32, BF16 or F16"):
+        LLM.from_pretrained(tmp_path)
 
 
 def test_tied_checkpoint_with_another_output_layer_is_refused(tmp_path):
