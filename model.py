@@ -9,6 +9,7 @@ Precision is two choices, each float32 or bfloat16: the dtype the weights are ke
 activations flow and matrix products run. Norms, softmax and loss are computed in float32 whichever they are.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -80,6 +81,7 @@ class AdapterConfig(EncoderConfig):
     adapter_kernel_size: int = 3  # frames
     adapter_stride: int = 2  # two layers of stride 2: 20 ms frames in, 80 ms frames out
     adapter_act: str = "relu"
+    prompt_tokens: int = 0  # embeddings for prompt tokens that the LLM does not have
 
 
 @dataclass
@@ -136,7 +138,7 @@ class LLMConfig:
 
 LLAMA3_FIELDS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 MAY_BE_ZERO = ("left_max_position_embeddings", "right_max_position_embeddings", "mask_time_min_masks",
-               "mask_feature_min_masks", "max_window_layers")
+               "mask_feature_min_masks", "max_window_layers", "prompt_tokens")
 
 
 def expect(raw, where, **allowed):
@@ -214,6 +216,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+def run(layer, checkpointing, *inputs):
+    """layer(*inputs); with checkpointing its activations are not kept but computed again in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -315,7 +324,7 @@ class ConformerLayer(nn.Module):
 class SpeechEncoder(nn.Module):
     def __init__(self, config, compute_dtype=torch.float32):
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.checkpointing = config, compute_dtype, False
         self.feature_projection = FeatureProjection(config)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
             ConformerLayer(config) for _ in range(config.num_hidden_layers))})
@@ -339,7 +348,7 @@ class SpeechEncoder(nn.Module):
         relative = (frames - frames[:, None]).clamp(-c.left_max_position_embeddings, c.right_max_position_embeddings)
         relative = relative + c.left_max_position_embeddings  # (F, F)
         for layer in self.encoder.layers:
-            y = layer(x, real, relative)
+            y = run(layer, self.checkpointing, x, real, relative)
             # a dropped layer is computed too, so that compiled graphs and gradients keep their shape on every rank
             x = torch.where(torch.rand((), device=x.device) < c.layerdrop, x, y) if self.training and c.layerdrop else y
         return x, lengths
@@ -428,6 +437,8 @@ class LengthAdapter(nn.Module):
         self.config, self.compute_dtype = config, compute_dtype
         self.layers = nn.ModuleList(AdapterLayer(config) for _ in range(config.num_adapter_layers))
         self.enc_to_dec_proj = Linear(config.hidden_size, config.output_size)
+        if config.prompt_tokens:
+            self.prompt_tokens = Embedding(config.prompt_tokens, config.output_size)
 
     def forward(self, x, lengths):
         """x (B, F, D) encoder states of 20 ms, lengths (B,) real frames -> (B, A, LLM width), (B,) real 80 ms frames.
@@ -543,7 +554,7 @@ class DecoderLayer(nn.Module):
 class LLM(nn.Module):
     def __init__(self, config, compute_dtype=torch.float32):
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.checkpointing = config, compute_dtype, False
         self.model = nn.ModuleDict({
             "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
@@ -572,7 +583,7 @@ class LLM(nn.Module):
             mask = torch.arange(cache[0][0].shape[2], device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
         cos, sin = (table.to(x.dtype) for table in rope(positions, self.config))
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, None if cache is None else cache[i], positions, mask)
+            x = run(layer, self.checkpointing, x, cos, sin, None if cache is None else cache[i], positions, mask)
         return self.model.norm(x)
 
     def logits(self, hidden):
@@ -609,12 +620,18 @@ class SpeechLM(nn.Module):
         self.encoder, self.adapter, self.llm = encoder, adapter, llm
 
     def encode(self, features, lengths):
-        """features (B, F, 160) of 20 ms, lengths (B,) -> audio embeddings (B, A, D) of 80 ms, their lengths (B,)."""
-        return self.adapter(*self.encoder(features, lengths))
+        """features (B, F, 160) of 20 ms, lengths (B,) -> audio embeddings (B, A, D) of 80 ms, their lengths (B,).
+        With encoder None, features are the encoder's states (B, F, D), computed before."""
+        states = (features, lengths) if self.encoder is None else self.encoder(features, lengths)
+        return self.adapter(*states)
 
     def embed(self, ids, audio=None):
-        """ids (B, T) with AUDIO placeholders, audio (B, A, D) -> (B, T, D): each placeholder takes the next frame."""
+        """ids (B, T), audio (B, A, D) -> (B, T, D). Each AUDIO placeholder takes the row's next frame; ids below AUDIO
+        are the adapter's own prompt tokens, the first of them AUDIO - 1."""
         x = self.llm.embed(ids.clamp(min=0))
+        if self.adapter is not None and self.adapter.config.prompt_tokens:
+            own = self.adapter.prompt_tokens((AUDIO - 1 - ids).clamp(0, self.adapter.config.prompt_tokens - 1))
+            x = torch.where((ids < AUDIO)[..., None], own.to(x.dtype), x)
         if audio is None:
             return x
         here = ids == AUDIO
@@ -725,7 +742,7 @@ class SpeechLM(nn.Module):
 
 
 SPEECH_LM_KEYS = [("adapter.layers.", "encoder.adapter.layers."), ("adapter.enc_to_dec_proj.", "enc_to_dec_proj."),
-                  ("llm.", "decoder.")]  # ours, and the reference's
+                  ("adapter.prompt_tokens.", "prompt_tokens."), ("llm.", "decoder.")]  # ours, and the reference's
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -930,6 +947,18 @@ def open_weights(file, device="cpu"):
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes that are not a whole safetensors file ({error}); "
                               "it is truncated or damaged: download it again") from error
+
+
+def fingerprint(directory):
+    """Tells a checkpoint from others: its path, and a hash of config.json and of 64 KB at 16 places of its weights."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for file in weight_files(directory):
+        size = file.stat().st_size
+        with open(file, "rb") as f:
+            for i in range(16):
+                f.seek(size * i // 16)
+                digest.update(f.read(2**16))
+    return {"path": str(directory), "sha256": digest.hexdigest()}
 
 
 def read_generation(directory):

@@ -51,3 +51,39 @@ def relative_error(ours, theirs):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+WORDS = "one two three four five six".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_project(tmp_path_factory):
+    """A directory with a random tiny encoder and LLM, a tokenizer, and manifests of tones: each word has its pitch."""
+    import json
+
+    import numpy as np
+    import soundfile
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    import model
+    directory = tmp_path_factory.mktemp("project")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainers.BpeTrainer(
+        vocab_size=290, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    randomise(model.SpeechEncoder(model.EncoderConfig(**ENCODER))).save_pretrained(directory / "encoder")
+    raw = {"model_type": "qwen2", **LLM, **FAMILIES["qwen2"], "vocab_size": tokenizer.get_vocab_size(), "eos_token_id": 0}
+    randomise(model.LLM(model.LLMConfig.from_dict(raw))).save_pretrained(directory / "llm")
+    tokenizer.save(str(directory / "llm" / "tokenizer.json"))
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("dev", 10)):
+        with open(directory / f"{split}.jsonl", "w", encoding="utf-8") as manifest:
+            for i in range(count):
+                said = random.integers(0, 6, random.integers(1, 4))
+                wave = np.concatenate([0.3 * np.sin(2 * np.pi * (200 + 150 * w) * np.arange(4000) / 16000) for w in said])
+                soundfile.write(directory / f"{split}{i}.wav", wave, 16000)
+                row = {"audio": f"{split}{i}.wav", "duration": len(wave) / 16000, "text": " ".join(WORDS[w] for w in said),
+                       "task": "asr", "corpus": "tones", "licence": "CC0-1.0"}
+                manifest.write(json.dumps(row) + "\n")
+    return directory

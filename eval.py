@@ -1,0 +1,37 @@
+"""Scores: what the model says, decoded in batches, against what it should have said."""
+
+import jiwer
+import torch
+from whisper_normalizer.basic import BasicTextNormalizer
+from whisper_normalizer.english import EnglishTextNormalizer
+
+from data import collate, render
+from model import adapter_length
+
+
+def word_error_rate(references, hypotheses, language="en"):
+    """Corpus word error rate as a fraction, after Whisper's normaliser (the English one for en, the basic one else)."""
+    normalise = EnglishTextNormalizer() if language == "en" else BasicTextNormalizer()
+    return jiwer.wer([normalise(text) for text in references], [normalise(text) for text in hypotheses])
+
+
+@torch.no_grad()
+def answer_rows(model, tokenizer, rows, frames, form="text", batch_size=16, **options):
+    """Answers the instruction of every row, longest recordings together.
+
+    rows: manifest rows, whose text is not shown to the model; frames: a (F, 160) or encoder states (F, D) each.
+    options: as in generate. Returns texts in the rows' order.
+    """
+    device = next(model.parameters()).device
+    texts = [""] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(frames[i]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        some = order[start:start + batch_size]
+        examples = [(*render({**rows[i], "text": None}, adapter_length(len(frames[i]), model.adapter.config), tokenizer,
+                             model.llm.config.eos_token_id[0], form), frames[i]) for i in some]
+        batch = {name: tensor.to(device) for name, tensor in collate(examples).items()}
+        sizes = torch.tensor([len(ids) for ids, *_ in examples], device=device)
+        answers = model.generate(batch["ids"], sizes, batch["features"], batch["lengths"], **options)
+        for i, ids in zip(some, answers):
+            texts[i] = tokenizer.decode(ids)
+    return texts

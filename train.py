@@ -1,0 +1,453 @@
+"""Training, both phases: python train.py --phase align, then python train.py --phase ift --init out/align.pt.
+
+One config, one table of phases, one loop. python train.py --help lists every option.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import (PROMPT_TOKENS, AudioError, Examples, Manifest, ManifestError, collate, cut, fbank, feature_length,
+                  load_tokenizer, schedule)
+from eval import answer_rows, word_error_rate
+from model import (AdapterConfig, CheckpointError, LengthAdapter, LLM, SpeechEncoder, SpeechLM, fetch, fingerprint,
+                   read_json)
+from sample import load_checkpoint, restore
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass
+class TrainConfig:
+    phase: str = "align"  # which row of PHASES
+    encoder: str = str(ROOT / "demo/encoder")  # w2v-BERT 2.0 checkpoint, directory or Hub id
+    llm: str = str(ROOT / "demo/llm")  # Qwen2.5, Qwen3 or Llama checkpoint, directory or Hub id
+    data: list[str] = field(default_factory=lambda: [str(ROOT / "demo/train.jsonl")])  # manifests; PATH=2 counts double
+    dev: str = str(ROOT / "demo/dev.jsonl")  # manifest for validation
+    out: str = "out"  # directory of checkpoints, log and picture
+    init: str = ""  # start from this checkpoint of an earlier phase
+    resume: bool = False  # go on where the last run of this phase stopped
+    steps: int = 0  # optimizer steps; 0: the phase's own number
+    warmup: int = 0  # steps of rising learning rate; 0: the phase's own number
+    min_lr: float = 0.1  # the cosine ends at this share of the learning rate
+    adapter_lr: float = 0.0  # learning rate of the adapter; 0: the phase's own
+    encoder_lr: float = 0.0  # of the encoder, in a phase that trains it
+    llm_lr: float = 0.0  # of the LLM, in a phase that trains it
+    weight_decay: float = 0.01  # of matrices; norms and biases have none
+    clip: float = 1.0  # gradient norm
+    batch_frames: int = 3000  # 20 ms frames in a batch, padding included: one minute
+    batch_tokens: int = 4000  # LLM positions in a batch, padding included
+    accumulate: int = 1  # batches in a step
+    max_seconds: float = 30.0  # longer recordings are left out and counted as bad
+    prompt: str = "text"  # text: instructions in words; tokens: the reference's <|lang|><|task|>
+    length_hint: float = 0.0  # with prompt tokens: share of rows told the answer's length (reference: 0.9)
+    adapter_layers: int = 2  # each divides the frame rate by the stride
+    adapter_kernel: int = 3  # frames
+    adapter_stride: int = 2  # frames
+    precision: str = "auto"  # compute in float32 or bfloat16; auto: bfloat16 where it is faster
+    checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
+    cache_gb: float = 2.0  # keep a frozen encoder's outputs on disk if they fit in this; 0: never
+    workers: int = 2  # processes that read audio and compute features
+    eval_every: int = 250  # steps between validations, each of which also saves
+    eval_rows: int = 200  # rows for the validation loss
+    eval_clips: int = 48  # clips transcribed for the validation WER
+    seed: int = 0  # of everything random
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
+
+
+@dataclass(frozen=True)
+class Phase:
+    rates: dict  # parts that are trained, with their learning rates; every other part is frozen
+    tasks: tuple
+    steps: int
+    warmup: int
+
+
+PHASES = {
+    "align": Phase({"adapter": 2e-4}, ("asr",), 2000, 30),
+    "ift": Phase({"adapter": 2e-4, "encoder": 6e-6, "llm": 2e-5}, ("asr", "st", "sqa"), 4000, 50),
+}
+DEMO_PHASES = {  # for the tiny models of demo/, when nothing else is named
+    "align": Phase({"adapter": 1.5e-3}, ("asr",), 1500, 50),
+    "ift": Phase({"adapter": 7e-4, "encoder": 4e-4, "llm": 5e-4}, ("asr", "st", "sqa"), 3000, 50),
+}
+
+
+class TrainError(ValueError):
+    """A run that cannot go on; the message says why and what to do."""
+
+
+def parse(argv):
+    """The TrainConfig of a command line. Exits with code 2 on an unknown flag or value."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    comments = re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(encoding="utf-8"), re.M)
+    for f in fields(TrainConfig):
+        kind = {bool: {"action": "store_true"}, list[str]: {"nargs": "+"}}.get(f.type, {"type": f.type})
+        default = f.default_factory() if f.type == list[str] else f.default
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=default, help=dict(comments)[f.name], **kind)
+    cfg = TrainConfig(**vars(parser.parse_args(argv)))
+    choices = {"phase": PHASES, "prompt": ("text", "tokens"), "precision": ("auto", "float32", "bfloat16")}
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            parser.error(f"--{name} is {getattr(cfg, name)!r}, expected {' or '.join(allowed)}")
+    return cfg
+
+
+def settle(cfg):
+    """The config with the phase's own numbers where it leaves them open, {part: learning rate} of the parts that are
+    trained, and the tasks."""
+    demo = all(getattr(cfg, name) == getattr(TrainConfig(), name) for name in ("encoder", "llm", "data"))
+    phase = (DEMO_PHASES if demo else PHASES)[cfg.phase]
+    rates = {part: getattr(cfg, f"{part}_lr") or rate for part, rate in phase.rates.items()}
+    return replace(cfg, steps=cfg.steps or phase.steps, warmup=cfg.warmup or phase.warmup), rates, phase.tasks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model, optimizer, schedule
+
+
+def build(cfg, rates):
+    """The model, its tokenizer and the identities of its two base checkpoints. Trained parts have float32 weights,
+    frozen parts the compute dtype's."""
+    bases = {name: fetch(getattr(cfg, name)) for name in ("encoder", "llm")}
+    tokenizer, identity = load_tokenizer(bases["llm"]), {name: fingerprint(path) for name, path in bases.items()}
+    width = read_json(bases["llm"] / "config.json").get("hidden_size", 0)
+    fast = cfg.device != "cpu" or torch.cpu._is_avx512_bf16_supported() and width >= 512
+    precision = cfg.precision if cfg.precision != "auto" else "bfloat16" if fast else "float32"
+    compute = getattr(torch, precision)
+    encoder, llm = (part.from_pretrained(bases[name], torch.float32 if name in rates else compute, compute, cfg.device)
+                    for name, part in (("encoder", SpeechEncoder), ("llm", LLM)))
+    adapter = AdapterConfig(
+        **asdict(encoder.config), output_size=llm.config.hidden_size, num_adapter_layers=cfg.adapter_layers,
+        adapter_kernel_size=cfg.adapter_kernel, adapter_stride=cfg.adapter_stride,
+        prompt_tokens=len(PROMPT_TOKENS) if cfg.prompt == "tokens" else 0)
+    model = SpeechLM(encoder, LengthAdapter(adapter, compute).to(cfg.device), llm)
+    if cfg.init:
+        restore(model, load_checkpoint(cfg.init), identity, cfg.init)
+    for name, part in model.named_children():
+        part.requires_grad_(name in rates).train(name in rates)
+    encoder.checkpointing = llm.checkpointing = cfg.checkpointing
+    return model, tokenizer, identity
+
+
+def parameter_groups(model, rates, weight_decay):
+    """AdamW groups: the matrices of each part, and its vectors. Every trained parameter is in exactly one."""
+    groups = []
+    for part, rate in rates.items():
+        parameters = [p for p in getattr(model, part).parameters()]
+        for decayed in (True, False):
+            chosen = [p for p in parameters if (p.ndim > 1) == decayed]
+            groups.append({"params": chosen, "rate": rate, "weight_decay": weight_decay * decayed})
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
+    return groups
+
+
+def scale_projection(model, batch):
+    """Scales a new adapter's projection so that its output spreads like the LLM's token embeddings."""
+    with torch.no_grad():
+        audio, lengths = model.encode(batch["features"], batch["lengths"])
+        real = torch.arange(audio.shape[1], device=audio.device) < lengths[:, None]
+        factor = model.llm.model.embed_tokens.weight.float().std() / audio[real].float().std()
+        for p in model.adapter.enc_to_dec_proj.parameters():
+            p.mul_(factor)
+
+
+def lr_at(step, cfg):
+    """Share of the learning rate at a step: linear warmup, then a cosine down to min_lr at the last step."""
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def write_atomically(path, save):
+    """save(temporary file), then rename: path is always whole, the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A frozen encoder's outputs, kept on disk
+
+
+def encoder_states(cfg, encoder, manifests, identity):
+    """Runs the frozen encoder once over the audio of the manifests, into two files of the out directory that later runs
+    with the same encoder and rows find again. Returns the function (manifest, row) -> (F, D), or None if they would not
+    fit on the disk or in cache_gb."""
+    clips, numbers = {}, []  # (manifest, audio, start, duration) -> number; each row's clip
+    for m, manifest in enumerate(manifests):
+        rows = [(m, row["audio"], row["start"], manifest.seconds(row)) for row in manifest]
+        numbers.append([clips.setdefault(clip, len(clips)) for clip in rows])
+    room = np.array([feature_length(clip[3]) + 1 for clip in clips])  # frames; what headers say may be one off
+    ends, width, dtype = room.cumsum(), encoder.config.hidden_size, encoder.compute_dtype
+    size, free = int(ends[-1]) * width * dtype.itemsize, shutil.disk_usage(cfg.out).free
+    print(f"encoder outputs: {ends[-1] / 180000:.2f} h, {size / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free)")
+    if size > min(cfg.cache_gb * 1e9, 0.9 * free):
+        print(f"they do not fit in --cache-gb {cfg.cache_gb:g} or on the disk: the encoder runs in every step")
+        return None
+    key = [identity["encoder"]["sha256"], str(dtype), [str(m.path.resolve()) for m in manifests], list(clips)]
+    name = f"encoder-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+    path, lengths_path = Path(cfg.out) / f"{name}.bin", Path(cfg.out) / f"{name}.npy"
+    whole = lengths_path.exists()  # written last
+    states = torch.from_file(str(path), True, int(ends[-1]) * width, dtype=dtype).view(-1, width)  # memory-mapped
+    lengths = np.load(lengths_path) if whole else np.zeros(len(clips), np.int64)
+    if not whole:
+        batches = cut(sorted((int(n), 0, i) for i, n in enumerate(room)), cfg.batch_frames, math.inf)
+        keys = list(clips)
+        for batch in tqdm(batches, "encoder", unit=" batches"):
+            waves = {}
+            for i in batch:
+                m, audio, start, seconds = keys[i]
+                try:
+                    waves[i] = manifests[m].audio({"audio": audio, "start": start, "duration": seconds})
+                except AudioError:
+                    pass  # no frames; training counts and lists the rows
+            if waves:
+                with torch.no_grad():
+                    found, frames = encoder(*(t.to(cfg.device) for t in fbank(list(waves.values()))))
+                for i, x, n in zip(waves, found, frames.tolist()):
+                    lengths[i] = min(n, room[i])
+                    states[ends[i] - room[i]:][:lengths[i]] = x[:lengths[i]].cpu()
+        write_atomically(lengths_path, lambda file: np.save(file, lengths))
+
+    def of(m, i):
+        n = numbers[m][i]
+        if not lengths[n]:
+            raise AudioError("this recording could not be read; leave the row out or mend the file")
+        return states[ends[n] - room[n]:][:lengths[n]]
+
+    return of
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation
+
+
+@torch.no_grad()
+def validate(cfg, model, examples, picks):
+    """Loss on the picked rows of the dev manifest (the last one), the loss when every row hears another row's audio,
+    and the WER of transcribing the first clips. Returns figures, and (reference, hypothesis) pairs."""
+    dev, rows, frames = len(examples.manifests) - 1, [], []
+    for i in picks:
+        row = examples.manifests[dev][i]
+        try:
+            frames.append(examples.frames(dev, i, row))
+        except AudioError:
+            continue
+        rows.append(row)
+    training = {name: part.training for name, part in model.named_children()}
+    model.eval()
+    figures = {}
+    for name, heard in [("dev_loss", frames), ("shuffled_loss", frames[1:] + frames[:1])]:
+        made = [examples.example(row, x) for row, x in zip(rows, heard)]
+        made.sort(key=lambda example: len(example[2]))
+        total = count = 0
+        for batch in cut([(len(e[2]), len(e[0]), e) for e in made], cfg.batch_frames, cfg.batch_tokens):
+            batch = {key: tensor.to(cfg.device) for key, tensor in collate(batch).items()}
+            loss, n = model(**batch)
+            total, count = total + loss.item(), count + n
+        figures[name] = total / max(1, count)
+    asr = [i for i, row in enumerate(rows) if row["task"] == "asr"][:cfg.eval_clips]
+    if asr:
+        rows, frames = [rows[i] for i in asr], [frames[i] for i in asr]
+        references = [row["text"] for row in rows]
+        hypotheses = answer_rows(model, examples.tokenizer, rows, frames, cfg.prompt)
+        figures["wer"] = word_error_rate(references, hypotheses)
+    for name, part in model.named_children():
+        part.train(training[name])
+    return figures, list(zip(references, hypotheses)) if asr else []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Picture
+
+
+def draw_curves(log, path):
+    """The log's training loss, validation losses and WER over the steps, as one SVG."""
+    lines = [json.loads(line) for line in open(log, encoding="utf-8")]
+    width, height, left, steps = 720, 300, 60, max(line["step"] for line in lines) or 1
+    panels = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"}, {"wer": "#2a8a3e"}]
+    parts = []
+    for p, curves in enumerate(panels):
+        top = 30 + p * (height + 60)
+        highest = max([line[name] for name in curves for line in lines if name in line], default=1) or 1
+        parts.append(f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#ccc"/>')
+        for k in range(5):
+            x, y = left + width * k / 4, top + height * k / 4
+            parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{highest * (1 - k / 4):.3g}</text>')
+            parts.append(f'<text x="{x}" y="{top + height + 16}" text-anchor="middle">{steps * k // 4}</text>')
+        for k, (name, colour) in enumerate(curves.items()):
+            at = [(line["step"] / steps, 1 - line[name] / highest) for line in lines if name in line]
+            points = " ".join(f"{left + width * x:.1f},{top + height * y:.1f}" for x, y in at)
+            label = name.replace("_", " ")
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+            parts.append(f'<text x="{left + 10 + 130 * k}" y="{top - 8}" fill="{colour}">{label}</text>')
+    size = f'width="{left + width + 20}" height="{len(panels) * (height + 60) + 20}"'
+    body = "\n".join(parts)
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
+    write_atomically(path, lambda file: file.write(svg.encode()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def open_manifests(cfg, tasks):
+    """The training manifests, how often a row of each is to be drawn, the dev manifest, and the hours, which are
+    printed; only rows of the phase's tasks."""
+    named = [path.rsplit("=", 1) if re.search(r"=[\d.]+$", path) else (path, 1) for path in cfg.data]
+    manifests, weights, seconds = [Manifest(path) for path, _ in named], [float(w) for _, w in named], Counter()
+    for manifest in manifests:
+        seconds += manifest.keep(tasks)
+        if not len(manifest):
+            raise ManifestError(f"{str(manifest.path)!r}: no row of the tasks this phase trains, {', '.join(tasks)}")
+    for (corpus, licence, language), total in sorted(seconds.items()):
+        print(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h")
+    # a manifest's weight counts per row, so that PATH=2 is the same as naming PATH twice
+    weights = [w * len(manifest) for w, manifest in zip(weights, manifests)]
+    dev = Manifest(cfg.dev)
+    dev.keep(tasks)
+    return manifests, weights, dev, [[*key, round(total)] for key, total in sorted(seconds.items())]
+
+
+def train(cfg):
+    cfg, rates, tasks = settle(cfg)
+    torch.manual_seed(cfg.seed)
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint_path, resume_path, log_path = (out / f"{cfg.phase}{end}" for end in (".pt", ".resume.pt", ".jsonl"))
+    manifests, weights, dev, hours = open_manifests(cfg, tasks)
+    model, tokenizer, bases = build(cfg, rates)
+    for name, part in model.named_children():
+        count, how = sum(p.numel() for p in part.parameters()), f"lr {rates[name]:g}" if name in rates else "frozen"
+        print(f"{name}: {count / 1e6:.2f} M parameters, {how}, {next(part.parameters()).dtype} weights")
+    states = None
+    if "encoder" not in rates and cfg.cache_gb:
+        states = encoder_states(cfg, model.encoder, [*manifests, dev], bases)
+    if states is not None:
+        model.encoder = None
+    examples = Examples([*manifests, dev], tokenizer, model.llm.config.eos_token_id[0], model.adapter.config,
+                        cfg.prompt, cfg.length_hint, cfg.max_seconds, states)
+    picks = np.random.default_rng(0).permutation(len(dev))[:cfg.eval_rows].tolist()
+
+    groups = parameter_groups(model, rates, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    first, position, resumed = 0, None, cfg.resume and resume_path.exists()
+    seen, bad = 0, []
+    if resumed:
+        state = load_checkpoint(resume_path)
+        restore(model, state, bases, resume_path)
+        optimizer.load_state_dict(state["optimizer"])
+        first, position, seen, bad = state["step"], state["position"], state["seen"], state["bad"]
+        kept = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= first]
+        log_path.write_text("".join(line + "\n" for line in kept))
+    elif log_path.exists():
+        log_path.unlink()
+    order = schedule(manifests, weights, examples.size, cfg.batch_frames, cfg.batch_tokens, cfg.seed, position)
+    loader = iter(torch.utils.data.DataLoader(
+        examples, sampler=order, batch_size=None, num_workers=0 if states else cfg.workers,
+        pin_memory=cfg.device != "cpu"))
+    if resumed:  # only now: the loader draws a number of its own
+        torch.set_rng_state(state["rng"])
+        if cfg.device != "cpu":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
+    def save(step):
+        trained = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] in rates}
+        state = {"model": trained, "config": asdict(cfg), "adapter": asdict(model.adapter.config), "bases": bases,
+                 "data": hours, "step": step, "versions": {"torch": str(torch.__version__), "python": sys.version}}
+        more = {"optimizer": optimizer.state_dict(), "position": position, "seen": seen, "bad": bad,
+                "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if cfg.device != "cpu" else None}
+        write_atomically(resume_path, lambda file: torch.save(state | more, file))
+        write_atomically(checkpoint_path, lambda file: torch.save(state, file))
+
+    def record(**figures):
+        with open(log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+
+    bar = tqdm(total=cfg.steps, initial=first, desc=cfg.phase, unit=" steps", dynamic_ncols=True)
+    for step in range(first, cfg.steps + 1):
+        # once in a while: validate, show two transcripts, save
+        if step > first and step % cfg.eval_every == 0 or step == cfg.steps:
+            figures, pairs = validate(cfg, model, examples, picks)
+            record(step=step, **figures)
+            bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+            for reference, hypothesis in pairs[:2]:
+                bar.write(f"  said: {reference}\n  read: {hypothesis}")
+            save(step)
+        if step == cfg.steps:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * lr_at(step, cfg)
+
+        # one step: every batch's summed loss over the target tokens of all its batches
+        start, batches = time.time(), []
+        while len(batches) < cfg.accumulate:
+            batch = next(loader)
+            position, seen, bad = batch["position"], seen + len(batch["rows"]) + len(batch["bad"]), bad + batch["bad"]
+            if len(bad) > max(10, 0.01 * seen):
+                raise TrainError(f"{len(bad)} of {seen} recordings could not be used, more than 1 %, the last: {bad[-1]}; "
+                                 "mend or leave out such rows")
+            if "ids" in batch:
+                batches.append({name: batch[name].to(cfg.device, non_blocking=True)
+                                for name in ("features", "lengths", "ids", "targets")})
+        if step == 0 and not cfg.init:
+            scale_projection(model, batches[0])
+        tokens, total = sum(len(batch["targets"]) for batch in batches), 0.0
+        for batch in batches:
+            loss, _ = model(**batch)
+            (loss / tokens).backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], cfg.clip).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        audio = sum(batch["lengths"].sum().item() for batch in batches) / 50  # seconds
+        record(step=step + 1, loss=total / tokens, norm=norm, lr=lr_at(step, cfg), tokens=tokens, audio=audio)
+        bar.set_postfix(loss=f"{total / tokens:.3f}", audio_s_per_s=f"{audio / (time.time() - start):.0f}")
+        bar.update()
+    bar.close()
+    draw_curves(log_path, out / f"{cfg.phase}.svg")
+    for line in bad:
+        print(f"left out: {line}")
+    print(f"{checkpoint_path}: {seen} recordings heard, {len(bad)} left out; curves in {out / cfg.phase}.svg")
+
+
+def main(argv=None):
+    try:
+        train(parse(argv))
+    except (CheckpointError, ManifestError, AudioError, TrainError) as error:
+        sys.exit(f"train.py: {error}")
+    except OSError as error:
+        sys.exit(f"train.py: {error.filename or 'writing'}: {error.strerror}; what was saved before is intact: mend this "
+                 "and start again with --resume")
+
+
+if __name__ == "__main__":
+    main()
