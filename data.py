@@ -6,6 +6,7 @@ import json
 import math
 import re
 import tarfile
+from array import array
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache
@@ -315,12 +316,12 @@ class Manifest:
     def keep(self, tasks):
         """Reads the file once, keeps only the rows of these tasks, and returns how many seconds they are, a Counter by
         (corpus, licence, target language). Raises ManifestError at the first bad row."""
-        keep, seconds = [], Counter()
+        keep, seconds = array("q"), Counter()
         for i, row in enumerate(self):
             if row["task"] in tasks:
                 keep.append(i)
                 seconds[row["corpus"], row["licence"], row["target_language"]] += self.seconds(row)
-        self.lines = self.lines[keep]
+        self.lines = self.lines[np.array(keep, np.int64)]
         return seconds
 
 

@@ -1,10 +1,16 @@
-"""Speed against transformers, measured in the same run on one thread: python tests/bench.py
+"""Speed, on one thread: python tests/bench.py features | manifest | loader
 
-Ours and the peer's take turns, round by round; printed are medians and their ratio.
+features: ours and transformers' take turns, round by round; printed are medians and their ratio. manifest: a manifest
+of a million rows. loader: how fast the demo's batches are read, against how fast a step without the encoder cache
+uses them.
 """
 
+import itertools
+import json
+import re
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,6 +43,52 @@ def features():
         print(f"{name:24}{1e3 * peer:10.1f}{1e3 * ours:10.1f}{peer / ours:7.1f}x{sum(seconds) / ours:18.0f}")
 
 
+def memory(field):
+    """VmHWM (peak) or VmRSS (now) of this process in MB."""
+    return int(re.search(field + r":\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def manifest():
+    from data import Manifest
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        for i in range(1_000_000):
+            file.write(json.dumps({
+                "audio": f"train-{i // 1000:03d}.tar/{i}.flac", "duration": 3 + i % 2000 / 100, "text": "some words " * 12,
+                "task": "asr", "speaker": f"s{i % 900}", "corpus": "c", "licence": "CC-BY-4.0"}) + "\n")
+        file.flush()
+        print(f"before: {memory('VmRSS'):.0f} MB")
+        start = time.perf_counter()
+        rows = Manifest(file.name)
+        print(f"opened {len(rows):,} rows in {time.perf_counter() - start:.2f} s, peak {memory('VmHWM'):.0f} MB")
+        start = time.perf_counter()
+        rows.keep(["asr"])
+        print(f"read through in {time.perf_counter() - start:.2f} s, peak {memory('VmHWM'):.0f} MB")
+
+
+def loader():
+    import train
+    from data import Examples, schedule
+    cfg = train.parse(["--cache-gb", "0"])
+    cfg, rates, tasks = train.settle(cfg)
+    manifests, weights, dev, _ = train.open_manifests(cfg, tasks)
+    model, tokenizer, _ = train.build(cfg, rates)
+    examples = Examples([*manifests, dev], tokenizer, model.llm.config.eos_token_id[0], model.adapter.config)
+    order = schedule(manifests, weights, examples.size, cfg.batch_frames, cfg.batch_tokens, 0)
+    scheduled = list(itertools.islice(order, 12))
+    start = time.perf_counter()
+    batches = [examples[batch] for batch in scheduled]
+    read = time.perf_counter() - start
+    audio = sum(batch["lengths"].sum().item() for batch in batches) / 50
+    steps = []
+    for batch in batches[:4]:
+        start = time.perf_counter()
+        loss, count = model(*(batch[name] for name in ("features", "lengths", "ids", "targets")))
+        (loss / count).backward()
+        steps.append((time.perf_counter() - start) / (batch["lengths"].sum().item() / 50))
+    step = statistics.median(steps)
+    print(f"one worker reads {audio / read:.0f} audio-s/s, a step uses {1 / step:.0f}: {step * audio / read:.1f} times")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    features()
+    {"features": features, "manifest": manifest, "loader": loader}[sys.argv[1] if len(sys.argv) > 1 else "features"]()
