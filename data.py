@@ -122,7 +122,7 @@ def _opened(path):
 @lru_cache(maxsize=64)
 def _tar_members(shard):
     with tarfile.open(shard, "r:") as tar:
-        return {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
+        return {m.name.removeprefix("./"): (m.offset_data, m.size) for m in tar if m.isfile()}
 
 
 def _promised_samples(sound):
@@ -276,7 +276,7 @@ class Manifest:
         except OSError as error:
             raise ManifestError(f"{str(path)!r}: {error.strerror}, expected a manifest; correct the path") from error
         self.bounds = np.concatenate(ends + [np.array([size])])  # where line i begins; the last is the file's end
-        self.lines = np.flatnonzero(np.diff(self.bounds) > 1)  # those that are not empty
+        self.lines = np.flatnonzero(np.diff(self.bounds) > 2)  # those that are not empty
         if not len(self.lines):
             raise ManifestError(f"{str(path)!r}: found no rows, expected one JSON object a line")
 
@@ -325,23 +325,29 @@ class Manifest:
         return seconds
 
 
+ROW = {"start": 0.0, "duration": None, "source_language": "en", "target_language": "en", "licence": "unknown",
+       "corpus": "unknown", "speaker": "unknown"}  # what a row has that does not say otherwise
+
+
 def parse_row(text, where):
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where}: not JSON ({error}); expected one object a line") from error
     if not isinstance(row, dict):
         raise ManifestError(f"{where}: found a {type(row).__name__}, expected a JSON object")
-    row = {"start": 0.0, "duration": None, "source_language": "en", "target_language": "en", "licence": "unknown",
-           "corpus": "unknown", "speaker": "unknown", **row, "where": where}
-    for name in ("audio", "text", "task", *(["question"] if row.get("task") == "sqa" else [])):
-        if not isinstance(row.get(name), str) or not row[name].strip():
-            raise ManifestError(f"{where}: {name} is {row.get(name)!r}, expected text; add it or leave the row out")
+    row = ROW | {name: value for name, value in row.items() if value is not None} | {"where": where}
+    texts = ["audio", "text", "task", "source_language", "target_language", "licence", "corpus", "speaker"]
+    texts += ["question"] if row.get("task") == "sqa" else []
+    for name in texts + (["instruction"] if "instruction" in row else []):
+        value = row.get(name)
+        if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
+            raise ManifestError(f"{where}: {name} is {value!r}, expected text; add it or leave the row out")
     if row["task"] not in TASKS:
         raise ManifestError(f"{where}: task is {row['task']!r}, expected one of {', '.join(TASKS)}")
     for name in ("start", "duration"):
-        if not (row[name] is None and name == "duration" or isinstance(row[name], (int, float)) and row[name] >= 0):
-            raise ManifestError(f"{where}: {name} is {row[name]!r}, expected seconds as a number")
+        if row[name] is not None and (type(row[name]) not in (int, float) or not 0 <= row[name] < 1e6):
+            raise ManifestError(f"{where}: {name} is {row[name]!r}, expected a number of seconds")
     return row
 
 
@@ -470,13 +476,14 @@ class Examples(torch.utils.data.Dataset):
     """Scheduled batches made into tensors, in worker processes: audio read, features computed, rows rendered.
 
     states: a function (manifest, row) -> (F, D) encoder outputs, which then take the place of audio and features. A
-    row whose audio cannot be used is left out and named in the batch's "bad".
+    row whose audio cannot be used is left out; the batch's "bad" has its (file and line, reason).
     """
 
     def __init__(self, manifests, tokenizer, end_id, adapter, form="text", length_hint=0.0, max_seconds=30.0,
-                 states=None):
+                 states=None, seed=0):
         self.manifests, self.tokenizer, self.end_id, self.adapter = manifests, tokenizer, end_id, adapter
-        self.form, self.length_hint, self.max_seconds, self.states = form, length_hint, max_seconds, states
+        self.form, self.length_hint, self.max_seconds = form, length_hint, max_seconds
+        self.states, self.seed = states, seed
 
     def size(self, m, i):
         """The 20 ms frames and LLM positions of a row, by its manifest (or, lacking a duration there, its audio)."""
@@ -487,14 +494,14 @@ class Examples(torch.utils.data.Dataset):
 
     def __getitem__(self, scheduled):
         position, batch = scheduled
-        hint = np.random.default_rng([position["pool"], position["batch"]])  # the same however often a run is resumed
+        hint = np.random.default_rng([self.seed, position["pool"], position["batch"]])
         examples, rows, bad = [], [], []
         for m, i in batch:
             row, hinted = self.manifests[m][i], hint.random() < self.length_hint
             try:
                 frames = self.frames(m, i, row)
             except AudioError as error:
-                bad.append(f"{row['where']}: {error}")
+                bad.append((row["where"], str(error)))
                 continue
             examples.append(self.example(row, frames, hinted))
             rows.append(row)
@@ -502,14 +509,15 @@ class Examples(torch.utils.data.Dataset):
         return out | collate(examples) if examples else out
 
     def example(self, row, frames, hinted=False):
+        """A row and what is heard of it, frames (F, 160) or (F, D), as collate takes it."""
         audio_frames = adapter_length(len(frames), self.adapter)
         return *render(row, audio_frames, self.tokenizer, self.end_id, self.form, hinted), frames
 
     def frames(self, m, i, row):
         """What the model hears of a row: features (F, 160), or the encoder's states. Raises AudioError."""
-        if self.states is not None:
-            return self.states(m, i)
         seconds = self.manifests[m].seconds(row)
         if seconds > self.max_seconds:
             raise AudioError(f"{seconds:.1f} s of audio, expected at most {self.max_seconds:g} s; raise --max-seconds")
+        if self.states is not None:
+            return self.states(m, i)
         return fbank([self.manifests[m].audio(row)])[0][0]  # (F, 160)

@@ -9,18 +9,20 @@ from data import collate, render
 from model import adapter_length
 
 
-def word_error_rate(references, hypotheses, language="en"):
-    """Corpus word error rate as a fraction, after Whisper's normaliser (the English one for en, the basic one else)."""
-    normalise = EnglishTextNormalizer() if language == "en" else BasicTextNormalizer()
-    return jiwer.wer([normalise(text) for text in references], [normalise(text) for text in hypotheses])
+def word_error_rate(references, hypotheses, languages):
+    """Corpus word error rate as a fraction, after Whisper's normalisers: the English one for en, the basic one else."""
+    english, basic = EnglishTextNormalizer(), BasicTextNormalizer()
+    normalise = [english if language == "en" else basic for language in languages]
+    return jiwer.wer([f(text) for f, text in zip(normalise, references)],
+                     [f(text) for f, text in zip(normalise, hypotheses)])
 
 
 @torch.no_grad()
-def answer_rows(model, tokenizer, rows, frames, form="text", batch_size=16, **options):
-    """Answers the instruction of every row, longest recordings together.
+def answer_rows(model, tokenizer, rows, frames, form="text", batch_size=16, max_new_tokens=256):
+    """Answers the instruction of every row, longest recordings together; as far as the LLM's context goes.
 
     rows: manifest rows, whose text is not shown to the model; frames: a (F, 160) or encoder states (F, D) each.
-    options: as in generate. Returns texts in the rows' order.
+    Returns texts in the rows' order.
     """
     device = next(model.parameters()).device
     texts = [""] * len(rows)
@@ -31,7 +33,8 @@ def answer_rows(model, tokenizer, rows, frames, form="text", batch_size=16, **op
                              model.llm.config.eos_token_id[0], form), frames[i]) for i in some]
         batch = {name: tensor.to(device) for name, tensor in collate(examples).items()}
         sizes = torch.tensor([len(ids) for ids, *_ in examples], device=device)
-        answers = model.generate(batch["ids"], sizes, batch["features"], batch["lengths"], **options)
+        room = min(max_new_tokens, model.llm.config.max_position_embeddings - int(sizes.max()))
+        answers = model.generate(batch["ids"], sizes, batch["features"], batch["lengths"], max_new_tokens=room)
         for i, ids in zip(some, answers):
             texts[i] = tokenizer.decode(ids)
     return texts

@@ -949,8 +949,9 @@ def open_weights(file, device="cpu"):
                               "it is truncated or damaged: download it again") from error
 
 
-def fingerprint(directory):
-    """Tells a checkpoint from others: its path, and a hash of config.json and of 64 KB at 16 places of its weights."""
+def fingerprint(path_or_hub_id):
+    """Where a checkpoint is, and a hash of its config.json and of 64 KB at 16 places of its weights."""
+    directory = fetch(path_or_hub_id)
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     for file in weight_files(directory):
         size = file.stat().st_size
@@ -958,7 +959,8 @@ def fingerprint(directory):
             for i in range(16):
                 f.seek(size * i // 16)
                 digest.update(f.read(2**16))
-    return {"path": str(directory), "sha256": digest.hexdigest()}
+    where = directory.resolve() if Path(path_or_hub_id).is_dir() else path_or_hub_id
+    return {"path": str(where), "sha256": digest.hexdigest()}
 
 
 def read_generation(directory):

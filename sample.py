@@ -17,40 +17,47 @@ from model import (AdapterConfig, CheckpointError, LengthAdapter, LLM, SpeechEnc
 def load_checkpoint(path):
     """A checkpoint as a dict. Raises CheckpointError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        whole = {"model", "adapter", "bases", "config", "step"} <= state.keys()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; train it first or correct the path") from None
     except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, ...
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path}: not a checkpoint of this project ({reason})") from error
+    if not whole:
+        raise CheckpointError(f"{path}: not a checkpoint of this project (it lacks parts); give an align.pt or ift.pt")
+    return state
 
 
-def restore(model, state, identity, path):
-    """Puts a checkpoint's trained parts into the model. Raises CheckpointError if they belong to another model."""
-    for name, found in identity.items():
-        if state["bases"][name]["sha256"] != found["sha256"]:
-            raise CheckpointError(f"{path}: was trained on the {name} {state['bases'][name]['path']}, found another model "
-                                  f"at {found['path']}; give the same --{name}")
-    own = model.state_dict()
-    wrong = [name for name, tensor in state["model"].items() if name not in own or own[name].shape != tensor.shape]
-    if wrong:
-        raise CheckpointError(f"{path}: {len(wrong)} tensors do not fit, {wrong[0]} first; give the --adapter and "
-                              "--prompt options it was trained with")
-    model.load_state_dict(state["model"], strict=False)
+def restore(model, state, bases, path):
+    """Puts the parts that a checkpoint holds into the model. Raises CheckpointError if they belong to another model."""
+    for name, found in bases.items():
+        trained = state["bases"][name]
+        if trained["sha256"] != found["sha256"]:
+            raise CheckpointError(f"{path}: was trained on the {name} {trained['path']}, found another model at "
+                                  f"{found['path']}; give the same --{name}")
+    for part in {name.split(".")[0] for name in state["model"]}:
+        own = {name: tensor.shape for name, tensor in model.state_dict().items() if name.split(".")[0] == part}
+        saved = {name: tensor.shape for name, tensor in state["model"].items() if name.split(".")[0] == part}
+        wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+        if wrong:
+            raise CheckpointError(f"{path}: {len(wrong)} tensors of the {part} do not fit, {wrong[0]} first; it is damaged "
+                                  "or of another version: train it again")
+    model.load_state_dict(state["model"], strict=False)  # the parts it does not hold are the base models'
 
 
 def load_model(path, device="cpu"):
     """The model of a checkpoint, on its two base models, in float32 on CPU and bfloat16 on CUDA; its tokenizer; the
     training configuration. Raises CheckpointError."""
     state = load_checkpoint(path)
-    bases = {name: fetch(base["path"]) for name, base in state["bases"].items()}
+    bases = {name: base["path"] for name, base in state["bases"].items()}
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     encoder, llm = (part.from_pretrained(bases[name], dtype, device=device)
                     for name, part in (("encoder", SpeechEncoder), ("llm", LLM)))
     adapter = LengthAdapter(AdapterConfig(**state["adapter"]), dtype).to(device, dtype)
     model = SpeechLM(encoder, adapter, llm)
     restore(model, state, {name: fingerprint(base) for name, base in bases.items()}, path)
-    return model.eval(), load_tokenizer(bases["llm"]), state["config"]
+    return model.eval(), load_tokenizer(fetch(bases["llm"])), state["config"]
 
 
 def answer(model, tokenizer, row, wave, form, on_text):
@@ -88,8 +95,14 @@ def main(argv=None):
         model, tokenizer, config = load_model(args.ckpt or found[-1], "cuda" if torch.cuda.is_available() else "cpu")
     except (AudioError, CheckpointError) as error:
         sys.exit(f"sample.py: {error}")
-    row = {"instruction": args.instruction, "text": None, "task": "asr", "target_language": "en"}
-    answer(model, tokenizer, row, wave, config["prompt"], lambda text: print(text, end="", flush=True))
+    if config["prompt"] == "tokens":
+        sys.exit("sample.py: this checkpoint knows <|language|><|task|> prompts only, not instructions in words; train "
+                 "with --prompt text")
+    row = {"instruction": args.instruction, "text": None, "task": "asr"}
+    try:
+        answer(model, tokenizer, row, wave, config["prompt"], lambda text: print(text, end="", flush=True))
+    except ValueError as error:  # longer than the LLM's context
+        sys.exit(f"sample.py: {args.audio}: {error}")
     print()
 
 

@@ -4,6 +4,7 @@ One config, one table of phases, one loop. python train.py --help lists every op
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import math
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (PROMPT_TOKENS, AudioError, Examples, Manifest, ManifestError, collate, cut, fbank, feature_length,
-                  load_tokenizer, schedule)
+from data import (LANGUAGE_CODES, PROMPT_TOKENS, AudioError, Examples, Manifest, ManifestError, collate, cut, fbank,
+                  feature_length, load_tokenizer, schedule)
 from eval import answer_rows, word_error_rate
 from model import (AdapterConfig, CheckpointError, LengthAdapter, LLM, SpeechEncoder, SpeechLM, fetch, fingerprint,
                    read_json)
@@ -86,6 +87,14 @@ DEMO_PHASES = {  # for the tiny models of demo/, when nothing else is named
 }
 
 
+CHOICES = {"phase": PHASES, "prompt": ("text", "tokens"), "precision": ("auto", "float32", "bfloat16"),
+           "device": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)}
+BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **dict.fromkeys(
+    ["batch_frames", "batch_tokens", "accumulate", "adapter_layers", "adapter_kernel", "adapter_stride", "eval_every",
+     "max_seconds"], (1, math.inf)), "eval_rows": (2, math.inf)}  # other numbers: at least 0
+MAY_CHANGE = ("resume", "device", "workers")  # on the way; every other option must stay for a run to be resumed
+
+
 class TrainError(ValueError):
     """A run that cannot go on; the message says why and what to do."""
 
@@ -100,10 +109,13 @@ def parse(argv):
         default = f.default_factory() if f.type == list[str] else f.default
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=default, help=dict(comments)[f.name], **kind)
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
-    choices = {"phase": PHASES, "prompt": ("text", "tokens"), "precision": ("auto", "float32", "bfloat16")}
-    for name, allowed in choices.items():
+    for name, allowed in CHOICES.items():
         if getattr(cfg, name) not in allowed:
             parser.error(f"--{name} is {getattr(cfg, name)!r}, expected {' or '.join(allowed)}")
+    for f in fields(TrainConfig):
+        low, high = BOUNDS.get(f.name, (0, math.inf))
+        if f.type in (int, float) and not low <= getattr(cfg, f.name) <= high:
+            parser.error(f"--{f.name.replace('_', '-')} is {getattr(cfg, f.name)}, expected {low} to {high}")
     return cfg
 
 
@@ -121,34 +133,43 @@ def settle(cfg):
 
 
 def build(cfg, rates):
-    """The model, its tokenizer and the identities of its two base checkpoints. Trained parts have float32 weights,
-    frozen parts the compute dtype's."""
-    bases = {name: fetch(getattr(cfg, name)) for name in ("encoder", "llm")}
-    tokenizer, identity = load_tokenizer(bases["llm"]), {name: fingerprint(path) for name, path in bases.items()}
-    width = read_json(bases["llm"] / "config.json").get("hidden_size", 0)
+    """The model, its tokenizer and the fingerprints of its two base checkpoints. Trained parts have float32 weights,
+    frozen parts the compute dtype's. An --init checkpoint brings the shape of its adapter with it."""
+    bases = {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
+    init = load_checkpoint(cfg.init) if cfg.init else None
+    frozen = sorted({name.split(".")[0] for name in init["model"]} - rates.keys()) if init else []
+    if frozen:
+        raise TrainError(f"{cfg.init} holds a trained {' and '.join(frozen)}, which phase {cfg.phase} would freeze and not "
+                         "save; start this phase from the base models, or from a checkpoint of phase align")
+    directory = fetch(cfg.llm)
+    tokenizer, width = load_tokenizer(directory), read_json(directory / "config.json").get("hidden_size", 0)
     fast = cfg.device != "cpu" or torch.cpu._is_avx512_bf16_supported() and width >= 512
     precision = cfg.precision if cfg.precision != "auto" else "bfloat16" if fast else "float32"
     compute = getattr(torch, precision)
-    encoder, llm = (part.from_pretrained(bases[name], torch.float32 if name in rates else compute, compute, cfg.device)
-                    for name, part in (("encoder", SpeechEncoder), ("llm", LLM)))
+    encoder, llm = (part.from_pretrained(getattr(cfg, name), torch.float32 if name in rates else compute, compute,
+                                         cfg.device) for name, part in (("encoder", SpeechEncoder), ("llm", LLM)))
     adapter = AdapterConfig(
         **asdict(encoder.config), output_size=llm.config.hidden_size, num_adapter_layers=cfg.adapter_layers,
         adapter_kernel_size=cfg.adapter_kernel, adapter_stride=cfg.adapter_stride,
         prompt_tokens=len(PROMPT_TOKENS) if cfg.prompt == "tokens" else 0)
+    if init:
+        adapter = AdapterConfig(**init["adapter"])
+        if bool(adapter.prompt_tokens) != (cfg.prompt == "tokens"):
+            raise TrainError(f"{cfg.init} was trained with --prompt {init['config']['prompt']}; give the same")
     model = SpeechLM(encoder, LengthAdapter(adapter, compute).to(cfg.device), llm)
-    if cfg.init:
-        restore(model, load_checkpoint(cfg.init), identity, cfg.init)
+    if init:
+        restore(model, init, bases, cfg.init)
     for name, part in model.named_children():
         part.requires_grad_(name in rates).train(name in rates)
     encoder.checkpointing = llm.checkpointing = cfg.checkpointing
-    return model, tokenizer, identity
+    return model, tokenizer, bases
 
 
 def parameter_groups(model, rates, weight_decay):
     """AdamW groups: the matrices of each part, and its vectors. Every trained parameter is in exactly one."""
     groups = []
     for part, rate in rates.items():
-        parameters = [p for p in getattr(model, part).parameters()]
+        parameters = list(getattr(model, part).parameters())
         for decayed in (True, False):
             chosen = [p for p in parameters if (p.ndim > 1) == decayed]
             groups.append({"params": chosen, "rate": rate, "weight_decay": weight_decay * decayed})
@@ -168,7 +189,7 @@ def scale_projection(model, batch):
 
 
 def lr_at(step, cfg):
-    """Share of the learning rate at a step: linear warmup, then a cosine down to min_lr at the last step."""
+    """Share of the learning rate at a step, counted from 0: linear warmup, then a cosine from 1 down to min_lr."""
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
     done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
@@ -188,9 +209,22 @@ def write_atomically(path, save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # torch.save's word for a disk that fills up
+            raise OSError(errno.ENOSPC, "could not be written to the end, is the disk full?", str(path)) from error
         raise
+
+
+def read_log(path):
+    """The lines of a log; half a line, as a kill or a full disk leaves, is passed over."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            pass
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,51 +233,65 @@ def write_atomically(path, save):
 
 def encoder_states(cfg, encoder, manifests, identity):
     """Runs the frozen encoder once over the audio of the manifests, into two files of the out directory that later runs
-    with the same encoder and rows find again. Returns the function (manifest, row) -> (F, D), or None if they would not
-    fit on the disk or in cache_gb."""
-    clips, numbers = {}, []  # (manifest, audio, start, duration) -> number; each row's clip
+    find again if encoder, rows and audio files are the same. Returns the function (manifest, row) -> (F, D) states,
+    which raises AudioError for a row that cannot be used; or None if they would not fit on the disk or in cache_gb."""
+    clips, numbers = {}, []  # (manifest, audio, start, seconds) -> number; each row's clip
     for m, manifest in enumerate(manifests):
         rows = [(m, row["audio"], row["start"], manifest.seconds(row)) for row in manifest]
         numbers.append([clips.setdefault(clip, len(clips)) for clip in rows])
-    room = np.array([feature_length(clip[3]) + 1 for clip in clips])  # frames; what headers say may be one off
+    room = np.array([feature_length(s) + 1 if s <= cfg.max_seconds else 0 for *_, s in clips])  # headers may be one off
     ends, width, dtype = room.cumsum(), encoder.config.hidden_size, encoder.compute_dtype
     size, free = int(ends[-1]) * width * dtype.itemsize, shutil.disk_usage(cfg.out).free
     print(f"encoder outputs: {ends[-1] / 180000:.2f} h, {size / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free)")
     if size > min(cfg.cache_gb * 1e9, 0.9 * free):
         print(f"they do not fit in --cache-gb {cfg.cache_gb:g} or on the disk: the encoder runs in every step")
         return None
-    key = [identity["encoder"]["sha256"], str(dtype), [str(m.path.resolve()) for m in manifests], list(clips)]
-    name = f"encoder-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
-    path, lengths_path = Path(cfg.out) / f"{name}.bin", Path(cfg.out) / f"{name}.npy"
-    whole = lengths_path.exists()  # written last
-    states = torch.from_file(str(path), True, int(ends[-1]) * width, dtype=dtype).view(-1, width)  # memory-mapped
-    lengths = np.load(lengths_path) if whole else np.zeros(len(clips), np.int64)
+    files = {str(manifests[m].path.parent / audio).partition(".tar/") for m, audio, *_ in clips}
+    files = sorted(shard + ".tar" * bool(tar) for shard, tar, _ in files)
+    stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files if os.path.exists(file)]
+    key = json.dumps([identity["sha256"], str(dtype), cfg.batch_frames, stamps, list(clips)])
+    path = Path(cfg.out) / f"encoder-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
+    try:
+        found = json.loads(path.with_suffix(".json").read_text())  # written last, when all states are there
+        whole = path.stat().st_size == size
+    except (OSError, ValueError):
+        whole = False
     if not whole:
-        batches = cut(sorted((int(n), 0, i) for i, n in enumerate(room)), cfg.batch_frames, math.inf)
-        keys = list(clips)
-        for batch in tqdm(batches, "encoder", unit=" batches"):
-            waves = {}
-            for i in batch:
-                m, audio, start, seconds = keys[i]
-                try:
-                    waves[i] = manifests[m].audio({"audio": audio, "start": start, "duration": seconds})
-                except AudioError:
-                    pass  # no frames; training counts and lists the rows
-            if waves:
-                with torch.no_grad():
-                    found, frames = encoder(*(t.to(cfg.device) for t in fbank(list(waves.values()))))
-                for i, x, n in zip(waves, found, frames.tolist()):
-                    lengths[i] = min(n, room[i])
-                    states[ends[i] - room[i]:][:lengths[i]] = x[:lengths[i]].cpu()
-        write_atomically(lengths_path, lambda file: np.save(file, lengths))
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+    states = torch.from_file(str(path), True, size // dtype.itemsize, dtype=dtype).view(-1, width)  # memory-mapped
+    if not whole:
+        found = fill_states(cfg, encoder, manifests, list(clips), room, ends, states)
+        write_atomically(path.with_suffix(".json"), lambda file: file.write(json.dumps(found).encode()))
 
-    def of(m, i):
+    def states_of(m, i):
         n = numbers[m][i]
-        if not lengths[n]:
-            raise AudioError("this recording could not be read; leave the row out or mend the file")
-        return states[ends[n] - room[n]:][:lengths[n]]
+        if isinstance(found[n], str):
+            raise AudioError(found[n])
+        return states[ends[n] - room[n]:][:found[n]]  # (F, D)
 
-    return of
+    return states_of
+
+
+@torch.no_grad()
+def fill_states(cfg, encoder, manifests, clips, room, ends, states):
+    """Encodes every clip into its place in states. Returns a list: the frames of each clip, or why it has none."""
+    found = [f"longer than {cfg.max_seconds:g} s"] * len(clips)
+    batches = cut(sorted((int(n), 0, i) for i, n in enumerate(room) if n), cfg.batch_frames, math.inf)
+    for batch in tqdm(batches, "encoder", unit=" batches"):
+        waves = {}
+        for i in batch:
+            m, audio, start, seconds = clips[i]
+            try:
+                waves[i] = manifests[m].audio({"audio": audio, "start": start, "duration": seconds})
+            except AudioError as error:
+                found[i] = str(error)
+        if waves:
+            encoded, lengths = encoder(*(t.to(cfg.device) for t in fbank(list(waves.values()))))
+            for i, x, n in zip(waves, encoded, lengths.tolist()):
+                found[i] = min(n, int(room[i]))
+                states[ends[i] - room[i]:][:found[i]] = x[:found[i]].cpu()
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,9 +307,12 @@ def validate(cfg, model, examples, picks):
         row = examples.manifests[dev][i]
         try:
             frames.append(examples.frames(dev, i, row))
-        except AudioError:
+        except AudioError as error:
+            tqdm.write(f"validation leaves out {row['where']}: {error}")
             continue
         rows.append(row)
+    if len(rows) < 2:
+        raise TrainError(f"{cfg.dev}: {len(rows)} recordings can be used, expected at least 2; mend the files")
     training = {name: part.training for name, part in model.named_children()}
     model.eval()
     figures = {}
@@ -279,7 +330,7 @@ def validate(cfg, model, examples, picks):
         rows, frames = [rows[i] for i in asr], [frames[i] for i in asr]
         references = [row["text"] for row in rows]
         hypotheses = answer_rows(model, examples.tokenizer, rows, frames, cfg.prompt)
-        figures["wer"] = word_error_rate(references, hypotheses)
+        figures["wer"] = word_error_rate(references, hypotheses, [row["target_language"] for row in rows])
     for name, part in model.named_children():
         part.train(training[name])
     return figures, list(zip(references, hypotheses)) if asr else []
@@ -291,7 +342,7 @@ def validate(cfg, model, examples, picks):
 
 def draw_curves(log, path):
     """The log's training loss, validation losses and WER over the steps, as one SVG."""
-    lines = [json.loads(line) for line in open(log, encoding="utf-8")]
+    lines = read_log(log)
     width, height, left, steps = 720, 300, 60, max(line["step"] for line in lines) or 1
     panels = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"}, {"wer": "#2a8a3e"}]
     parts = []
@@ -322,18 +373,22 @@ def draw_curves(log, path):
 def open_manifests(cfg, tasks):
     """The training manifests, how often a row of each is to be drawn, the dev manifest, and the hours, which are
     printed; only rows of the phase's tasks."""
-    named = [path.rsplit("=", 1) if re.search(r"=[\d.]+$", path) else (path, 1) for path in cfg.data]
-    manifests, weights, seconds = [Manifest(path) for path, _ in named], [float(w) for _, w in named], Counter()
-    for manifest in manifests:
-        seconds += manifest.keep(tasks)
-        if not len(manifest):
-            raise ManifestError(f"{str(manifest.path)!r}: no row of the tasks this phase trains, {', '.join(tasks)}")
+    named = [re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", path).groups() for path in cfg.data]
+    manifests, weights, seconds = [Manifest(path) for path, _ in named], [float(w or 1) for _, w in named], Counter()
+    dev = Manifest(cfg.dev)
+    for manifest, least in [*((m, 1) for m in manifests), (dev, 2)]:
+        found = manifest.keep(tasks)
+        if len(manifest) < least:
+            raise ManifestError(f"{str(manifest.path)!r}: {len(manifest)} rows of the tasks this phase trains, "
+                                f"{', '.join(tasks)}, expected at least {least}; give another manifest")
+        unknown = {key[2] for key in found} - set(LANGUAGE_CODES)
+        if cfg.prompt == "tokens" and unknown:
+            raise ManifestError(f"{str(manifest.path)!r}: --prompt tokens has no token for {', '.join(sorted(unknown))}")
+        seconds += found if manifest is not dev else Counter()
     for (corpus, licence, language), total in sorted(seconds.items()):
         print(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h")
     # a manifest's weight counts per row, so that PATH=2 is the same as naming PATH twice
     weights = [w * len(manifest) for w, manifest in zip(weights, manifests)]
-    dev = Manifest(cfg.dev)
-    dev.keep(tasks)
     return manifests, weights, dev, [[*key, round(total)] for key, total in sorted(seconds.items())]
 
 
@@ -342,6 +397,7 @@ def train(cfg):
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg), indent=2).encode()))
     checkpoint_path, resume_path, log_path = (out / f"{cfg.phase}{end}" for end in (".pt", ".resume.pt", ".jsonl"))
     manifests, weights, dev, hours = open_manifests(cfg, tasks)
     model, tokenizer, bases = build(cfg, rates)
@@ -350,26 +406,33 @@ def train(cfg):
         print(f"{name}: {count / 1e6:.2f} M parameters, {how}, {next(part.parameters()).dtype} weights")
     states = None
     if "encoder" not in rates and cfg.cache_gb:
-        states = encoder_states(cfg, model.encoder, [*manifests, dev], bases)
+        states = encoder_states(cfg, model.encoder, [*manifests, dev], bases["encoder"])
     if states is not None:
         model.encoder = None
     examples = Examples([*manifests, dev], tokenizer, model.llm.config.eos_token_id[0], model.adapter.config,
-                        cfg.prompt, cfg.length_hint, cfg.max_seconds, states)
+                        cfg.prompt, cfg.length_hint, cfg.max_seconds, states, cfg.seed)
     picks = np.random.default_rng(0).permutation(len(dev))[:cfg.eval_rows].tolist()
 
     groups = parameter_groups(model, rates, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     first, position, resumed = 0, None, cfg.resume and resume_path.exists()
-    seen, bad = 0, []
+    seen, bad = 0, {}  # rows drawn; file and line of those that could not be used -> why
     if resumed:
         state = load_checkpoint(resume_path)
+        for name, saved in state["config"].items():
+            if name not in MAY_CHANGE and saved != asdict(cfg)[name]:
+                raise TrainError(f"{resume_path}: was trained with {name} {saved!r}, found {asdict(cfg)[name]!r}; give "
+                                 "the same, or start anew without --resume")
         restore(model, state, bases, resume_path)
         optimizer.load_state_dict(state["optimizer"])
         first, position, seen, bad = state["step"], state["position"], state["seen"], state["bad"]
-        kept = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= first]
-        log_path.write_text("".join(line + "\n" for line in kept))
-    elif log_path.exists():
-        log_path.unlink()
+        if first == cfg.steps:
+            print(f"{checkpoint_path}: all {first} steps are done")
+            return
+    kept = "".join(json.dumps(line) + "\n" for line in read_log(log_path) if resumed and line["step"] <= first)
+    write_atomically(log_path, lambda file: file.write(kept.encode()))
+    if not resumed:
+        resume_path.unlink(missing_ok=True)  # of another run
     order = schedule(manifests, weights, examples.size, cfg.batch_frames, cfg.batch_tokens, cfg.seed, position)
     loader = iter(torch.utils.data.DataLoader(
         examples, sampler=order, batch_size=None, num_workers=0 if states else cfg.workers,
@@ -410,11 +473,17 @@ def train(cfg):
         # one step: every batch's summed loss over the target tokens of all its batches
         start, batches = time.time(), []
         while len(batches) < cfg.accumulate:
-            batch = next(loader)
-            position, seen, bad = batch["position"], seen + len(batch["rows"]) + len(batch["bad"]), bad + batch["bad"]
-            if len(bad) > max(10, 0.01 * seen):
-                raise TrainError(f"{len(bad)} of {seen} recordings could not be used, more than 1 %, the last: {bad[-1]}; "
-                                 "mend or leave out such rows")
+            try:
+                batch = next(loader)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise TrainError(f"a loader process died ({reason}); start again with --resume") from error
+            position, seen = batch["position"], seen + len(batch["rows"]) + len(batch["bad"])
+            bad |= dict(batch["bad"])
+            met = min(seen, sum(map(len, manifests)))  # different recordings, as far as one can tell
+            if len(bad) > 0.01 * max(met, 300):
+                raise TrainError(f"{len(bad)} of {met} recordings could not be used, more than 1 %: "
+                                 + "; ".join(f"{where}: {why}" for where, why in list(bad.items())[-3:]))
             if "ids" in batch:
                 batches.append({name: batch[name].to(cfg.device, non_blocking=True)
                                 for name in ("features", "lengths", "ids", "targets")})
@@ -426,6 +495,9 @@ def train(cfg):
             (loss / tokens).backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], cfg.clip).item()
+        if not math.isfinite(norm):
+            raise TrainError(f"step {step}: loss {total / tokens}, gradient norm {norm}; the last checkpoint is "
+                             "untouched: lower the learning rate or start again with --resume")
         optimizer.step()
         optimizer.zero_grad()
         audio = sum(batch["lengths"].sum().item() for batch in batches) / 50  # seconds
@@ -434,19 +506,23 @@ def train(cfg):
         bar.update()
     bar.close()
     draw_curves(log_path, out / f"{cfg.phase}.svg")
-    for line in bad:
-        print(f"left out: {line}")
-    print(f"{checkpoint_path}: {seen} recordings heard, {len(bad)} left out; curves in {out / cfg.phase}.svg")
+    for where, why in bad.items():
+        print(f"left out: {where}: {why}")
+    print(f"{checkpoint_path}: {seen} rows drawn, {len(bad)} recordings left out; curves in {out / cfg.phase}.svg")
 
 
 def main(argv=None):
+    cfg = parse(argv)
     try:
-        train(parse(argv))
+        train(cfg)
+    except KeyboardInterrupt:
+        print("train.py: stopped; the last checkpoint is intact: start again with --resume", file=sys.stderr)
+        sys.exit(130)
     except (CheckpointError, ManifestError, AudioError, TrainError) as error:
         sys.exit(f"train.py: {error}")
     except OSError as error:
-        sys.exit(f"train.py: {error.filename or 'writing'}: {error.strerror}; what was saved before is intact: mend this "
-                 "and start again with --resume")
+        sys.exit(f"train.py: {error.filename or cfg.out}: {error.strerror}; what was saved before is intact: mend this and "
+                 "start again with --resume")
 
 
 if __name__ == "__main__":

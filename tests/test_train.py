@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import data
 import sample
 import train
 from data import Examples, Manifest, ManifestError, collate, cut, feature_length, load_audio, render, schedule
+from eval import answer_rows, word_error_rate
 from model import AUDIO, AdapterConfig, adapter_length
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +70,11 @@ def test_manifest_rows(tmp_path):
     ({"audio": "a.wav", "task": "asr"}, "line 2: text is None"), ({**GOOD, "audio": 5}, "line 2: audio is 5"),
     ({**GOOD, "task": "tts"}, "line 2: task is 'tts', expected one of asr, st, sqa"),
     ({**GOOD, "task": "sqa"}, "line 2: question is None, expected text"),
-    ({**GOOD, "start": -1}, "line 2: start is -1, expected seconds"), ({**GOOD, "duration": "3"}, "duration is '3'")])
+    ({**GOOD, "start": -1}, "line 2: start is -1, expected a number of seconds"), ({**GOOD, "duration": "3"}, "duration is '3'"),
+    ('{"audio": "a", "text": "b", "task": "asr", "duration": Infinity}', "duration is inf"),
+    ({**GOOD, "duration": True}, "duration is True"), ({**GOOD, "target_language": ["de"]}, "target_language is ..de.."),
+    ('{"audio": "a", "text": "\\ud800", "task": "asr"}', "text is .*, expected text"), ("[" * 99999, "line 2: not JSON"),
+    ({**GOOD, "instruction": 5}, "instruction is 5, expected text")])
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, message):
     manifest = write_rows(tmp_path / "m.jsonl", GOOD, row)
     for read in (lambda: manifest[1], lambda: list(manifest), lambda: manifest.keep(["asr"])):
@@ -211,9 +217,9 @@ def test_bad_recordings_are_left_out_and_named(tiny_project, tmp_path):
     examples = Examples([manifest], tokenizer, 0, AdapterConfig())
     batch = examples[{"pool": 0, "batch": 0}, [(0, i) for i in range(4)]]
     assert [row["audio"] for row in batch["rows"]] == ["train0.wav"] and len(batch["ids"]) == 1
-    for line, message in zip(batch["bad"], ["line 2: .*cannot be decoded", "line 3: 99.0 s of audio, expected at most 30 s",
-                                            "line 4: .*No such file"]):
-        assert re.search(message, line)
+    messages = ["line 2: .*cannot be decoded", "line 3: 99.0 s of audio, expected at most 30 s", "line 4: .*No such file"]
+    for bad, message in zip(batch["bad"], messages, strict=True):
+        assert re.search(message, ": ".join(bad))
     assert "ids" not in examples[{"pool": 0, "batch": 0}, [(0, 1)]]
     assert examples.size(0, 0) == (feature_length(0.25), adapter_length(12, AdapterConfig()) + len(render(manifest[0], 0, tokenizer, 0)[0]))
 
@@ -269,7 +275,7 @@ def test_align_end_to_end(tiny_project, tmp_path, capsys):
     train.main(arguments(tiny_project, tmp_path, steps=24, eval_every=12))
     said = capsys.readouterr()
     assert "data: tones, CC0-1.0, into en: " in said.out and "encoder: 0.0" in said.out and "frozen" in said.out
-    assert "encoder outputs: 0.0" in said.out and "0 left out" in said.out
+    assert "encoder outputs: 0.0" in said.out and "0 recordings left out" in said.out
     lines = log(tmp_path)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 25))
@@ -372,7 +378,9 @@ def refused(capsys, argv, message, code=1):
 def test_bad_command_lines_exit_with_2(capsys, tiny_project, tmp_path):
     for argv, message in [(["--fase", "align"], "unrecognized arguments: --fase"), (["--steps", "many"], "invalid int value"),
                           (["--phase", "allign"], "--phase is 'allign', expected align or ift"),
-                          (["--precision", "float16"], "--precision is 'float16', expected auto or float32 or bfloat16")]:
+                          (["--precision", "float16"], "--precision is 'float16', expected auto or float32 or bfloat16"),
+                          (["--accumulate", "0"], "--accumulate is 0, expected 1 to inf"), (["--min-lr", "5"], "0 to 1"),
+                          (["--seed", "-1"], "--seed is -1, expected 0 to inf"), (["--device", "cud"], "--device is 'cud'")]:
         refused(capsys, argv, message, 2)
 
 
@@ -384,32 +392,197 @@ def test_bad_input_is_one_line_and_exit_1(capsys, tiny_project, tmp_path):
     run("model_type is 'qwen2', expected 'wav2vec2-bert'", encoder=tiny_project / "llm")
     run("none.jsonl': No such file", data=tmp_path / "none.jsonl")
     (tmp_path / "st.jsonl").write_text(json.dumps({**GOOD, "task": "st"}) + "\n")
-    run("st.jsonl': no row of the tasks this phase trains, asr", data=tmp_path / "st.jsonl")
+    run("st.jsonl': 0 rows of the tasks this phase trains, asr, expected at least 1", data=tmp_path / "st.jsonl")
+    (tmp_path / "one.jsonl").write_text((tiny_project / "dev.jsonl").read_text().splitlines()[0])
+    run("one.jsonl': 1 rows of the tasks this phase trains, asr, expected at least 2", dev=tmp_path / "one.jsonl")
+    (tmp_path / "fr.jsonl").write_text(json.dumps({**GOOD, "target_language": "tlh"}) + "\n")
+    run("--prompt tokens has no token for tlh", data=tmp_path / "fr.jsonl", prompt="tokens")
     (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "text": " "}) + "\n")
     run("bad.jsonl' line 2: text is ' ', expected text", data=tmp_path / "bad.jsonl")
     run("none.pt: no such checkpoint; train it first or correct the path", init=tmp_path / "none.pt")
     (tmp_path / "junk.pt").write_bytes(b"junk")
     run("junk.pt: not a checkpoint of this project", init=tmp_path / "junk.pt")
     (tmp_path / "file").write_text("")
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    run("other.pt: not a checkpoint of this project", init=tmp_path / "other.pt")
     run("file: File exists|file/out: Not a directory", out=tmp_path / "file")
+    run("step 0|step 1: loss .*; the last checkpoint is untouched", adapter_lr=1e30)
     rows = "".join(json.dumps({**GOOD, "audio": f"no{i}.wav", "duration": 1}) + "\n" for i in range(40))
     (tmp_path / "gone.jsonl").write_text(rows)
     for cache in (1, 0):
         run(r"\d+ of \d+ recordings could not be used, more than 1 %", data=tmp_path / "gone.jsonl", cache_gb=cache, workers=0)
 
 
-def test_a_checkpoint_of_another_model_is_refused(capsys, tiny_project, tmp_path):
+def test_init_and_resume_fit_or_are_refused(capsys, tiny_project, tmp_path):
     torch.set_num_threads(1)
-    train.main(arguments(tiny_project, tmp_path, steps=1))
-    for options, message in [(dict(adapter_layers=3, adapter_kernel=5), "tensors do not fit, .* give the --adapter and --prompt"),
-                             (dict(llm=tmp_path / "llm"), "was trained on the llm .*, found another model at .*; give the same --llm")]:
-        if "llm" in options:
-            from model import LLM
-            other = LLM.from_pretrained(tiny_project / "llm")
-            other.model.norm.weight.data += 1
-            other.save_pretrained(tmp_path / "llm")
-            (tmp_path / "llm" / "tokenizer.json").write_bytes((tiny_project / "llm" / "tokenizer.json").read_bytes())
-        refused(capsys, arguments(tiny_project, tmp_path / "out", init=tmp_path / "align.pt", **options), message)
+    train.main(arguments(tiny_project, tmp_path, steps=1, adapter_layers=1))
+    ift = dict(phase="ift", out=tmp_path / "ift", steps=1, init=tmp_path / "align.pt")
+    train.main(arguments(tiny_project, **ift))  # the adapter's shape comes with the checkpoint
+    assert torch.load(tmp_path / "ift" / "ift.pt", weights_only=True)["adapter"]["num_adapter_layers"] == 1
+
+    def run(message, **options):
+        refused(capsys, arguments(tiny_project, **{"out": tmp_path, **options}), message)
+
+    run("ift.pt holds a trained encoder and llm, which phase align would freeze", init=tmp_path / "ift" / "ift.pt")
+    run("align.pt was trained with --prompt text; give the same", **{**ift, "prompt": "tokens"})
+    from model import LLM
+    other = LLM.from_pretrained(tiny_project / "llm")
+    other.model.norm.weight.data += 1
+    other.save_pretrained(tmp_path / "llm")
+    (tmp_path / "llm" / "tokenizer.json").write_bytes((tiny_project / "llm" / "tokenizer.json").read_bytes())
+    run("was trained on the llm .*, found another model at .*; give the same --llm", **{**ift, "llm": tmp_path / "llm"})
+    state = torch.load(tmp_path / "align.pt", weights_only=True)
+    del state["model"]["adapter.layers.0.ffn.output_dense.weight"]
+    torch.save(state, tmp_path / "part.pt")
+    run("1 tensors of the adapter do not fit, adapter.layers.0.ffn.output_dense.weight first", **{**ift, "init": tmp_path / "part.pt"})
+    out = tmp_path / "resumed"
+    train.main(arguments(tiny_project, out))
+    run("was trained with seed 0, found 1; give the same, or start anew", out=out, resume=True, seed=1)
+    before = log(out)
+    train.main(arguments(tiny_project, out, resume=True))
+    assert "all 8 steps are done" in capsys.readouterr().out and log(out) == before
+    train.main(arguments(tiny_project, out, seed=1, steps=4))  # a new run does not leave the old one to be resumed
+    assert torch.load(out / "align.resume.pt", weights_only=True)["config"]["seed"] == 1
+
+
+def test_a_recipe_by_hand_gives_the_logged_figures(tiny_project, tmp_path):
+    """Loss, gradient norm and learning rate of the log against a plain loop, with two batches a step."""
+    torch.set_num_threads(1)
+    shutil.copytree(tiny_project / "encoder", tmp_path / "encoder")
+    raw = json.loads((tmp_path / "encoder" / "config.json").read_text())
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps(raw | {"conformer_conv_dropout": 0.0}))
+    argv = arguments(tiny_project, tmp_path, steps=5, accumulate=2, clip=0.5, cache_gb=0, workers=0, warmup=3, min_lr=0.2,
+                     encoder=tmp_path / "encoder")
+    train.main(argv)
+    cfg, rates, tasks = train.settle(train.parse(argv))
+    torch.manual_seed(0)
+    manifests, weights, dev, _ = train.open_manifests(cfg, tasks)
+    model, tokenizer, _ = train.build(cfg, rates)
+    examples = Examples(manifests, tokenizer, 0, model.adapter.config)
+    stream = (examples[scheduled] for scheduled in schedule(manifests, weights, examples.size, 300, 4000, 0))
+    matrices, vectors = ([p for p in model.adapter.parameters() if (p.ndim > 1) == big] for big in (True, False))
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.01), dict(params=vectors, weight_decay=0.0)],
+                                  betas=(0.9, 0.95))
+    for step, line in enumerate(line for line in log(tmp_path) if "loss" in line):
+        share = [1 / 3, 2 / 3, 1.0, 1.0, 0.2 + 0.8 * 0.5][step]
+        batches = [next(stream) for _ in range(2)]
+        if step == 0:
+            with torch.no_grad():
+                audio, lengths = model.encode(batches[0]["features"], batches[0]["lengths"])
+                real = torch.cat([x[:n] for x, n in zip(audio, lengths)])
+                model.adapter.enc_to_dec_proj.weight.mul_(model.llm.model.embed_tokens.weight.std() / real.std())
+                model.adapter.enc_to_dec_proj.bias.mul_(model.llm.model.embed_tokens.weight.std() / real.std())
+        sums = [model(*(batch[name] for name in ("features", "lengths", "ids", "targets"))) for batch in batches]
+        tokens = sum(count for _, count in sums)
+        loss = sum(total for total, _ in sums) / tokens
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.adapter.parameters()]).norm()
+        for p in model.adapter.parameters():
+            p.grad.mul_(min(1, 0.5 / (norm + 1e-6)))
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * share
+        optimizer.step()
+        assert (line["tokens"], line["lr"]) == (tokens, pytest.approx(share))
+        assert (line["loss"], line["norm"]) == (pytest.approx(loss.item(), rel=1e-4), pytest.approx(norm.item(), rel=1e-3))
+    assert line["step"] == 5
+
+
+def test_shuffled_loss_and_batched_answers(tiny_project, tmp_path):
+    torch.set_num_threads(1)
+    cfg = train.parse(arguments(tiny_project, tmp_path))
+    model, tokenizer, _ = train.build(cfg, {"adapter": 1e-3})
+    model.eval()
+    dev = Manifest(tiny_project / "dev.jsonl")
+    examples = Examples([dev], tokenizer, 0, model.adapter.config)
+    figures, _ = train.validate(cfg, model, examples, [3, 1, 7])
+    rows, frames = [dev[i] for i in (3, 1, 7)], [examples.frames(0, i, dev[i]) for i in (3, 1, 7)]
+    for name, heard in (("dev_loss", (0, 1, 2)), ("shuffled_loss", (1, 2, 0))):
+        batches = [collate([examples.example(row, frames[i])]) for row, i in zip(rows, heard)]
+        with torch.no_grad():
+            sums = [model(**batch) for batch in batches]
+        assert figures[name] == pytest.approx(sum(s.item() for s, _ in sums) / sum(n for _, n in sums), rel=1e-4)
+    assert figures["dev_loss"] != figures["shuffled_loss"]
+    rows, frames = [dev[i] for i in range(10)], [examples.frames(0, i, dev[i]) for i in range(10)]
+    together = answer_rows(model, tokenizer, rows, frames, batch_size=4, max_new_tokens=6)
+    assert together == [answer_rows(model, tokenizer, [row], [x], max_new_tokens=6)[0] for row, x in zip(rows, frames)]
+    model.generate = lambda ids, sizes, features, lengths, max_new_tokens: [[int(n) + 40] for n in lengths]
+    said = answer_rows(model, tokenizer, rows, frames, batch_size=4)  # every row gets its own answer back
+    assert said == [tokenizer.decode([len(x) + 40]) for x in frames] and len(set(said)) > 1
+
+
+def test_word_error_rate():
+    british, american = ["Mr. Smith's colour is grey."], ["mister smith's color is gray"]
+    assert word_error_rate(british, american, ["en"]) == 0 < word_error_rate(british, american, ["de"])
+    assert word_error_rate(["Der Hund, ja."], ["der hund JA"], ["de"]) == 0
+    assert word_error_rate(["a b c d"], ["a x d"], ["de"]) == 0.5
+
+
+def test_weights_of_manifests(tiny_project, tmp_path):
+    path = tiny_project / "train.jsonl"
+    cfg = train.parse(arguments(tiny_project, tmp_path))
+    cfg.data = [f"{path}=2", str(path), f"{path}=0.5"]
+    manifests, weights, _, hours = train.open_manifests(cfg, ("asr",))
+    assert weights == [80, 40, 20] and hours[0][:3] == ["tones", "CC0-1.0", "en"]
+
+
+def test_the_encoder_cache_knows_what_it_depends_on(capsys, tiny_project, tmp_path):
+    torch.set_num_threads(1)
+    shutil.copytree(tiny_project, tmp_path / "p")
+    out = tmp_path / "out"
+
+    def caches(**options):
+        train.main(arguments(tmp_path / "p", out, steps=2, eval_every=2, **options))
+        return len(list(out.glob("encoder-*.bin")))
+
+    assert caches() == 1
+    first = losses(out)
+    (next(out.glob("encoder-*.bin"))).write_bytes(b"")  # cut: made again
+    assert caches() == 1 and losses(out) == first
+    wave, _ = soundfile.read(tmp_path / "p" / "train0.wav")
+    soundfile.write(tmp_path / "p" / "train0.wav", wave[::-1], 16000)
+    assert caches() == 2
+    from model import SpeechEncoder
+    encoder = SpeechEncoder.from_pretrained(tmp_path / "p" / "encoder")
+    encoder.feature_projection.projection.bias.data += 0.1
+    encoder.save_pretrained(tmp_path / "p" / "encoder")
+    assert caches() == 3
+    capsys.readouterr()
+    assert caches(cache_gb=1e-6) == 3 and "they do not fit in --cache-gb 1e-06" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "p" / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "p" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + [
+        {**rows[0], "audio": "none.wav"}, {**rows[0], "duration": 40.0}]))
+    for cache_gb in (2.0, 0.0):  # the same rows are left out with the cache and without
+        train.main(arguments(tmp_path / "p", out, steps=12, cache_gb=cache_gb, max_seconds=2, workers=0))
+        said = capsys.readouterr().out
+        assert "line 41: " in said and "No such file" in said and "2 recordings left out" in said
+        assert re.search("line 42: .*(longer than 2 s|40.0 s of audio, expected at most 2 s)", said)
+
+
+def test_length_hints_are_drawn_by_the_seed(tiny_project):
+    manifest = Manifest(tiny_project / "train.jsonl")
+    tokenizer = data.load_tokenizer(tiny_project / "llm")
+    config = AdapterConfig()
+
+    def hinted(seed, share):
+        examples = Examples([manifest], tokenizer, 0, config, "tokens", share, seed=seed)
+        return examples[{"pool": 0, "batch": 3}, [(0, i) for i in range(12)]]["ids"].tolist()
+
+    assert hinted(0, 0.5) == hinted(0, 0.5) != hinted(1, 0.5)
+    assert hinted(0, 0.0) != hinted(0, 1.0)
+
+
+def test_dead_worker_and_interrupt(capsys, monkeypatch, tiny_project, tmp_path):
+    torch.set_num_threads(1)
+    for error, code in ((RuntimeError("DataLoader worker (pid 7) is killed"), "a loader process died .*killed"),
+                        (KeyboardInterrupt(), "130")):
+        def broken(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(Examples, "__getitem__", broken)
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments(tiny_project, tmp_path, workers=0))
+        assert re.search(code, str(stop.value.code))
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(capsys, monkeypatch, tiny_project, tmp_path):
@@ -424,4 +597,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(capsys, monkeypatch, tiny_project
     monkeypatch.setattr(torch, "save", full)
     refused(capsys, arguments(tiny_project, tmp_path, steps=4, seed=1),
             "align.pt.tmp: No space left on device; what was saved before is intact")
+
+    def fuller(state, file):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 1 vs 2")
+
+    monkeypatch.setattr(torch, "save", fuller)
+    refused(capsys, arguments(tiny_project, tmp_path, steps=4, seed=1), "align.resume.pt: could not be written to the end")
     assert (tmp_path / "align.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
