@@ -46,6 +46,13 @@ def restore(model, state, bases, path):
     model.load_state_dict(state["model"], strict=False)  # the parts it does not hold are the base models'
 
 
+def newest_checkpoint():
+    found = [path for path in (Path("out/align.pt"), Path("out/ift.pt")) if path.exists()]
+    if not found:
+        raise CheckpointError("no out/align.pt or out/ift.pt; run python train.py --phase align first, or give --ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
 def load_model(path, device="cpu"):
     """The model of a checkpoint, on its two base models, in float32 on CPU and bfloat16 on CUDA; its tokenizer; the
     training configuration. Raises CheckpointError."""
@@ -86,13 +93,10 @@ def main(argv=None):
     parser.add_argument("instruction", help='such as "Transcribe the English speech."')
     parser.add_argument("--ckpt", help="checkpoint; otherwise the newest of out/ift.pt and out/align.pt")
     args = parser.parse_args(argv)
-    found = sorted(Path("out").glob("*.pt"), key=lambda p: p.stat().st_mtime)
-    found = [p for p in found if p.name in ("align.pt", "ift.pt")]
-    if not args.ckpt and not found:
-        sys.exit("sample.py: no out/align.pt or out/ift.pt; run python train.py --phase align first, or give --ckpt")
     try:
         wave = load_audio(args.audio)
-        model, tokenizer, config = load_model(args.ckpt or found[-1], "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, tokenizer, config = load_model(args.ckpt or newest_checkpoint(), device)
     except (AudioError, CheckpointError) as error:
         sys.exit(f"sample.py: {error}")
     if config["prompt"] == "tokens":

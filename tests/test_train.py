@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import data
+import eval
 import sample
 import train
 from data import Examples, Manifest, ManifestError, collate, cut, feature_length, load_audio, render, schedule
@@ -298,6 +299,27 @@ def test_align_end_to_end(tiny_project, tmp_path, capsys):
     assert figures["wer"] == validations[-1]["wer"] and len(pairs) == 2
     sample.main([str(tiny_project / "dev0.wav"), "Transcribe the English speech.", "--ckpt", str(tmp_path / "align.pt")])
     assert capsys.readouterr().out.endswith("\n")
+
+
+def test_eval_and_sample_find_the_newest_checkpoint(tiny_project, tmp_path, monkeypatch, capsys):
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    for program, argument in ((eval, tiny_project / "dev.jsonl"), (sample, tiny_project / "dev0.wav")):
+        with pytest.raises(SystemExit, match="no out/align.pt or out/ift.pt; run python train.py --phase align first"):
+            program.main([str(argument), *(["Transcribe."] if program is sample else [])])
+    train.main(arguments(tiny_project, "out", steps=1))
+    rows = [json.loads(line) for line in (tiny_project / "dev.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "audio": str(tiny_project / row["audio"]), "speaker": "a" if k < 10 else "b"})
+             for k in range(11) for row in rows]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines + [json.dumps({**GOOD, "audio": "none.wav"})]))
+    capsys.readouterr()
+    eval.main(["m.jsonl"])
+    said = capsys.readouterr()
+    assert re.fullmatch(r"all: WER [\d.]+ % of 110 clips\na: WER [\d.]+ % of 100 clips\nother speakers: WER [\d.]+ % of 10 clips\n",
+                        said.out)
+    assert "left out: 'm.jsonl' line 111: " in said.err
+    with pytest.raises(SystemExit, match="sample.py: 'none.wav': No such file"):
+        sample.main(["none.wav", "Transcribe."])
 
 
 def losses(out):

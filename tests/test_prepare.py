@@ -1,0 +1,68 @@
+"""prepare/: the demo's grammar, and the folder demo/ that was made from it."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data import Manifest
+from prepare.demo_grammar import LANGUAGES, REFUSALS, count_sentences, example, split_of
+from prepare.demo_instructions import INSTRUCTIONS, draw_instruction
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+
+
+def test_grammar():
+    assert sum(count_sentences().values()) > 1_000_000
+    assert list(LANGUAGES) == ["en", "de", "it", "zh"]
+    assert tuple(REFUSALS) == ("Not answerable.", "Nicht zu beantworten.", "Non è possibile rispondere.", "无法回答。")
+    for split in ("train", "dev", "test"):
+        random_numbers = random.Random(split)
+        for _ in range(300):
+            texts, facts, traps = example(random_numbers, split)
+            assert split_of(texts[0]) == split and len(facts) >= 2 and traps
+            for four in (texts, *traps, *(text for fact in facts for text in fact)):
+                assert len(four) == 4 and all(text and "  " not in text and text == text.strip() for text in four)
+            assert all(text[-1] == mark for text, mark in zip(texts, "...。"))
+            assert not any("\u4e00" <= c <= "\u9fff" for text in texts[:3] for c in text)
+            assert not any(c.isascii() and c.isalpha() for c in texts[3])
+
+
+def test_ten_instructions_a_task_and_language():
+    for task in ("asr", "st", "sqa"):
+        for language in LANGUAGES:
+            assert len(set(INSTRUCTIONS[task, language])) >= 10
+    random_numbers = random.Random(0)
+    for task, target in (("asr", "en"), ("st", "de"), ("st", "zh"), ("sqa", "it")):
+        drawn = {draw_instruction(random_numbers, task, target, "Who?") for _ in range(200)}
+        assert len(drawn) > (9 if task == "sqa" else 20) and not any("{" in text for text in drawn)
+        assert task != "sqa" or all("Who?" in text for text in drawn)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {split: list(Manifest(DEMO / f"{split}.jsonl")) for split in ("train", "dev", "test")}
+
+
+def test_demo_is_small_free_and_split_by_sentence(splits):
+    assert sum(p.stat().st_size for p in DEMO.rglob("*") if p.is_file()) < 30e6
+    said = {split: {row["text"] for row in rows if row["task"] == "asr"} for split, rows in splits.items()}
+    assert not said["train"] & said["dev"] and not said["train"] & said["test"] and not said["dev"] & said["test"]
+    voices = {split: {row["speaker"] for row in rows} for split, rows in splits.items()}
+    assert "flite-rms" in voices["test"] and "flite-rms" not in voices["train"] | voices["dev"]
+    for rows in splits.values():
+        assert {(row["licence"], row["corpus"], row["source_language"]) for row in rows} == {("CC0-1.0", "demo", "en")}
+        clips = Counter(row["task"] for row in rows)
+        assert clips["st"] == 3 * clips["asr"] and clips["sqa"] == 2 * clips["asr"]
+        refused = [row["text"] in REFUSALS for row in rows if row["task"] == "sqa"]
+        assert 0.15 < sum(refused) / len(refused) < 0.35
+
+
+def test_demo_audio_is_what_the_manifests_say(splits):
+    for split, rows in splits.items():
+        manifest = Manifest(DEMO / f"{split}.jsonl")
+        for row in random.Random(0).sample([row for row in rows if row["task"] == "asr"], 25):
+            wave = manifest.audio(row)
+            assert len(wave) / 16000 == pytest.approx(row["duration"], abs=0.001)
+            assert wave.abs().max() > 0.1 and 1 < row["duration"] < 6
