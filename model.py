@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass, field, fields, MISSING
 from pathlib import Path
 from typing import NamedTuple
@@ -1052,6 +1053,7 @@ def save(directory, config, state, eos_token_id=None):
         save_file(state, written[0], metadata={"format": "pt"})
         for file, values in zip(written[1:], texts.values()):
             file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(written[1], written[0])  # safetensors makes its file readable by its owner alone
     except BaseException:
         for file in written:
             file.unlink(missing_ok=True)

@@ -82,7 +82,7 @@ PHASES = {
     "ift": Phase({"adapter": 2e-4, "encoder": 6e-6, "llm": 2e-5}, ("asr", "st", "sqa"), 4000, 50),
 }
 DEMO_PHASES = {  # for the tiny models of demo/, when nothing else is named
-    "align": Phase({"adapter": 1.5e-3}, ("asr",), 1500, 50),
+    "align": Phase({"adapter": 2e-3}, ("asr",), 1000, 50),
     "ift": Phase({"adapter": 7e-4, "encoder": 4e-4, "llm": 5e-4}, ("asr", "st", "sqa"), 3000, 50),
 }
 

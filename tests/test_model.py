@@ -657,6 +657,7 @@ def test_save_and_load_again(tmp_path):
     again = SpeechLM.from_pretrained(tmp_path / "whole")
     assert [p.name for p in sorted((tmp_path / "whole").iterdir())] == ["config.json", "generation_config.json",
                                                                       "model.safetensors"]
+    assert len({p.stat().st_mode for p in (tmp_path / "whole").iterdir()}) == 1  # all readable by whom config.json is
     half = SpeechLM.from_parts(tmp_path / "encoder", tmp_path / "llm", torch.bfloat16, torch.float32)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and not half.training
     assert {half.encoder.compute_dtype, half.adapter.compute_dtype, half.llm.compute_dtype} == {torch.float32}
