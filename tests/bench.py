@@ -7,7 +7,6 @@ uses them.
 
 import itertools
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from full_size import memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -43,11 +43,6 @@ def features():
         print(f"{name:24}{1e3 * peer:10.1f}{1e3 * ours:10.1f}{peer / ours:7.1f}x{sum(seconds) / ours:18.0f}")
 
 
-def memory(field):
-    """VmHWM (peak) or VmRSS (now) of this process in MB."""
-    return int(re.search(field + r":\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
-
 def manifest():
     from data import Manifest
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
@@ -56,13 +51,13 @@ def manifest():
                 "audio": f"train-{i // 1000:03d}.tar/{i}.flac", "duration": 3 + i % 2000 / 100, "text": "some words " * 12,
                 "task": "asr", "speaker": f"s{i % 900}", "corpus": "c", "licence": "CC-BY-4.0"}) + "\n")
         file.flush()
-        print(f"before: {memory('VmRSS'):.0f} MB")
+        print(f"before: {memory('VmRSS') / 2**20:.0f} MB")
         start = time.perf_counter()
         rows = Manifest(file.name)
-        print(f"opened {len(rows):,} rows in {time.perf_counter() - start:.2f} s, peak {memory('VmHWM'):.0f} MB")
+        print(f"opened {len(rows):,} rows in {time.perf_counter() - start:.2f} s, peak {memory('VmHWM') / 2**20:.0f} MB")
         start = time.perf_counter()
         rows.keep(["asr"])
-        print(f"read through in {time.perf_counter() - start:.2f} s, peak {memory('VmHWM'):.0f} MB")
+        print(f"read through in {time.perf_counter() - start:.2f} s, peak {memory('VmHWM') / 2**20:.0f} MB")
 
 
 def loader():
