@@ -1,175 +1,43 @@
-"""What goes into the model: audio files to 16 kHz waveforms and filterbank features, text, and batches of both."""
+"""What goes into the model: waveforms to filterbank features, manifests, prompts, and batches of all that."""
 
-import io
+import copy
 import itertools
 import json
 import math
 import re
-import tarfile
 from array import array
 from collections import Counter
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from tokenizers import Tokenizer
 
-from model import AUDIO, CheckpointError, adapter_length
+from model import AUDIO, adapter_length
+from prepare.audio import MIN_SAMPLES, SAMPLE_RATE, audio_seconds, load_audio
+from prepare.errors import AudioError, CheckpointError, ManifestError
+from prepare.instructions import instruction_of
 
-SAMPLE_RATE = 16000
 WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms windows every 10 ms
-MIN_SAMPLES = WINDOW + HOP  # two windows make one 20 ms output frame
+MIN_HEARD = SAMPLE_RATE // 2  # samples; shorter clips are padded with silence: the model never heard less
 
 
-class AudioError(ValueError):
-    """Audio that cannot be used; the message names what was found, what was expected and the remedy."""
-
-
-# -----------------------------------------------------------------------------
-# audio files
-
-def load_audio(path, start=0.0, duration=None):
-    """Read one audio file, or `duration` seconds of it from `start`, as a mono 16 kHz waveform.
-
-    path: any file libsndfile decodes (wav, flac, ogg vorbis, opus, mp3, aiff, sphere, ...), sampled at 1 to 200 kHz;
-    SHARD.tar/MEMBER is a member of an uncompressed tar.
-    Returns a (N,) float32 tensor, full scale at +-1. Channels are averaged. For n samples at another rate
-    N = ceil(n * 16000 / rate), and sample k is the sound at k / 16000 s (no delay); 16 kHz files come back untouched.
-
-    Resampling is a Kaiser-windowed sinc whose stopband starts at the lower of the two Nyquist frequencies:
-    flat within 0.01 dB up to 0.92 of it, aliases and images below -100 dB.
-
-    Raises AudioError for a file that cannot be opened or decoded, holds no samples, NaN or inf, is shorter than 35 ms,
-    or delivers less than asked for or than its header promises (more than 0.1 s less: mp3 headers also count the
-    decoder delay).
-    A cut ogg promises nothing and comes back short.
-    """
-    name = repr(str(path))
-    with _opened(path) as sound:
-        rate, first = sound.samplerate, round(start * sound.samplerate)
-        if not 1000 <= rate <= 200000:
-            raise AudioError(f"{name}: found a sample rate of {rate} Hz, expected 1000 to 200000; convert it to "
-                             "16000 Hz")
-        expected, left = _promised_samples(sound) - first, math.inf
-        if duration is not None:
-            expected = left = round(duration * rate)
-        size = 2**24 // sound.channels  # samples at a time, so that memory stays near that of the mono result
-        blocks = [torch.empty(0)]
-        sound.seek(min(first, sound.frames))
-        while left > 0:
-            block = torch.from_numpy(sound.read(min(size, left), dtype="float32", always_2d=True))  # (n, channels)
-            blocks.append(block.mean(1))
-            left -= len(block)
-            if len(block) < size:  # the end, or a damaged place: libsndfile would go on at a wrong one
-                break
-
-    wave = torch.cat(blocks)  # (n,)
-    if not len(wave):
-        raise AudioError(f"{name}: found no samples, expected at least 35 ms; leave the file out")
-    if expected - len(wave) > rate // 10:
-        raise AudioError(f"{name}: found {len(wave) / rate:.2f} s of audio, expected the {expected / rate:.2f} s its "
-                         "header promises; the file is cut or damaged, copy or download it again")
-    finite = wave.isfinite()
-    if not finite.all():
-        raise AudioError(f"{name}: found {int((~finite).sum())} NaN or inf samples, the first at "
-                         f"{int(finite.int().argmin()) / rate:.3f} s, expected finite ones; export it again")
-    if rate != SAMPLE_RATE:
-        wave = _resample(wave, rate)
-    if len(wave) < MIN_SAMPLES:
-        raise AudioError(f"{name}: found {1000 * len(wave) / SAMPLE_RATE:.1f} ms of audio, expected at least 35 ms "
-                         "(two 25 ms windows, 10 ms apart); leave the file out")
-    return wave
-
-
-def audio_seconds(path):
-    """The length of an audio file by its header, in seconds. Raises AudioError."""
-    with _opened(path) as sound:
-        return _promised_samples(sound) / sound.samplerate
-
-
-@contextmanager
-def _opened(path):
-    # The file or tar member as a soundfile.SoundFile; whatever goes wrong with it is an AudioError.
-    name = repr(str(path))
-    shard, tar, member = str(path).partition(".tar/")
-    try:
-        if tar:
-            offset, size = _tar_members(shard + ".tar")[member]
-        file = open(shard + ".tar" if tar else path, "rb")
-    except KeyError:
-        raise AudioError(f"{name}: found no such member in the tar, expected an audio file; correct the path") from None
-    except (OSError, ValueError, tarfile.TarError) as error:
-        raise AudioError(f"{name}: {error.args[-1]}, expected an audio file; correct the path") from error
-    with file:
-        if tar:
-            file.seek(offset)
-            file = io.BytesIO(file.read(size))
-        try:
-            # by descriptor, so that libsndfile judges the content and never the name
-            with soundfile.SoundFile(file if tar else file.fileno(), closefd=False) as sound:
-                yield sound
-        except soundfile.SoundFileError as error:
-            file.seek(0)
-            head = file.read(16)
-            found = f"content that cannot be decoded (it starts with {head})" if head else "0 bytes"
-            raise AudioError(f"{name}: found {found}, expected intact audio such as wav, flac, ogg or mp3; "
-                             "copy or download it again, or convert it to flac") from error
-
-
-@lru_cache(maxsize=64)
-def _tar_members(shard):
-    with tarfile.open(shard, "r:") as tar:
-        return {m.name.removeprefix("./"): (m.offset_data, m.size) for m in tar if m.isfile()}
-
-
-def _promised_samples(sound):
-    # libsndfile shows only in its log that a wav was cut; sizes near 2^31 and 2^32 are a stream's, of unknown length
-    cut = re.search(r"data : (\d+) \(should be (\d+)\)", sound.extra_info)
-    return sound.frames * int(cut[1]) // int(cut[2]) if cut and int(cut[1]) < 2**31 - 2**16 else sound.frames
-
-
-OUTPUTS = 80  # output samples computed together from one slice of the input
-
-
-@torch.no_grad()
-def _resample(wave, rate):
-    # The filter's phases repeat every `period` outputs; 80 neighbouring outputs share one slice of the input.
-    kernels, width, period = _resample_kernels(rate)  # (groups, span, 80)
-    groups, span, _ = kernels.shape
-    step = period * rate // SAMPLE_RATE  # input samples per period
-    length = math.ceil(len(wave) * SAMPLE_RATE / rate)
-    periods = math.ceil(length / period)
-    wave = torch.nn.functional.pad(wave, (width, periods * step + span - len(wave)))
-    out = wave.new_empty(periods, groups, OUTPUTS)
-    for group in range(groups):
-        slices = wave[group * OUTPUTS * rate // SAMPLE_RATE :].unfold(0, span, step)[:periods]  # (periods, span)
-        for i in range(0, periods, 256):  # few enough to stay in cache
-            torch.mm(slices[i : i + 256], kernels[group], out=out[i : i + 256, group])  # (256, 80)
-    return out.view(-1)[:length]
-
-
-@lru_cache(maxsize=8)
-def _resample_kernels(rate):
-    # Kaiser's formulas (Oppenheim & Schafer, Discrete-Time Signal Processing, 7.5.3) for a 100 dB stopband and a
-    # transition from 0.92 to 1.0 of the lower Nyquist frequency, all in input samples.
-    lower = min(rate, SAMPLE_RATE)
-    beta = 0.1102 * (100 - 8.7)
-    width = math.ceil((100 - 7.95) / (2.285 * 0.08 * math.pi) / 2 * rate / lower)  # half of the filter
-    cutoff = 0.96 * lower / rate
-    period = math.lcm(SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE), OUTPUTS)
-    span = math.ceil(OUTPUTS * rate / SAMPLE_RATE) + 2 * width + 1
-    kernels = torch.empty(period // OUTPUTS, span, OUTPUTS)
-    for group, kernel in enumerate(kernels):
-        outputs = group * OUTPUTS + torch.arange(OUTPUTS)  # (80,)
-        inputs = group * OUTPUTS * rate // SAMPLE_RATE - width + torch.arange(span)[:, None]  # (span, 1)
-        t = (inputs * SAMPLE_RATE - outputs * rate).double() / SAMPLE_RATE  # (span, 80)
-        window = torch.special.i0(beta * (1 - (t / width) ** 2).clamp(min=0).sqrt()) * (t.abs() <= width)
-        kernel.copy_(cutoff * torch.sinc(cutoff * t) * window)
-    kernels /= torch.special.i0(torch.tensor(beta))
-    return kernels, width, period
+def windows(wave, longest=30.0):
+    """Cuts a 16 kHz wave (N,) at its quietest points into windows of at most `longest` seconds, so that their
+    concatenation is the wave; each is longer than a quarter of that. A wave under 0.5 s is one window, padded with
+    silence to 0.5 s. Returns a list of (n,) tensors."""
+    if len(wave) < MIN_HEARD:
+        return [torch.nn.functional.pad(wave, (0, MIN_HEARD - len(wave)))]
+    found, longest = [], int(min(longest * SAMPLE_RATE, len(wave)))
+    while len(wave) > longest:
+        low, high = longest // 2, min(longest, len(wave) - longest // 4)
+        energy = wave[low:high].square().unfold(0, HOP, HOP).mean(1)  # of 10 ms
+        energy = torch.nn.functional.avg_pool1d(energy[None], 21, 1, 10)[0]  # over 0.2 s around each
+        end = low + HOP * int(energy.argmin()) + HOP // 2
+        found.append(wave[:end])
+        wave = wave[end:]
+    return found + [wave]
 
 
 # -----------------------------------------------------------------------------
@@ -253,10 +121,6 @@ def _mel(hertz):
 TASKS = ("asr", "st", "sqa")
 
 
-class ManifestError(ValueError):
-    """A manifest that cannot be used; the message names file and line, what was found, what was expected."""
-
-
 class Manifest:
     """The rows of a JSON Lines file. Only their places in the file are kept; a row is parsed when it is asked for.
 
@@ -300,9 +164,9 @@ class Manifest:
                     yield parse_row(text, f"{str(self.path)!r} line {line + 1}")
                     wanted = next(kept, None)
 
-    def audio(self, row):
-        """The waveform of a row. Raises AudioError."""
-        return load_audio(self.path.parent / row["audio"], row["start"], row["duration"])
+    def audio(self, row, longest=math.inf):
+        """The windows of a row's waveform, of at most `longest` seconds each. Raises AudioError."""
+        return windows(load_audio(self.path.parent / row["audio"], row["start"], row["duration"]), longest)
 
     def seconds(self, row):
         """How long a row's audio is, by the row itself or else by the audio's header; 0 if that cannot be read."""
@@ -313,16 +177,22 @@ class Manifest:
         except AudioError:
             return 0.0
 
-    def keep(self, tasks):
-        """Reads the file once, keeps only the rows of these tasks, and returns how many seconds they are, a Counter by
-        (corpus, licence, target language). Raises ManifestError at the first bad row."""
-        keep, seconds = array("q"), Counter()
+    def split(self, tasks, longest):
+        """Reads the file once. Returns {(task, target language): Manifest of those rows alone}; how many seconds they
+        are, a Counter by (corpus, licence, target language); and how long the longest row is that is not longer than
+        `longest` seconds. Raises ManifestError at the first bad row."""
+        groups, total, window = {}, Counter(), 0.0
         for i, row in enumerate(self):
             if row["task"] in tasks:
-                keep.append(i)
-                seconds[row["corpus"], row["licence"], row["target_language"]] += self.seconds(row)
-        self.lines = self.lines[np.array(keep, np.int64)]
-        return seconds
+                groups.setdefault((row["task"], row["target_language"]), array("q")).append(i)
+                seconds = self.seconds(row)
+                total[row["corpus"], row["licence"], row["target_language"]] += seconds
+                window = max(window, seconds) if seconds <= longest else window
+        parts = {}
+        for group, rows in sorted(groups.items()):
+            parts[group] = copy.copy(self)
+            parts[group].lines = self.lines[np.array(rows)]
+        return parts, total, window
 
 
 ROW = {"start": 0.0, "duration": None, "source_language": "en", "target_language": "en", "licence": "unknown",
@@ -354,12 +224,6 @@ def parse_row(text, where):
 # -----------------------------------------------------------------------------
 # rows: what the model reads, what it must say
 
-LANGUAGES = {"en": "English", "de": "German", "it": "Italian", "zh": "Chinese"}
-INSTRUCTIONS = {
-    "asr": "Transcribe the {source} speech.",
-    "st": "Translate the {source} speech to {target}.",
-    "sqa": "Answer the question in {target}: {question}",
-}
 # The reference's second form of prompt. These ids are ours alone: -2, -3, ... index the adapter's own embeddings.
 TASK_TOKENS = {"asr": "<|transcribe|>", "st": "<|translate|>", "sum": "<|summarize|>", "sqa": "<|reply|>"}
 LANGUAGE_CODES = ("bg cs da de el en es et fi fr ga hr hu it lt lv mt nl pl pt ro sk sl sv "
@@ -376,11 +240,12 @@ def load_tokenizer(directory):
         raise CheckpointError(f"{path}: {error}; copy the LLM's own tokenizer.json there") from error
 
 
-def instruction_of(row):
-    if row.get("instruction"):
-        return row["instruction"]
-    source, target = (LANGUAGES.get(row[side], row[side]) for side in ("source_language", "target_language"))
-    return INSTRUCTIONS[row["task"]].format(source=source, target=target, question=row.get("question", ""))
+def join(texts):
+    """Answers about successive windows as one text: a space between two, but none behind Chinese."""
+    whole = ""
+    for text in filter(None, map(str.strip, texts)):
+        whole += " " * bool(re.search("[^\u3000-\u9fff\uff00-\uffef]$", whole)) + text
+    return whole
 
 
 def render(row, audio_frames, tokenizer, end_id, form="text", length_hint=False):
@@ -426,8 +291,8 @@ POOL = 4096  # rows that are sorted by length together
 
 
 def feature_length(seconds):
-    """20 ms frames that fbank gives for this many seconds."""
-    return max(0, (1 + (int(seconds * SAMPLE_RATE) - WINDOW) // HOP) // 2)
+    """20 ms frames of a window of this many seconds."""
+    return (1 + (max(MIN_HEARD, int(seconds * SAMPLE_RATE)) - WINDOW) // HOP) // 2
 
 
 def cut(sizes, max_frames, max_tokens):
@@ -445,13 +310,13 @@ def cut(sizes, max_frames, max_tokens):
 
 
 def schedule(manifests, weights, size, max_frames, max_tokens, seed, position=None):
-    """Endless batches of (manifest, row) numbers, shuffled, rows of similar length together.
+    """Endless batches of (manifest, row, turn) numbers, shuffled, rows of similar length together.
 
     Each pool of rows takes from every manifest, by weight, the next rows of that manifest's shuffled order (a new
-    order every time it has been gone through); the pool is sorted by length, cut by the budgets of frames and LLM
-    positions, and its batches are shuffled. size(manifest, row) gives (frames, positions). Yields (position, batch):
-    starting again from that position continues right behind the batch, whatever was prefetched. All choices derive
-    from seed and position.
+    order every time it has been gone through, which is its turn); the pool is sorted by length, cut by the budgets of
+    frames and LLM positions, and its batches are shuffled. size(manifest, row, turn) gives (frames, positions). Yields
+    (position, batch): starting again from that position continues right behind the batch, whatever was prefetched. All
+    choices derive from seed and position.
     """
     position = position or {"pool": 0, "batch": 0, "taken": [0] * len(manifests)}
     share = np.array(weights, float) / sum(weights)
@@ -462,7 +327,8 @@ def schedule(manifests, weights, size, max_frames, max_tokens, seed, position=No
         for m, (manifest, taken, count) in enumerate(zip(manifests, position["taken"], counts)):
             for turn, group in itertools.groupby(range(taken, taken + count), lambda k: k // len(manifest)):
                 order = np.random.default_rng([seed, m, turn]).permutation(len(manifest))
-                sizes += [(*size(m, int(i)), (m, int(i))) for i in (order[k % len(manifest)] for k in group)]
+                keys = [(m, int(order[k % len(manifest)]), turn) for k in group]
+                sizes += [(*size(*key), key) for key in keys]
         batches = cut(sorted(sizes), max_frames, max_tokens)
         random.shuffle(batches)
         taken = [int(t + c) for t, c in zip(position["taken"], counts)]
@@ -485,19 +351,25 @@ class Examples(torch.utils.data.Dataset):
         self.form, self.length_hint, self.max_seconds = form, length_hint, max_seconds
         self.states, self.seed = states, seed
 
-    def size(self, m, i):
+    def row(self, m, i, turn):
+        """A row with the wording of its instruction, and whether to give a length hint, both drawn anew each turn."""
+        row, random = self.manifests[m][i], np.random.default_rng([self.seed, m, i, turn])
+        if self.form == "text":
+            row["instruction"] = instruction_of(row, random)
+        return row, random.random() < self.length_hint
+
+    def size(self, m, i, turn):
         """The 20 ms frames and LLM positions of a row, by its manifest (or, lacking a duration there, its audio)."""
-        row = self.manifests[m][i]
+        row, hinted = self.row(m, i, turn)
         frames = feature_length(self.manifests[m].seconds(row))
-        ids, _ = render(row, 0, self.tokenizer, self.end_id, self.form)
+        ids, _ = render(row, 0, self.tokenizer, self.end_id, self.form, hinted)
         return frames, adapter_length(frames, self.adapter) + len(ids)
 
     def __getitem__(self, scheduled):
         position, batch = scheduled
-        hint = np.random.default_rng([self.seed, position["pool"], position["batch"]])
         examples, rows, bad = [], [], []
-        for m, i in batch:
-            row, hinted = self.manifests[m][i], hint.random() < self.length_hint
+        for m, i, turn in batch:
+            row, hinted = self.row(m, i, turn)
             try:
                 frames = self.frames(m, i, row)
             except AudioError as error:
@@ -520,4 +392,4 @@ class Examples(torch.utils.data.Dataset):
             raise AudioError(f"{seconds:.1f} s of audio, expected at most {self.max_seconds:g} s; raise --max-seconds")
         if self.states is not None:
             return self.states(m, i)
-        return fbank([self.manifests[m].audio(row)])[0][0]  # (F, 160)
+        return fbank(self.manifests[m].audio(row))[0][0]  # (F, 160)

@@ -1,80 +1,337 @@
-"""Scores what a checkpoint says against what it should have said: python eval.py demo/test.jsonl
+"""Scores what a checkpoint answers: python eval.py demo/test.jsonl, or answers an official file of the shared task:
+python eval.py --xml SRC.xml --audio DIR --out HYP.xml
 
-Prints the WER of transcribing the manifest's asr rows.
+Every answer goes at once into a journal, so that a run that was stopped goes on where it was.
 """
 
 import argparse
+import base64
+import io
+import json
+import os
 import sys
+import time
 from collections import Counter
+from datetime import date
+from pathlib import Path
 
 import jiwer
+import numpy as np
+import sacrebleu
+import soundfile
 import torch
+from tqdm import tqdm
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from data import AudioError, Manifest, ManifestError, collate, fbank, render
-from model import CheckpointError, adapter_length
-from sample import load_model, newest_checkpoint
+from data import TASKS, Manifest, fbank, windows
+from prepare import mcif
+from prepare.audio import SAMPLE_RATE, load_audio
+from prepare.checkpoint import write_atomically
+from prepare.errors import AudioError, CheckpointError, ManifestError
+from prepare.instructions import REFUSALS, instruction_of, task_of
+from sample import answer_rows, listen, load_model, newest_checkpoint
+
+ROOT = Path(__file__).resolve().parent
+NORMALISERS = {"en": EnglishTextNormalizer(), "zh": BasicTextNormalizer(split_letters=True)}
+GROUP_ROWS = 32  # rows of recordings that are encoded and answered together
 
 
-def word_error_rate(references, hypotheses, languages):
-    """Corpus word error rate as a fraction, after Whisper's normalisers: the English one for en, the basic one else."""
-    english, basic = EnglishTextNormalizer(), BasicTextNormalizer()
-    normalise = [english if language == "en" else basic for language in languages]
-    return jiwer.wer([f(text) for f, text in zip(normalise, references)],
-                     [f(text) for f, text in zip(normalise, hypotheses)])
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores
 
 
-@torch.no_grad()
-def answer_rows(model, tokenizer, rows, frames, form="text", batch_size=16, max_new_tokens=256):
-    """Answers the instruction of every row, longest recordings together; as far as the LLM's context goes.
+def normalise(text, language):
+    """After Whisper's normalisers: the English one for en, the basic one otherwise; Chinese characters are words."""
+    return NORMALISERS.get(language, NORMALISERS.setdefault("other", BasicTextNormalizer()))(text).strip()
 
-    rows: manifest rows, whose text is not shown to the model; frames: a (F, 160) or encoder states (F, D) each.
-    Returns texts in the rows' order.
-    """
-    device = next(model.parameters()).device
-    texts = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(frames[i]), reverse=True)
-    for start in range(0, len(order), batch_size):
-        some = order[start:start + batch_size]
-        examples = [(*render({**rows[i], "text": None}, adapter_length(len(frames[i]), model.adapter.config), tokenizer,
-                             model.llm.config.eos_token_id[0], form), frames[i]) for i in some]
-        batch = {name: tensor.to(device) for name, tensor in collate(examples).items()}
-        sizes = torch.tensor([len(ids) for ids, *_ in examples], device=device)
-        room = min(max_new_tokens, model.llm.config.max_position_embeddings - int(sizes.max()))
-        answers = model.generate(batch["ids"], sizes, batch["features"], batch["lengths"], max_new_tokens=room)
-        for i, ids in zip(some, answers):
-            texts[i] = tokenizer.decode(ids)
-    return texts
+
+def item_scores(task, language, reference, hypothesis):
+    """What one answer adds to the corpus scores, and "error", by which answers are sorted: 0 is right."""
+    r, h = (normalise(text, language) for text in (reference, hypothesis))
+    if task == "asr":
+        words, characters = jiwer.process_words(r, h), jiwer.process_characters(r, h)
+        count = [sum((x.substitutions, x.deletions, x.insertions)) for x in (words, characters)]
+        return {"error": count[0] / max(1, len(r.split())), "word_errors": count[0], "words": len(r.split()),
+                "character_errors": count[1], "characters": len(r)}
+    if task == "st":
+        chrf = sacrebleu.sentence_chrf(hypothesis, [reference]).score
+        return {"error": 1 - chrf / 100, "chrf": round(chrf, 1)}
+    refused, unanswerable = (any(text == normalise(refusal, code) for code, refusal in REFUSALS.items())
+                             for text in (h, r))
+    common = sum((Counter(r.split()) & Counter(h.split())).values())
+    f1 = 2 * common / max(1, len(r.split()) + len(h.split()))
+    right = refused if unanswerable else r == h
+    return {"error": 1 - right if unanswerable or refused or right else 1 - 0.5 * f1, "right": int(right), "f1": f1,
+            "refused": int(refused), "unanswerable": int(unanswerable)}
+
+
+def corpus_scores(items, draws=1000):
+    """Scores of items of one task and target language: {name: (value, low, high)}, with the 95 % interval of as many
+    bootstrap draws (Koehn, 2004), and sacrebleu's signatures. Fractions, but BLEU and chrF 0 to 100."""
+    task, language = items[0]["task"], items[0]["target_language"]
+    pick = np.random.default_rng(0).integers(len(items), size=(draws, len(items)))
+    found, signatures = {}, {}
+
+    def ratio(name, above, below):
+        above, below = (np.array([float(part(item["scores"])) for item in items]) for part in (above, below))
+        if below.sum():
+            sums = below[pick].sum(1)
+            drawn = above[pick].sum(1)[sums > 0] / sums[sums > 0]
+            found[name] = (above.sum() / below.sum(), *(np.percentile(drawn, (2.5, 97.5)) if draws else (None, None)))
+
+    if task == "asr":
+        ratio("WER", lambda s: s["word_errors"], lambda s: s["words"])
+        ratio("CER", lambda s: s["character_errors"], lambda s: s["characters"])
+    elif task == "st":
+        hypotheses, references = [item["hypothesis"] for item in items], [[item["reference"] for item in items]]
+        for metric in (sacrebleu.BLEU(tokenize="zh" if language == "zh" else "13a"), sacrebleu.CHRF()):
+            score = metric.corpus_score(hypotheses, references)
+            # sacrebleu's own bootstrap stumbles over a draw of score 0
+            counts = np.array(metric._extract_corpus_statistics(hypotheses, references))
+            drawn = [metric._compute_score_from_stats(counts[i].sum(0).tolist()).score for i in pick]
+            found[score.name] = (score.score, *(np.percentile(drawn, (2.5, 97.5)) if draws else (None, None)))
+            signatures[f"{score.name} {language}"] = str(metric.get_signature())
+    else:
+        ratio("exact match", lambda s: s["right"] and not s["unanswerable"], lambda s: not s["unanswerable"])
+        ratio("F1", lambda s: s["f1"] * (not s["unanswerable"]), lambda s: not s["unanswerable"])
+        ratio("refusal precision", lambda s: s["refused"] and s["unanswerable"], lambda s: s["refused"])
+        ratio("refusal recall", lambda s: s["refused"] and s["unanswerable"], lambda s: s["unanswerable"])
+        ratio("false refusals", lambda s: s["refused"] and not s["unanswerable"], lambda s: not s["unanswerable"])
+    return found, signatures
+
+
+def summarise(items, least=100):
+    """The scores of every task and target language, over all items, and by corpus and by speaker where there are
+    several; speakers with fewer than `least` items count as other speakers. Returns a list of dicts, signatures."""
+    table, signatures = [], {}
+    for task in TASKS:
+        for language in sorted({item["target_language"] for item in items if item["task"] == task}):
+            own = [item for item in items if (item["task"], item["target_language"]) == (task, language)]
+            groups = {"all": own}
+            for by in ("corpus", "speaker"):
+                count = Counter(item[by] for item in own)
+                for item in own:
+                    name = item[by] if by == "corpus" or count[item[by]] >= least else "other speakers"
+                    groups.setdefault(f"{by} {item[by]}" if name == item[by] else name, []).append(item)
+            for name, some in groups.items():
+                if name == "all" or len(some) < len(own):
+                    scores, marks = corpus_scores(some)
+                    signatures |= marks
+                    table.append({"task": task, "language": language, "group": name, "items": len(some), "scores": {
+                        key: [None if x is None else round(float(x), 4) for x in value] for key, value in scores.items()}})
+    return table, signatures
+
+
+def quick_figures(rows, texts):
+    """Figures for the validation of a training run: the mean over target languages of each score."""
+    items = [{"task": row["task"], "target_language": row["target_language"], "reference": row["text"], "hypothesis": text,
+              "scores": item_scores(row["task"], row["target_language"], row["text"], text)}
+             for row, text in zip(rows, texts)]
+    names = {"WER": "wer", "BLEU": "bleu", "exact match": "exact_match", "refusal recall": "refusals",
+             "false refusals": "false_refusals"}
+    values = {}
+    for key in sorted({(item["task"], item["target_language"]) for item in items}):
+        some = [item for item in items if (item["task"], item["target_language"]) == key]
+        for name, (value, *_) in corpus_scores(some, draws=0)[0].items():
+            if name in names:
+                values.setdefault(names[name], []).append(value)
+    return {name: sum(found) / len(found) for name, found in values.items()}
+
+
+def refusal_threshold(rows, answers):
+    """The margin above which to refuse so that most of the rows are answered rightly: {"refuse_above": margin}, or {}
+    if they are not both answerable and unanswerable ones."""
+    known, unknown = [], []  # margins of questions whose other answer is right, and of those to be refused
+    for row, answer in zip(rows, answers):
+        if isinstance(answer, AudioError):
+            continue
+        scores = item_scores("sqa", row["target_language"], row["text"], answer.other)
+        (unknown if scores["unanswerable"] else known if scores["right"] else []).append(answer.margin)
+    if not known or not unknown:
+        return {}
+    margins = np.sort(known + unknown)
+    cuts = [margins[0] - 1, *(margins[1:] + margins[:-1]) / 2, margins[-1] + 1]
+    right = [sum(m <= cut for m in known) + sum(m > cut for m in unknown) for cut in cuts]
+    return {"refuse_above": float(cuts[int(np.argmax(right))])}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers, kept as they are made
+
+
+def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **options):
+    """Answers rows, each with an "id", those about one recording together, and appends every answer to `path` (.jsonl)
+    as an item; those already there, if made with the same settings, are kept. hear(row) gives the waveform. Returns
+    {id: item} and {id: why it has none}."""
+    items, failed, settings_path = {}, {}, path.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if json.loads(settings_path.read_text(encoding="utf-8"))["settings"] == settings:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    item = json.loads(line)
+                    items[item["id"]] = item
+                except (ValueError, KeyError):  # the half line of a run that was killed
+                    pass
+    except (OSError, ValueError, KeyError):
+        pass
+    write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items.values()))
+    write_text(settings_path, json.dumps({"settings": settings}, ensure_ascii=False))
+    if items:
+        print(f"{path}: {len(items)} answers are there already")
+    recordings = {}
+    for row in rows:
+        if row["id"] not in items:
+            recordings.setdefault((row["audio"], row.get("start"), row.get("duration")), []).append(row)
+    order = sorted(recordings.values(), key=lambda some: -(some[0].get("duration") or 0))
+    groups = [[]]
+    for some in order:
+        if len(groups[-1]) + len(some) > GROUP_ROWS and groups[-1]:
+            groups.append([])
+        groups[-1] += some
+    bar, audio, began = tqdm(total=sum(map(len, order)), desc="eval", unit=" rows", dynamic_ncols=True), 0.0, time.time()
+    for group in groups:
+        waves, heard, asked = {}, {}, []
+        for row in group:
+            key = (row["audio"], row.get("start"), row.get("duration"))
+            try:
+                if key not in waves:
+                    waves[key] = hear(row)
+                asked.append((row, key))
+            except AudioError as error:
+                failed[row["id"]] = str(error)
+        for key, wave in waves.items():
+            features, lengths = fbank(windows(wave.to(next(model.parameters()).device), state["window"]))
+            heard[key] = [x[:n] for x, n in zip(features, lengths.tolist())]
+        heard = dict(zip(heard, listen(model, list(heard.values()))))
+        answers = answer_rows(model, tokenizer, [row for row, _ in asked], [heard[key] for _, key in asked],
+                              state["config"]["prompt"], state.get("refuse_above"), **options)
+        with open(path, "a", encoding="utf-8") as file:
+            for (row, key), answer in zip(asked, answers):
+                if isinstance(answer, AudioError):
+                    failed[row["id"]] = str(answer)
+                    continue
+                item = {name: row.get(name) for name in ("id", "audio", "start", "task", "source_language",
+                                                         "target_language", "corpus", "speaker")}
+                item |= {"seconds": round(len(waves[key]) / SAMPLE_RATE, 3), "instruction": instruction_of(row),
+                         "reference": row.get("text"), "hypothesis": answer.text, "margin": answer.margin}
+                if score:
+                    item["scores"] = item_scores(row["task"], row["target_language"], row["text"], answer.text)
+                items[row["id"]] = item
+                file.write(json.dumps(item, ensure_ascii=False) + "\n")
+        audio += sum(map(len, waves.values())) / SAMPLE_RATE
+        bar.set_postfix(audio_s_per_s=f"{audio / (time.time() - began):.0f}")
+        bar.update(len(group))
+    bar.close()
+    for row in rows:
+        if row["id"] in failed:
+            print(f"left out: {row.get('where') or row['id']}: {failed[row['id']]}", file=sys.stderr)
+    return items, failed
+
+
+def write_text(path, text):
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two programs
+
+
+def write_report(path, title, facts, table, signatures, items, hear, room=48_000_000):
+    """The scores and all items, worst first, as one HTML file with the audio inside, as long as it fits into `room`
+    bytes."""
+    items = sorted(items, key=lambda item: -item["scores"]["error"])
+    clips, audio = {}, {}
+    for item in items:
+        key = (item["audio"], item["start"], item["seconds"])
+        item["clip"] = clips.setdefault(key, str(len(clips)))
+        if item["clip"] not in audio and sum(map(len, audio.values())) < room:
+            buffer, wave = io.BytesIO(), hear(item).numpy()
+            with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, format="OGG", subtype="OPUS") as file:
+                for i in range(0, len(wave), SAMPLE_RATE):  # libsndfile crashes on minutes of audio in one call
+                    file.write(wave[i:i + SAMPLE_RATE])
+            audio[item["clip"]] = "data:audio/ogg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    data = json.dumps({"title": title, "facts": facts, "summary": table, "signatures": signatures, "items": items,
+                       "audio": audio}, ensure_ascii=False).replace("<", "\\u003c")
+    write_text(path, (ROOT / "prepare/report.html").read_text(encoding="utf-8").replace("{{data}}", data))
+
+
+def evaluate(args, model, tokenizer, state, settings):
+    manifest, ckpt = Manifest(args.manifest), Path(settings["checkpoint"][0])
+    rows = [row | {"id": str(i + 1)} for i, row in enumerate(manifest) if row["task"] in args.tasks]
+    if not rows:
+        raise ManifestError(f"{args.manifest!r}: no row of the tasks {', '.join(args.tasks)}; give others with --tasks")
+    place = {row["id"]: row for row in rows}
+
+    def hear(row):
+        row = place[row["id"]]
+        return load_audio(manifest.path.parent / row["audio"], row["start"], row["duration"])
+
+    path = Path(args.out or "out/eval") / f"{manifest.path.stem}-{ckpt.stem}.jsonl"
+    items, failed = decode(model, tokenizer, state, rows, hear, path, settings, num_beams=args.beams)
+    if not items:
+        raise ManifestError(f"{args.manifest!r}: none of its {len(rows)} rows could be answered")
+    items = [items[row["id"]] for row in rows if row["id"] in items]
+    table, signatures = summarise(items)
+    facts = {"checkpoint": f"{ckpt}, phase {state['config']['phase']}, step {state['step']}", "date": str(date.today()),
+             "rows": f"{len(items)} answered, {len(failed)} left out", "refused above": state.get("refuse_above")}
+    summary = {"settings": settings, **facts, "scores": table, "signatures": signatures}
+    write_text(path.with_suffix(".json"), json.dumps(summary, ensure_ascii=False, indent=1))
+    write_report(path.with_suffix(".html"), f"{args.manifest}, {ckpt}", facts, table, signatures, items, hear)
+    for line in table:
+        scores = [f"{name} {value:.1f} ({low:.1f}-{high:.1f})" if name in ("BLEU", "chrF2") else
+                  f"{name} {100 * value:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
+                  for name, (value, low, high) in line["scores"].items()]
+        print(f"{line['task']} {line['language']}, {line['group']}, {line['items']}: {', '.join(scores)}")
+    print(f"{path.with_suffix('.html')}: the report; items and summary are beside it")
+
+
+def answer_xml(args, model, tokenizer, state, settings):
+    """Answers an official source file. Every id is answered: one that cannot be heard, by the refusal if it is a
+    question, else by nothing."""
+    tasks, out = mcif.read_source(args.xml), Path(args.out)
+    rows = [{"id": f"{task.track} {task.language} {sample.id}", "audio": sample.audio, "instruction": sample.instruction,
+             "task": task_of(sample.instruction), "source_language": "en", "target_language": task.language}
+            for task in tasks for sample in task.samples]
+    items, failed = decode(model, tokenizer, state, rows, lambda row: load_audio(Path(args.audio) / row["audio"]),
+                           out.with_suffix(".jsonl"), settings, score=False, num_beams=args.beams)
+    answers = {}
+    for row, (track, language, name) in zip(rows, [(t.track, t.language, s.id) for t in tasks for s in t.samples]):
+        text = mcif.xml_text(items[row["id"]]["hypothesis"]) if row["id"] in items else ""
+        empty = REFUSALS.get(language, REFUSALS["en"]) if row["task"] == "sqa" else ""
+        answers[track, language, name] = text or empty
+    mcif.write_answers(out, Path(settings["checkpoint"][0]).stem, tasks, answers)
+    print(f"{out}: {len(answers)} answers, {len(failed)} of them for recordings that could not be heard")
+    return int(bool(failed))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("manifest")
+    parser.add_argument("manifest", nargs="?", help="manifest to be answered and scored")
     parser.add_argument("--ckpt", help="checkpoint; otherwise the newest of out/ift.pt and out/align.pt")
+    parser.add_argument("--out", help="directory of items, summary and report (out/eval); with --xml, the answer file")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="rows of the manifest to be answered")
+    parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams; 1 is greedy")
+    parser.add_argument("--xml", help="IWSLT 2025 or MCIF source file to be answered")
+    parser.add_argument("--audio", help="directory of its recordings")
     args = parser.parse_args(argv)
-    rows, frames = [], []
+    if bool(args.manifest) == bool(args.xml) or args.xml and not (args.audio and args.out):
+        parser.error("give a manifest, or --xml SRC.xml --audio DIR --out HYP.xml")
     try:
-        model, tokenizer, config = load_model(args.ckpt or newest_checkpoint())
-        manifest = Manifest(args.manifest)
-        manifest.keep(["asr"])
-        for row in manifest:
-            try:
-                frames.append(fbank([manifest.audio(row)])[0][0])
-            except AudioError as error:
-                print(f"left out: {row['where']}: {error}", file=sys.stderr)
-                continue
-            rows.append(row)
-    except (CheckpointError, ManifestError) as error:
+        ckpt = Path(args.ckpt or newest_checkpoint())
+        model, tokenizer, state = load_model(ckpt, "cuda" if torch.cuda.is_available() else "cpu")
+        source = os.stat(args.manifest or args.xml)
+        settings = {"checkpoint": [str(ckpt), ckpt.stat().st_size, ckpt.stat().st_mtime_ns], "beams": args.beams,
+                    "source": [args.manifest or args.xml, source.st_size, source.st_mtime_ns]}
+        sys.exit((answer_xml if args.xml else evaluate)(args, model, tokenizer, state, settings))
+    except (CheckpointError, ManifestError, mcif.FormatError) as error:
         sys.exit(f"eval.py: {error}")
-    texts = answer_rows(model, tokenizer, rows, frames, config["prompt"])
-    clips = Counter(row["speaker"] for row in rows)
-    names = [row["speaker"] if clips[row["speaker"]] >= 100 else "other speakers" for row in rows]
-    for name in ["all", *sorted(set(names))]:
-        i = [i for i, own in enumerate(names) if name in ("all", own)]
-        references, languages = [rows[k]["text"] for k in i], [rows[k]["target_language"] for k in i]
-        wer = word_error_rate(references, [texts[k] for k in i], languages)
-        print(f"{name}: WER {100 * wer:.2f} % of {len(i)} clips")
+    except KeyboardInterrupt:
+        print("eval.py: stopped; start again to go on from here", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"eval.py: {error.filename}: {error.strerror}; what was answered is kept: mend this and start again")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The speech-language model, in data-flow order: encoder, length adapter, LLM, their join, generation, files.
+"""The speech-language model, in data-flow order: encoder, length adapter, LLM, their join, generation.
 
 Knows tensors and weights, no audio and no text. Letters in shape comments: B rows of a batch, F encoder frames of
 20 ms, A adapter frames of 80 ms, T positions of an LLM row, S positions of a key/value cache, N supervised tokens,
@@ -9,29 +9,21 @@ Precision is two choices, each float32 or bfloat16: the dtype the weights are ke
 activations flow and matrix products run. Norms, softmax and loss are computed in float32 whichever they are.
 """
 
-import hashlib
-import json
-import os
-import re
-import shutil
-from dataclasses import asdict, dataclass, field, fields, MISSING
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from prepare.checkpoint import (check_tied, divides, expect, fetch, known_fields, load, read_generation, read_json,
+                                save, typed)
+from prepare.errors import CheckpointError
 
 AUDIO = -1  # placeholder id: this position of a row holds the recording's next audio frame
 LOSS_CHUNK = 256  # answer positions whose logits exist at once: 256 x 151,936 float32 is 156 MB
 ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: the message names the file, what was found, what was expected, the remedy."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,52 +130,22 @@ class LLMConfig:
 
 
 LLAMA3_FIELDS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-MAY_BE_ZERO = ("left_max_position_embeddings", "right_max_position_embeddings", "mask_time_min_masks",
-               "mask_feature_min_masks", "max_window_layers", "prompt_tokens")
-
-
-def expect(raw, where, **allowed):
-    """Raises CheckpointError, naming the field, unless each field of raw is absent, null or has an allowed value."""
-    for name, values in allowed.items():
-        if raw.get(name) not in [*values, None] or name == "model_type" and name not in raw:
-            raise CheckpointError(f"{where}: {name} is {raw.get(name)!r}, expected {' or '.join(map(repr, values))}; "
-                                  "this architecture is not supported: choose another checkpoint")
-
-
-def typed(raw, where, **types):
-    """Raises CheckpointError, naming the field, unless each is absent, null, or of its type and large enough."""
-    for name, kind in types.items():
-        value, least = raw.get(name), int(kind is int and name not in MAY_BE_ZERO)
-        if value is not None and (type(value) not in ((int, float) if kind is float else (kind,)) or
-                                  kind in (int, float) and value < least):
-            at_least = f" of at least {least}" if kind in (int, float) else ""
-            raise CheckpointError(f"{where}: {name} is {value!r}, expected {kind.__name__}{at_least}; "
-                                  "copy the checkpoint's own config.json again")
-
-
-def known_fields(cls, raw, where):
-    """The fields of the dataclass cls that raw has, checked; null counts as absent, and only defaults may be absent."""
-    typed(raw, where, **{f.name: f.type for f in fields(cls) if f.type in (int, float, bool, str)})
-    values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-    missing = [f.name for f in fields(cls) if f.name not in values and f.default is f.default_factory is MISSING]
-    if missing:
-        raise CheckpointError(f"{where}: no field {', '.join(missing)}; copy the checkpoint's own config.json again")
-    return values
-
-
-def divides(where, config, whole, part):
-    a, b = getattr(config, whole), getattr(config, part)
-    if a % b:
-        raise CheckpointError(f"{where}: {whole} {a} is no multiple of {part} {b}; copy the checkpoint's config.json again")
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Layers that state their precision: weights in any dtype, products in the input's, norms in float32
 
 
 class Linear(nn.Linear):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        for name in ("lora_a", "lora_b"):  # see add_lora
+            self.register_parameter(name, None)
+
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.lora_b is None:
+            return y
+        return y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype)) * self.lora_scale
 
 
 class Conv1d(nn.Conv1d):
@@ -224,6 +186,28 @@ def run(layer, checkpointing, *inputs):
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False)
     return layer(*inputs)
+
+
+def add_lora(module, rank, alpha, targets):
+    """Freezes a module and gives each linear layer of these names a trainable low-rank update (arXiv 2106.09685): it
+    adds alpha / rank * B A x to its output, A (rank, in) random, B (out, rank) zero, both float32."""
+    module.requires_grad_(False)
+    for name, linear in module.named_modules():
+        if isinstance(linear, Linear) and name.split(".")[-1] in targets:
+            linear.lora_scale, device = alpha / rank, linear.weight.device
+            linear.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+            linear.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+            nn.init.kaiming_uniform_(linear.lora_a, 5**0.5)
+
+
+def merged_state(module):
+    """The state dict with every low-rank update added into its layer's weight, in the weight's dtype."""
+    state = module.state_dict()
+    for name in [name.removesuffix("lora_a") for name in state if name.endswith(".lora_a")]:
+        a, b, weight = state.pop(name + "lora_a"), state.pop(name + "lora_b"), state[name + "weight"]
+        scale = module.get_submodule(name[:-1]).lora_scale
+        state[name + "weight"] = (weight.float() + scale * b @ a).to(weight.dtype)
+    return state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -385,6 +369,10 @@ class SpeechEncoder(nn.Module):
 
 
 ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
+
+
+def encoder_dict(config):
+    return {"model_type": "wav2vec2-bert", "position_embeddings_type": "relative_key", **asdict(config)}
 
 
 def span_mask(lengths, size, prob, span, min_spans):
@@ -605,6 +593,12 @@ class LLM(nn.Module):
         save(directory, asdict(self.config), self.state_dict(), self.config.eos_token_id)
 
 
+def llm_name(key, config):
+    """Our name of an LLM checkpoint's tensor; None if not needed: RoPE tables, the copy of a tied output layer."""
+    tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
+    return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # SpeechLM: the join
 
@@ -661,23 +655,36 @@ class SpeechLM(nn.Module):
         return sum(checkpoint(loss, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in chunks)
 
     @torch.no_grad()
-    def read(self, ids, ids_lengths, features, lengths):
+    def read(self, ids, ids_lengths, features=None, lengths=None, heard=None):
         """Encodes recordings and reads the given beginning of each row once; the result is a `prefix` for generate,
         which may then be asked any number of instructions. Arguments as in generate."""
-        x = self.embed(ids, self.checked_audio(ids, features, lengths))
+        x = self.embed(ids, self.checked_audio(ids, features, lengths, heard))
         cache = new_cache(self.llm, *x.shape[:2])
         self.llm.hidden(x, cache)
         return Prefix(cache, ids_lengths)
 
-    def generate(self, ids, ids_lengths, features=None, lengths=None, **options):
+    @torch.no_grad()
+    def generate(self, ids, ids_lengths, features=None, lengths=None, heard=None, **options):
         """Answers for a batch of rows. ids (B, T) up to the answer, ids_lengths (B,); features and lengths as in
-        encode, or none when a prefix has the audio; options as in the function generate. Returns B lists of ids."""
-        with torch.no_grad():
-            x = self.embed(ids, self.checked_audio(ids, features, lengths))
-            return generate(self.llm, x, ids_lengths, **options)
+        encode, or heard, what encode gave, or none of them when a prefix has the audio; options as in the function
+        generate. Returns B lists of ids."""
+        x = self.embed(ids, self.checked_audio(ids, features, lengths, heard))
+        return generate(self.llm, x, ids_lengths, **options)
 
-    def checked_audio(self, ids, features, lengths):
-        audio, found = (None, torch.zeros_like(ids[:, 0])) if features is None else self.encode(features, lengths)
+    @torch.no_grad()
+    def score(self, ids, ids_lengths, answer_lengths, prefix, prefix_rows):
+        """log p of the last answer_lengths (B,) ids of each row, which continue rows of a prefix: (B,), float32."""
+        start = prefix.lengths[prefix_rows]
+        cache = continued_cache(self.llm, prefix, prefix_rows, ids.shape[1])
+        hidden = self.llm.hidden(self.embed(ids), cache, start)[:, :-1]  # (B, T - 1, D)
+        at = torch.arange(1, ids.shape[1], device=ids.device)
+        answer = (at < ids_lengths[:, None]) & (at >= (ids_lengths - answer_lengths)[:, None])  # (B, T - 1)
+        log_p = self.llm.logits(hidden[answer]).log_softmax(-1).gather(1, ids[:, 1:][answer][:, None])[:, 0]
+        return torch.zeros(len(ids), device=ids.device).index_add(0, answer.nonzero()[:, 0], log_p)
+
+    def checked_audio(self, ids, features, lengths, heard):
+        heard = self.encode(features, lengths) if features is not None else heard
+        audio, found = heard or (None, torch.zeros_like(ids[:, 0]))
         places = (ids == AUDIO).sum(1)
         if not torch.equal(places, found):
             raise ValueError(f"rows hold {places.tolist()} audio placeholders for {found.tolist()} audio frames; "
@@ -685,65 +692,14 @@ class SpeechLM(nn.Module):
         return audio
 
     @classmethod
-    def from_parts(cls, encoder, llm, dtype=torch.float32, compute_dtype=None, device="cpu", **adapter):
-        """Joins two pretrained checkpoints (directories or Hub ids) by a new adapter. adapter: num_adapter_layers,
-        adapter_kernel_size, adapter_stride. Raises CheckpointError."""
-        encoder, llm = (part.from_pretrained(path, dtype, compute_dtype, device)
-                        for part, path in ((SpeechEncoder, encoder), (LLM, llm)))
-        config = AdapterConfig(**asdict(encoder.config), output_size=llm.config.hidden_size, **adapter)
-        return cls(encoder, LengthAdapter(config, llm.compute_dtype).to(device, dtype), llm).eval()
-
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id, dtype=torch.float32, compute_dtype=None, device="cpu"):
-        """Loads a whole model: one saved by save_pretrained or by the reference code (model_type speech_lm), whose
-        adapter lies inside its encoder. Raises CheckpointError."""
-        directory = fetch(path_or_hub_id)
-        where = directory / "config.json"
-        raw = read_json(where)
-        expect(raw, where, model_type=["speech_lm"], add_pre_adapter=[False])
-        typed(raw, where, encoder=dict, decoder=dict)
-        own, decoder, where = raw.get("encoder") or {}, raw.get("decoder") or {}, f"{where}, encoder"
-        encoder = EncoderConfig.from_dict(own, where)
-        llm = LLMConfig.from_dict(decoder, f"{directory / 'config.json'}, decoder", read_generation(directory))
-        expect(own, where, add_adapter=[True], use_intermediate_ffn_before_adapter=[False],
-               output_hidden_size=[encoder.hidden_size], adapter_act=list(ACTIVATIONS))
-        adapter = AdapterConfig(**known_fields(AdapterConfig, {"num_adapter_layers": 1, **own}, where)
-                                | {"output_size": llm.hidden_size})
-        padding = own.get("adapter_padding", adapter.adapter_stride // 2)
-        if adapter.adapter_kernel_size // 2 != padding:
-            raise CheckpointError(f"{where}: adapter kernel {adapter.adapter_kernel_size} padded by {padding}, expected "
-                                  "kernel // 2; the original masks such rows wrongly and cannot be reproduced")
-        check_tied(llm, directory, "decoder.")
-
-        def rename(key):
-            for ours, stored in SPEECH_LM_KEYS:
-                if key.startswith(stored):
-                    return llm_name(ours + key.removeprefix(stored), llm)
-            return key
-
-        def build(compute):
-            return cls(SpeechEncoder(encoder, compute), LengthAdapter(adapter, compute), LLM(llm, compute))
-
-        return load(build, directory, rename, dtype, compute_dtype, device)
-
-    def save_pretrained(self, directory):
-        """Writes config.json and model.safetensors in the reference's layout, which from_pretrained reads."""
-        adapter = asdict(self.adapter.config)
-        own = {name: adapter.pop(name) for name in list(adapter) if name not in asdict(self.encoder.config)}
-        if adapter != asdict(self.encoder.config):
-            raise ValueError("the adapter's width, heads, FFN and dropout differ from the encoder's, but the saved form "
-                             "has one place for both; build the adapter from the encoder's configuration")
-        own |= {"add_adapter": True, "adapter_padding": own["adapter_kernel_size"] // 2}
-        state = {}
-        for key, tensor in self.state_dict().items():
-            ours, stored = next((pair for pair in SPEECH_LM_KEYS if key.startswith(pair[0])), ("", ""))
-            state[stored + key.removeprefix(ours)] = tensor
-        save(directory, {"model_type": "speech_lm", "encoder": encoder_dict(self.encoder.config) | own,
-                         "decoder": asdict(self.llm.config)}, state, self.llm.config.eos_token_id)
-
-
-SPEECH_LM_KEYS = [("adapter.layers.", "encoder.adapter.layers."), ("adapter.enc_to_dec_proj.", "enc_to_dec_proj."),
-                  ("adapter.prompt_tokens.", "prompt_tokens."), ("llm.", "decoder.")]  # ours, and the reference's
+    def from_parts(cls, encoder, llm, dtype=torch.float32, compute_dtype=None, device="cpu", float32=(), **adapter):
+        """Joins two pretrained checkpoints (directories or Hub ids) by a new adapter. float32: names of the parts whose
+        weights are float32 whatever dtype says; adapter: fields of AdapterConfig. Raises CheckpointError."""
+        kept = {part: torch.float32 if part in float32 else dtype for part in ("encoder", "adapter", "llm")}
+        encoder = SpeechEncoder.from_pretrained(encoder, kept["encoder"], compute_dtype or dtype, device)
+        llm = LLM.from_pretrained(llm, kept["llm"], compute_dtype or dtype, device)
+        config = AdapterConfig(**asdict(encoder.config) | {"output_size": llm.config.hidden_size} | adapter)
+        return cls(encoder, LengthAdapter(config, llm.compute_dtype).to(device, kept["adapter"]), llm).eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -763,6 +719,16 @@ def new_cache(llm, batch, size):
     shape = (batch, c.num_key_value_heads, size, c.head_dim)
     return [tuple(torch.zeros(shape, dtype=llm.compute_dtype, device=weight.device) for _ in range(2))
             for _ in range(c.num_hidden_layers)]
+
+
+def continued_cache(llm, prefix, rows, more):
+    """A cache that holds these rows (B,) of a prefix, with room for `more` positions."""
+    held = int(prefix.lengths[rows].max())
+    cache = new_cache(llm, len(rows), held + more)
+    for new, old in zip(cache, prefix.cache):
+        for store, kept in zip(new, old):
+            store[:, :, :held] = kept[rows, :, :held]
+    return cache
 
 
 def prefill(llm, x, lengths, cache, start=None):
@@ -789,14 +755,15 @@ def sample(logits, temperature, top_p, generator):
 
 @torch.no_grad()
 def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.0, temperature=0.0, top_p=1.0,
-             generator=None, on_token=None, prefix=None, prefix_rows=None):
+             generator=None, on_token=None, prefix=None, prefix_rows=None, never_first=(), stop_loops=False):
     """Continues rows of embeddings, greedily unless told otherwise, until each meets an end token.
 
     x (B, T, D), right-padded; lengths (B,). num_beams > 1 is beam search with scores sum(log p) / n**length_penalty;
     temperature and top_p are for sampling, with an optional torch generator. on_token(row, id) is called for every
     token as it is made (not with beams). prefix: rows read before, of which prefix_rows (B,) are continued here (row
-    b by row b when not given). Returns B lists of ids, without the end token. Raises ValueError when a row could
-    outgrow the model's context.
+    b by row b when not given). never_first: ids that no answer begins with. stop_loops ends an answer that repeats
+    itself and keeps one turn of the loop. Returns B lists of ids, without the end token. Raises ValueError when a row
+    could outgrow the model's context.
     """
     B, T, _ = x.shape
     if max_new_tokens < 1 or num_beams < 1 or temperature < 0 or not 0 < top_p <= 1:
@@ -816,18 +783,17 @@ def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.
     if needed > context:
         raise ValueError(f"a row needs {needed} positions with its {max_new_tokens} new tokens, the model's context "
                          f"has {context}; give shorter audio or text, or lower max_new_tokens")
-    held = int(start.max())
-    cache = new_cache(llm, B, held + T + max_new_tokens)
     if prefix is None:
+        cache = new_cache(llm, B, T + max_new_tokens)
         logits = prefill(llm, x, lengths, cache)
     else:
-        for new, old in zip(cache, prefix.cache):
-            for store, kept in zip(new, old):
-                store[:, :, :held] = kept[prefix_rows, :, :held]
+        cache = continued_cache(llm, prefix, prefix_rows, T + max_new_tokens)
         logits = prefill(llm, x, lengths, cache, start)
+    logits[:, list(never_first)] = float("-inf")
     positions = start + lengths
     if num_beams > 1:
-        return beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length_penalty)
+        answers = beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length_penalty)
+        return [ids[:len(ids) - looped(ids)] if stop_loops else ids for ids in answers]
 
     answers, done = [[] for _ in range(B)], [False] * B
     for step in range(max_new_tokens):
@@ -838,9 +804,23 @@ def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.
                 answers[row].append(token)
                 if on_token is not None:
                     on_token(row, token)
+            if stop_loops and not done[row] and (extra := looped(answers[row])):
+                done[row], answers[row] = True, answers[row][:-extra]
         if all(done) or step == max_new_tokens - 1:
             return answers
         logits = decode_step(llm, ids, positions + step, cache)
+
+
+def looped(ids):
+    """How many ids at the end repeat what stands before them: those of a loop of up to 32 ids gone through at least four
+    times and over at least 24 ids, without its first turn; 0 if there is no such loop."""
+    for period in range(1, 33):
+        size = max(4 * period, 24)
+        if len(ids) >= size and ids[-size:-period] == ids[period - size:]:
+            while size < len(ids) and ids[-size - 1] == ids[period - size - 1]:
+                size += 1
+            return size - period
+    return 0
 
 
 def beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length_penalty):
@@ -884,179 +864,3 @@ def beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length
             for store in layer:
                 store[:, :, :filled + step - 1] = store[rows, :, :filled + step - 1]
         logits = decode_step(llm, ids, positions + step - 1, cache)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files: a checkpoint is a directory with config.json and model.safetensors, or shards and their index
-
-
-def fetch(path_or_hub_id):
-    """The local directory of a checkpoint; a Hub id is downloaded, only the files needed, into the Hub's cache
-    (HF_HOME), or taken from there alone (HF_HUB_OFFLINE=1). Raises CheckpointError."""
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
-        raise CheckpointError(f"{path}: no such directory; give the directory of a checkpoint (config.json and "
-                              "model.safetensors) or a Hub id such as Qwen/Qwen2.5-1.5B")
-    from huggingface_hub import snapshot_download  # takes half a second, so only when needed
-    try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[
-            "config.json", "generation_config.json", "tokenizer.json", "model.safetensors",
-            "model.safetensors.index.json", "model-*-of-*.safetensors"]))
-    except Exception as error:  # its errors have no common base: network, HTTP status, cache, disk
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise CheckpointError(f"{path}: no such directory here, and the Hub gave no such model ({reason}); check the "
-                              "name, the network and HF_HUB_OFFLINE") from error
-
-
-def read_json(path):
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: not found; a checkpoint has config.json and model.safetensors") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); copy it from the checkpoint again") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: found a {type(raw).__name__}, expected a JSON object; copy it again")
-    return raw
-
-
-def weight_files(directory):
-    """The safetensors files of a checkpoint directory, single or sharded."""
-    index = directory / "model.safetensors.index.json"
-    if (directory / "model.safetensors").exists():
-        return [directory / "model.safetensors"]
-    if not index.exists():
-        others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5"))
-        raise CheckpointError(f"{directory}: found {', '.join(others) or 'no weights'}, expected model.safetensors or "
-                              "model.safetensors.index.json; pickled weights are not opened: take the checkpoint's "
-                              "safetensors version or convert it")
-    raw = read_json(index)
-    typed(raw, index, weight_map=dict)
-    names = sorted({str(name) for name in (raw.get("weight_map") or {}).values()})
-    for name in names:
-        if not re.fullmatch(r"[\w-][\w.-]{,200}[.]safetensors", name) or not (directory / name).is_file():
-            raise CheckpointError(f"{index}: names the shard {name!r}, which is not a file beside it; "
-                                  "download the missing shards")
-    return [directory / name for name in names]
-
-
-def open_weights(file, device="cpu"):
-    try:
-        return safe_open(file, framework="pt", device=str(torch.device(device)))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes that are not a whole safetensors file ({error}); "
-                              "it is truncated or damaged: download it again") from error
-
-
-def fingerprint(path_or_hub_id):
-    """Where a checkpoint is, and a hash of its config.json and of 64 KB at 16 places of its weights."""
-    directory = fetch(path_or_hub_id)
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for file in weight_files(directory):
-        size = file.stat().st_size
-        with open(file, "rb") as f:
-            for i in range(16):
-                f.seek(size * i // 16)
-                digest.update(f.read(2**16))
-    where = directory.resolve() if Path(path_or_hub_id).is_dir() else path_or_hub_id
-    return {"path": str(where), "sha256": digest.hexdigest()}
-
-
-def read_generation(directory):
-    path = directory / "generation_config.json"
-    return read_json(path) if path.exists() else {}
-
-
-def llm_name(key, config):
-    """Our name of an LLM checkpoint's tensor; None if not needed: RoPE tables, the copy of a tied output layer."""
-    tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
-    return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
-
-
-def check_tied(config, directory, prefix=""):
-    """Raises CheckpointError if the output layer is to be the embedding, but the checkpoint has another one."""
-    pair = dict.fromkeys([prefix + "lm_head.weight", prefix + "model.embed_tokens.weight"] * config.tie_word_embeddings)
-    for file in weight_files(directory):
-        with open_weights(file) as f:
-            pair |= {key: f.get_tensor(key) for key in pair if key in f.keys()}
-    found = [tensor for tensor in pair.values() if tensor is not None]
-    if len(found) == 2 and not torch.equal(*found):
-        raise CheckpointError(f"{directory}: tie_word_embeddings is true in config.json, but lm_head.weight differs "
-                              "from the embedding; set it to false to use both")
-
-
-def load(build, directory, rename, dtype, compute_dtype, device):
-    """The module that build(compute_dtype) gives, with its weights taken from the directory, in eval mode.
-
-    rename gives the module's name of a checkpoint's tensor, or None to leave it out. Tensors already in `dtype` stay
-    memory-mapped; others are converted in blocks of 64 MB, after each of which the file is closed, so that loading
-    needs hardly more memory than the weights. Raises CheckpointError listing missing, unexpected and mis-shaped keys.
-    """
-    for precision in (dtype, compute_dtype or dtype):
-        if precision not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"precision {precision} is not supported; choose torch.float32 or torch.bfloat16")
-    with torch.device("meta"):
-        model = build(compute_dtype or dtype)
-    wanted, plan, problems = model.state_dict(), {}, []
-    for file in weight_files(directory):
-        with open_weights(file) as f:
-            for key in f.keys():
-                name, tensor = rename(key), f.get_slice(key)
-                if name is None:
-                    continue
-                shape, stored = tuple(tensor.get_shape()), tensor.get_dtype()
-                if name not in wanted:
-                    problems.append(f"unexpected {key} {shape}")
-                elif name in plan:
-                    problems.append(f"{key} is there twice")
-                elif shape != wanted[name].shape:
-                    problems.append(f"{key} is {shape}, expected {tuple(wanted[name].shape)}")
-                elif stored not in ("F32", "BF16", "F16"):
-                    problems.append(f"{key} is {stored}, expected F32, BF16 or F16")
-                plan[name] = file, key, stored
-    problems += [f"missing {name}" for name in sorted(wanted.keys() - plan.keys())]
-    if problems:
-        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise CheckpointError(f"{directory}: {len(problems)} tensors do not fit config.json: "
-                              f"{'; '.join(problems[:12])}{more}; the weights and config.json are of different models")
-    state = {}
-    for name, (file, key, stored) in plan.items():
-        with open_weights(file, device) as f:
-            if stored == {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]:
-                state[name] = f.get_tensor(key)
-                continue
-        state[name] = torch.empty(wanted[name].shape, dtype=dtype, device=device)
-        rows = max(1, 2**24 // wanted[name][0].numel())  # 64 MB of float32
-        for i in range(0, len(state[name]), rows):
-            with open_weights(file, device) as f:
-                state[name][i:i + rows] = f.get_slice(key)[i:i + rows]
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
-
-
-def encoder_dict(config):
-    return {"model_type": "wav2vec2-bert", "position_embeddings_type": "relative_key", **asdict(config)}
-
-
-def save(directory, config, state, eos_token_id=None):
-    """Writes the weights and the JSON files; each replaces its forerunner only when it is whole."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    texts = {"config.json": config}
-    if eos_token_id is not None:
-        texts["generation_config.json"] = {"eos_token_id": eos_token_id}
-    written = [directory / f"{name}.tmp" for name in ("model.safetensors", *texts)]
-    try:
-        state = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(state, written[0], metadata={"format": "pt"})
-        for file, values in zip(written[1:], texts.values()):
-            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(written[1], written[0])  # safetensors makes its file readable by its owner alone
-    except BaseException:
-        for file in written:
-            file.unlink(missing_ok=True)
-        raise
-    for file in written:
-        os.replace(file, file.with_suffix(""))

@@ -4,7 +4,7 @@ One config, one table of phases, one loop. python train.py --help lists every op
 """
 
 import argparse
-import errno
+import copy
 import hashlib
 import json
 import math
@@ -21,14 +21,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (LANGUAGE_CODES, PROMPT_TOKENS, AudioError, Examples, Manifest, ManifestError, collate, cut, fbank,
-                  feature_length, load_tokenizer, schedule)
-from eval import answer_rows, word_error_rate
-from model import (AdapterConfig, CheckpointError, LengthAdapter, LLM, SpeechEncoder, SpeechLM, fetch, fingerprint,
-                   read_json)
-from sample import load_checkpoint, restore
+from data import (LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, fbank, feature_length,
+                  load_tokenizer, schedule)
+from eval import quick_figures, refusal_threshold
+from model import SpeechLM, add_lora, merged_state
+from prepare.checkpoint import fetch, fingerprint, read_json, write_atomically
+from prepare.draw import draw_curves
+from prepare.errors import AudioError, CheckpointError, ManifestError
+from sample import answer_rows, listen, load_checkpoint, restore
 
 ROOT = Path(__file__).resolve().parent
+LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 
 
 @dataclass
@@ -47,6 +50,10 @@ class TrainConfig:
     adapter_lr: float = 0.0  # learning rate of the adapter; 0: the phase's own
     encoder_lr: float = 0.0  # of the encoder, in a phase that trains it
     llm_lr: float = 0.0  # of the LLM, in a phase that trains it
+    temperature: float = 1.0  # a task and language is drawn as often as its rows to the power 1 / temperature
+    lora_rank: int = 0  # train the LLM by low-rank updates of this rank, merged on saving; 0: train all of it
+    lora_alpha: float = 32.0  # their scale, times the rank
+    lora_targets: list[str] = field(default_factory=lambda: LINEAR.split())  # the layers of the LLM that they are added to
     weight_decay: float = 0.01  # of matrices; norms and biases have none
     clip: float = 1.0  # gradient norm
     batch_frames: int = 3000  # 20 ms frames in a batch, padding included: one minute
@@ -90,8 +97,11 @@ DEMO_PHASES = {  # for the tiny models of demo/, when nothing else is named
 CHOICES = {"phase": PHASES, "prompt": ("text", "tokens"), "precision": ("auto", "float32", "bfloat16"),
            "device": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)}
 BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **dict.fromkeys(
-    ["batch_frames", "batch_tokens", "accumulate", "adapter_layers", "adapter_kernel", "adapter_stride", "eval_every",
+    ["temperature", "batch_frames", "batch_tokens", "accumulate", "adapter_layers", "adapter_kernel", "adapter_stride", "eval_every",
      "max_seconds"], (1, math.inf)), "eval_rows": (2, math.inf)}  # other numbers: at least 0
+CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
+          {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
+          {"bleu": "#1f6fb4"}]  # the picture's panels
 MAY_CHANGE = ("resume", "device", "workers")  # on the way; every other option must stay for a run to be resumed
 
 
@@ -146,22 +156,21 @@ def build(cfg, rates):
     fast = cfg.device != "cpu" or torch.cpu._is_avx512_bf16_supported() and width >= 512
     precision = cfg.precision if cfg.precision != "auto" else "bfloat16" if fast else "float32"
     compute = getattr(torch, precision)
-    encoder, llm = (part.from_pretrained(getattr(cfg, name), torch.float32 if name in rates else compute, compute,
-                                         cfg.device) for name, part in (("encoder", SpeechEncoder), ("llm", LLM)))
-    adapter = AdapterConfig(
-        **asdict(encoder.config), output_size=llm.config.hidden_size, num_adapter_layers=cfg.adapter_layers,
-        adapter_kernel_size=cfg.adapter_kernel, adapter_stride=cfg.adapter_stride,
-        prompt_tokens=len(PROMPT_TOKENS) if cfg.prompt == "tokens" else 0)
+    adapter = {"num_adapter_layers": cfg.adapter_layers, "adapter_kernel_size": cfg.adapter_kernel,
+               "adapter_stride": cfg.adapter_stride, "prompt_tokens": len(PROMPT_TOKENS) * (cfg.prompt == "tokens")}
     if init:
-        adapter = AdapterConfig(**init["adapter"])
-        if bool(adapter.prompt_tokens) != (cfg.prompt == "tokens"):
+        adapter = init["adapter"]
+        if bool(adapter["prompt_tokens"]) != (cfg.prompt == "tokens"):
             raise TrainError(f"{cfg.init} was trained with --prompt {init['config']['prompt']}; give the same")
-    model = SpeechLM(encoder, LengthAdapter(adapter, compute).to(cfg.device), llm)
+    model = SpeechLM.from_parts(cfg.encoder, cfg.llm, compute, compute, cfg.device,
+                                rates.keys() - ({"llm"} if cfg.lora_rank else set()), **adapter)
     if init:
         restore(model, init, bases, cfg.init)
     for name, part in model.named_children():
         part.requires_grad_(name in rates).train(name in rates)
-    encoder.checkpointing = llm.checkpointing = cfg.checkpointing
+    if cfg.lora_rank and "llm" in rates:
+        add_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+    model.encoder.checkpointing = model.llm.checkpointing = cfg.checkpointing
     return model, tokenizer, bases
 
 
@@ -169,7 +178,7 @@ def parameter_groups(model, rates, weight_decay):
     """AdamW groups: the matrices of each part, and its vectors. Every trained parameter is in exactly one."""
     groups = []
     for part, rate in rates.items():
-        parameters = list(getattr(model, part).parameters())
+        parameters = [p for p in getattr(model, part).parameters() if p.requires_grad]
         for decayed in (True, False):
             chosen = [p for p in parameters if (p.ndim > 1) == decayed]
             groups.append({"params": chosen, "rate": rate, "weight_decay": weight_decay * decayed})
@@ -200,22 +209,6 @@ def lr_at(step, cfg):
 # Checkpoints
 
 
-def write_atomically(path, save):
-    """save(temporary file), then rename: path is always whole, the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # torch.save's word for a disk that fills up
-            raise OSError(errno.ENOSPC, "could not be written to the end, is the disk full?", str(path)) from error
-        raise
-
-
 def read_log(path):
     """The lines of a log; half a line, as a kill or a full disk leaves, is passed over."""
     lines = []
@@ -232,17 +225,17 @@ def read_log(path):
 
 
 def encoder_states(cfg, encoder, manifests, identity):
-    """Runs the frozen encoder once over the audio of the manifests, into two files of the out directory that later runs
-    find again if encoder, rows and audio files are the same. Returns the function (manifest, row) -> (F, D) states,
-    which raises AudioError for a row that cannot be used; or None if they would not fit on the disk or in cache_gb."""
+    """Runs the frozen encoder once over the audio of the manifests, into a file of the out directory that later runs find
+    again if encoder, rows and audio files are the same. Returns the function (manifest, row) -> (F, D) states, which
+    raises AudioError for a row that cannot be used; or None if they would not fit on the disk or in cache_gb."""
     clips, numbers = {}, []  # (manifest, audio, start, seconds) -> number; each row's clip
     for m, manifest in enumerate(manifests):
         rows = [(m, row["audio"], row["start"], manifest.seconds(row)) for row in manifest]
         numbers.append([clips.setdefault(clip, len(clips)) for clip in rows])
-    room = np.array([feature_length(s) + 1 if s <= cfg.max_seconds else 0 for *_, s in clips])  # headers may be one off
-    ends, width, dtype = room.cumsum(), encoder.config.hidden_size, encoder.compute_dtype
-    size, free = int(ends[-1]) * width * dtype.itemsize, shutil.disk_usage(cfg.out).free
-    print(f"encoder outputs: {ends[-1] / 180000:.2f} h, {size / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free)")
+    sizes = sorted((feature_length(clip[3]), 0, clip) for clip in clips if clip[3] <= cfg.max_seconds)
+    frames, width, dtype = sum(size for size, *_ in sizes), encoder.config.hidden_size, encoder.compute_dtype
+    size, free = frames * width * dtype.itemsize, shutil.disk_usage(cfg.out).free
+    print(f"encoder outputs: {frames / 180000:.2f} h, {size / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free)")
     if size > min(cfg.cache_gb * 1e9, 0.9 * free):
         print(f"they do not fit in --cache-gb {cfg.cache_gb:g} or on the disk: the encoder runs in every step")
         return None
@@ -250,47 +243,38 @@ def encoder_states(cfg, encoder, manifests, identity):
     files = sorted(shard + ".tar" * bool(tar) for shard, tar, _ in files)
     stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files if os.path.exists(file)]
     key = json.dumps([identity["sha256"], str(dtype), cfg.batch_frames, stamps, list(clips)])
-    path = Path(cfg.out) / f"encoder-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
+    path = Path(cfg.out) / f"encoder-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     try:
-        found = json.loads(path.with_suffix(".json").read_text())  # written last, when all states are there
-        whole = path.stat().st_size == size
-    except (OSError, ValueError):
-        whole = False
-    if not whole:
-        with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, size))
-    states = torch.from_file(str(path), True, size // dtype.itemsize, dtype=dtype).view(-1, width)  # memory-mapped
-    if not whole:
-        found = fill_states(cfg, encoder, manifests, list(clips), room, ends, states)
-        write_atomically(path.with_suffix(".json"), lambda file: file.write(json.dumps(found).encode()))
+        found = torch.load(path, weights_only=True, mmap=True)
+    except Exception:  # not there yet, or damaged
+        write_atomically(path, lambda file: torch.save(encode_clips(cfg, encoder, manifests, clips, sizes), file))
+        found = torch.load(path, weights_only=True, mmap=True)
 
     def states_of(m, i):
-        n = numbers[m][i]
-        if isinstance(found[n], str):
-            raise AudioError(found[n])
-        return states[ends[n] - room[n]:][:found[n]]  # (F, D)
+        states = found[numbers[m][i]]
+        if isinstance(states, str):
+            raise AudioError(states)
+        return states  # (F, D)
 
     return states_of
 
 
 @torch.no_grad()
-def fill_states(cfg, encoder, manifests, clips, room, ends, states):
-    """Encodes every clip into its place in states. Returns a list: the frames of each clip, or why it has none."""
+def encode_clips(cfg, encoder, manifests, clips, sizes):
+    """Of each clip the encoder's states (F, D), or why it has none."""
     found = [f"longer than {cfg.max_seconds:g} s"] * len(clips)
-    batches = cut(sorted((int(n), 0, i) for i, n in enumerate(room) if n), cfg.batch_frames, math.inf)
-    for batch in tqdm(batches, "encoder", unit=" batches"):
+    for batch in tqdm(cut(sizes, cfg.batch_frames, math.inf), "encoder", unit=" batches"):
         waves = {}
-        for i in batch:
-            m, audio, start, seconds = clips[i]
+        for m, audio, start, seconds in batch:
+            n = clips[m, audio, start, seconds]
             try:
-                waves[i] = manifests[m].audio({"audio": audio, "start": start, "duration": seconds})
+                waves[n], = manifests[m].audio({"audio": audio, "start": start, "duration": seconds})
             except AudioError as error:
-                found[i] = str(error)
+                found[n] = str(error)
         if waves:
-            encoded, lengths = encoder(*(t.to(cfg.device) for t in fbank(list(waves.values()))))
-            for i, x, n in zip(waves, encoded, lengths.tolist()):
-                found[i] = min(n, int(room[i]))
-                states[ends[i] - room[i]:][:found[i]] = x[:found[i]].cpu()
+            states, lengths = encoder(*(t.to(cfg.device) for t in fbank(list(waves.values()))))
+            for n, x, length in zip(waves, states, lengths.tolist()):
+                found[n] = x[:length].cpu().clone()
     return found
 
 
@@ -325,45 +309,29 @@ def validate(cfg, model, examples, picks):
             loss, n = model(**batch)
             total, count = total + loss.item(), count + n
         figures[name] = total / max(1, count)
-    asr = [i for i, row in enumerate(rows) if row["task"] == "asr"][:cfg.eval_clips]
-    if asr:
-        rows, frames = [rows[i] for i in asr], [frames[i] for i in asr]
-        references = [row["text"] for row in rows]
-        hypotheses = answer_rows(model, examples.tokenizer, rows, frames, cfg.prompt)
-        figures["wer"] = word_error_rate(references, hypotheses, [row["target_language"] for row in rows])
+    some = [i for task in TASKS for i in [i for i, row in enumerate(rows) if row["task"] == task][:cfg.eval_clips]]
+    rows = [rows[i] for i in some]
+    answers = answer_rows(model, examples.tokenizer, rows, listen(model, [[frames[i]] for i in some]), cfg.prompt)
+    texts = [answer.text for answer in answers]
     for name, part in model.named_children():
         part.train(training[name])
-    return figures, list(zip(references, hypotheses)) if asr else []
+    return figures | quick_figures(rows, texts), [(row["text"], text) for row, text in zip(rows, texts)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Picture
-
-
-def draw_curves(log, path):
-    """The log's training loss, validation losses and WER over the steps, as one SVG."""
-    lines = read_log(log)
-    width, height, left, steps = 720, 300, 60, max(line["step"] for line in lines) or 1
-    panels = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"}, {"wer": "#2a8a3e"}]
-    parts = []
-    for p, curves in enumerate(panels):
-        top = 30 + p * (height + 60)
-        highest = max([line[name] for name in curves for line in lines if name in line], default=1) or 1
-        parts.append(f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#ccc"/>')
-        for k in range(5):
-            x, y = left + width * k / 4, top + height * k / 4
-            parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{highest * (1 - k / 4):.3g}</text>')
-            parts.append(f'<text x="{x}" y="{top + height + 16}" text-anchor="middle">{steps * k // 4}</text>')
-        for k, (name, colour) in enumerate(curves.items()):
-            at = [(line["step"] / steps, 1 - line[name] / highest) for line in lines if name in line]
-            points = " ".join(f"{left + width * x:.1f},{top + height * y:.1f}" for x, y in at)
-            label = name.replace("_", " ")
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-            parts.append(f'<text x="{left + 10 + 130 * k}" y="{top - 8}" fill="{colour}">{label}</text>')
-    size = f'width="{left + width + 20}" height="{len(panels) * (height + 60) + 20}"'
-    body = "\n".join(parts)
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
-    write_atomically(path, lambda file: file.write(svg.encode()))
+def settle_refusals(cfg, model, examples):
+    """The threshold above which questions are refused, set on up to 500 questions of the dev manifest: {} if it has
+    too few."""
+    dev, asked, heard = len(examples.manifests) - 1, [], []
+    for i, row in enumerate(examples.manifests[dev]):
+        if row["task"] == "sqa" and len(asked) < 500:
+            try:
+                heard.append([examples.frames(dev, i, row)])
+            except AudioError:
+                continue
+            asked.append(row)
+    model.eval()
+    answers = answer_rows(model, examples.tokenizer, asked, listen(model, heard), cfg.prompt, weigh=True)
+    return refusal_threshold(asked, answers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -371,25 +339,37 @@ def draw_curves(log, path):
 
 
 def open_manifests(cfg, tasks):
-    """The training manifests, how often a row of each is to be drawn, the dev manifest, and the hours, which are
-    printed; only rows of the phase's tasks."""
-    named = [re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", path).groups() for path in cfg.data]
-    manifests, weights, seconds = [Manifest(path) for path, _ in named], [float(w or 1) for _, w in named], Counter()
-    dev = Manifest(cfg.dev)
-    for manifest, least in [*((m, 1) for m in manifests), (dev, 2)]:
-        found = manifest.keep(tasks)
-        if len(manifest) < least:
-            raise ManifestError(f"{str(manifest.path)!r}: {len(manifest)} rows of the tasks this phase trains, "
-                                f"{', '.join(tasks)}, expected at least {least}; give another manifest")
-        unknown = {key[2] for key in found} - set(LANGUAGE_CODES)
+    """The training manifests, one for each task and target language of a file; how often each is to be drawn; the dev
+    manifest; the hours, which are printed; the seconds of the longest row. Only rows of the phase's tasks."""
+    manifests, groups, weights, hours, longest = [], [], [], Counter(), 0.0
+    for path in [*cfg.data, cfg.dev]:
+        path, weight = (path, 0) if path is cfg.dev else re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", path).groups()
+        parts, seconds, window = Manifest(path).split(tasks, cfg.max_seconds)
+        found, least = sum(map(len, parts.values())), 2 if path is cfg.dev else 1
+        if found < least:
+            raise ManifestError(f"{path!r}: {found} rows of the tasks this phase trains, {', '.join(tasks)}, expected at "
+                                f"least {least}; give another manifest")
+        unknown = {language for _, language in parts} - set(LANGUAGE_CODES)
         if cfg.prompt == "tokens" and unknown:
-            raise ManifestError(f"{str(manifest.path)!r}: --prompt tokens has no token for {', '.join(sorted(unknown))}")
-        seconds += found if manifest is not dev else Counter()
-    for (corpus, licence, language), total in sorted(seconds.items()):
+            raise ManifestError(f"{path!r}: --prompt tokens has no token for {', '.join(sorted(unknown))}")
+        if path is cfg.dev:
+            dev = copy.copy(next(iter(parts.values())))
+            dev.lines = np.sort(np.concatenate([part.lines for part in parts.values()]))
+            continue
+        manifests, groups, hours = manifests + list(parts.values()), groups + list(parts), hours + seconds
+        # a file's weight counts per row, so that PATH=2 is the same as naming PATH twice
+        weights += [float(weight or 1) * len(part) for part in parts.values()]
+        longest = max(longest, window)
+    size = Counter()
+    for group, weight in zip(groups, weights):
+        size[group] += weight
+    weights = [weight * size[group] ** (1 / cfg.temperature - 1) for group, weight in zip(groups, weights)]
+    for group in sorted(size):
+        share = sum(w for g, w in zip(groups, weights) if g == group) / sum(weights)
+        print(f"data: {group[0]} into {group[1]}: {size[group]:.0f} rows, {100 * share:.1f} % of those drawn")
+    for (corpus, licence, language), total in sorted(hours.items()):
         print(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h")
-    # a manifest's weight counts per row, so that PATH=2 is the same as naming PATH twice
-    weights = [w * len(manifest) for w, manifest in zip(weights, manifests)]
-    return manifests, weights, dev, [[*key, round(total)] for key, total in sorted(seconds.items())]
+    return manifests, weights, dev, [[*key, round(total)] for key, total in sorted(hours.items())], longest
 
 
 def train(cfg):
@@ -399,7 +379,7 @@ def train(cfg):
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg), indent=2).encode()))
     checkpoint_path, resume_path, log_path = (out / f"{cfg.phase}{end}" for end in (".pt", ".resume.pt", ".jsonl"))
-    manifests, weights, dev, hours = open_manifests(cfg, tasks)
+    manifests, weights, dev, hours, longest = open_manifests(cfg, tasks)
     model, tokenizer, bases = build(cfg, rates)
     for name, part in model.named_children():
         count, how = sum(p.numel() for p in part.parameters()), f"lr {rates[name]:g}" if name in rates else "frozen"
@@ -442,14 +422,16 @@ def train(cfg):
         if cfg.device != "cpu":
             torch.cuda.set_rng_state(state["cuda_rng"])
 
-    def save(step):
-        trained = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] in rates}
-        state = {"model": trained, "config": asdict(cfg), "adapter": asdict(model.adapter.config), "bases": bases,
-                 "data": hours, "step": step, "versions": {"torch": str(torch.__version__), "python": sys.version}}
+    def save(step, **settled):
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        merged = {name: tensor for name, tensor in merged_state(model).items() if name.split(".")[0] in rates}
+        state = {"config": asdict(cfg), "adapter": asdict(model.adapter.config), "bases": bases, "data": hours,
+                 "window": min(30.0, longest), "step": step, **settled,
+                 "versions": {"torch": str(torch.__version__), "python": sys.version}}
         more = {"optimizer": optimizer.state_dict(), "position": position, "seen": seen, "bad": bad,
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if cfg.device != "cpu" else None}
-        write_atomically(resume_path, lambda file: torch.save(state | more, file))
-        write_atomically(checkpoint_path, lambda file: torch.save(state, file))
+        write_atomically(resume_path, lambda file: torch.save({"model": trained, **state, **more}, file))
+        write_atomically(checkpoint_path, lambda file: torch.save({"model": merged, **state}, file))
 
     def record(**figures):
         with open(log_path, "a", encoding="utf-8") as file:
@@ -462,9 +444,9 @@ def train(cfg):
             figures, pairs = validate(cfg, model, examples, picks)
             record(step=step, **figures)
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-            for reference, hypothesis in pairs[:2]:
+            for reference, hypothesis in pairs[::max(1, len(pairs) // 4)][:4] if len(tasks) > 1 else pairs[:2]:
                 bar.write(f"  said: {reference}\n  read: {hypothesis}")
-            save(step)
+            save(step, **settle_refusals(cfg, model, examples) if step == cfg.steps and "sqa" in tasks else {})
         if step == cfg.steps:
             break
         for group in optimizer.param_groups:
@@ -505,7 +487,8 @@ def train(cfg):
         bar.set_postfix(loss=f"{total / tokens:.3f}", audio_s_per_s=f"{audio / (time.time() - start):.0f}")
         bar.update()
     bar.close()
-    draw_curves(log_path, out / f"{cfg.phase}.svg")
+    svg = draw_curves(read_log(log_path), CURVES)
+    write_atomically(out / f"{cfg.phase}.svg", lambda file: file.write(svg.encode()))
     for where, why in bad.items():
         print(f"left out: {where}: {why}")
     print(f"{checkpoint_path}: {seen} rows drawn, {len(bad)} recordings left out; curves in {out / cfg.phase}.svg")

@@ -31,10 +31,12 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from data import SAMPLE_RATE, fbank, load_audio
-from model import LLM, EncoderConfig, LLMConfig, SpeechEncoder, encoder_dict, generate, save
+from data import fbank
+from model import LLM, EncoderConfig, LLMConfig, SpeechEncoder, encoder_dict, generate
+from prepare.audio import SAMPLE_RATE, load_audio
+from prepare.checkpoint import save
 from prepare.demo_grammar import LANGUAGES, REFUSALS, count_sentences, example
-from prepare.demo_instructions import draw_instruction
+from prepare.instructions import instruction_of
 
 DEMO = Path(__file__).parent.parent / "demo"
 WORK = Path(tempfile.gettempdir()) / "demo_work"  # intermediate files
@@ -329,6 +331,10 @@ BEFORE = ("", "User: ", "Audio: ", "<|im_start|>user\n",  # texts around the aud
           "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
 BETWEEN = ("\n", " ", "")
 AFTER = ("\n", " ", "\nAnswer: ", "\nAssistant: ", "<|im_end|>\n<|im_start|>assistant\n")
+
+
+def draw_instruction(rng, task, target, question):
+    return instruction_of({"task": task, "source_language": "en", "target_language": target, "question": question}, rng)
 
 
 def train_tokenizer():

@@ -7,8 +7,10 @@ questions that the sentence does not answer.
 
 import zlib
 
+from prepare import instructions
+
 LANGUAGES = ("en", "de", "it", "zh")
-REFUSALS = ("Not answerable.", "Nicht zu beantworten.", "Non è possibile rispondere.", "无法回答。")
+REFUSALS = tuple(instructions.REFUSALS[language] for language in LANGUAGES)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Words. A quadruple is (English, German, Italian, Chinese); m, f, n are German genders, m, f Italian ones

@@ -15,8 +15,10 @@ from conftest import ENCODER, FAMILIES, LLM as TINY_LLM, peer_encoder, peer_llm,
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
-from model import (AUDIO, AdapterConfig, CheckpointError, EncoderConfig, LengthAdapter, LLM, LLMConfig, SpeechEncoder,
-                   SpeechLM, adapter_length, decode_step, generate, new_cache, prefill, sample, span_mask)
+from model import (AUDIO, AdapterConfig, EncoderConfig, LengthAdapter, LLM, LLMConfig, SpeechEncoder, SpeechLM,
+                   adapter_length, add_lora, decode_step, generate, merged_state, new_cache, prefill, sample, span_mask)
+from prepare.errors import CheckpointError
+from prepare.reference import load_reference, save_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -214,14 +216,14 @@ def test_real_configurations_have_the_published_size(name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_stays_close_to_float32(tmp_path, family):
     speech_lm = tiny_speech_lm(family)
-    speech_lm.save_pretrained(tmp_path)
+    save_reference(speech_lm, tmp_path)
     features, lengths, ids, _ = speech_batch(speech_lm)
     ids = ids.clamp(min=0)
     hidden, _ = speech_lm.encoder(features, lengths)
     audio, n = speech_lm.adapter(hidden, lengths)
     real, real_audio = torch.arange(61) < lengths[:, None], torch.arange(audio.shape[1]) < n[:, None]
     for dtype, compute in [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]:
-        ours = SpeechLM.from_pretrained(tmp_path, dtype, compute)
+        ours = load_reference(tmp_path, dtype, compute)
         assert {p.dtype for p in ours.parameters()} == {dtype}
         hidden16, (audio16, _), logits = ours.encoder(features, lengths)[0], ours.adapter(hidden, lengths), ours.llm(ids)
         assert hidden16.dtype == audio16.dtype == ours.llm.embed(ids).dtype == compute and logits.dtype == torch.float32
@@ -229,7 +231,7 @@ def test_bfloat16_stays_close_to_float32(tmp_path, family):
                                    (logits, speech_lm.llm(ids))]:
             assert 1e-4 < (approximate.float() - exact).norm() / exact.norm() < 2e-2
     with pytest.raises(ValueError, match="precision torch.float16 is not supported; choose torch.float32 or"):
-        SpeechLM.from_pretrained(tmp_path, torch.float16)
+        load_reference(tmp_path, torch.float16)
 
 
 def test_norms_and_loss_are_float32_under_bfloat16(monkeypatch):
@@ -276,7 +278,7 @@ def test_equals_the_reference_composite(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({
         "model_type": "speech_lm", "tie_word_embeddings": False,
         "encoder": peer.config.to_dict(), "decoder": llm.config.to_dict()}))
-    ours = SpeechLM.from_pretrained(tmp_path)
+    ours = load_reference(tmp_path)
 
     features, lengths, answer = torch.randn(2, 16, 160), torch.tensor([16, 16]), 6
     text = torch.randint(8, 211, (2, 3 + answer))
@@ -293,7 +295,7 @@ def test_equals_the_reference_composite(tmp_path):
     state["decoder.lm_head.weight"] = torch.randn(211, 48)
     save_file(state | {"decoder.model.embed_tokens.weight": torch.randn(211, 48)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="lm_head.weight differs from the embedding"):
-        SpeechLM.from_pretrained(tmp_path)
+        load_reference(tmp_path)
     # (b) what the reference trains on: logits cut to the label length, then shifted by one once more
     cut = theirs[:, -answer:]
     dropped = F.cross_entropy(cut[:, :-1].flatten(0, 1), text[:, 4:].flatten(), reduction="sum")
@@ -651,10 +653,10 @@ def test_masked_spans_have_the_peers_statistics():
 
 def test_save_and_load_again(tmp_path):
     speech_lm = tiny_speech_lm("qwen3")
-    speech_lm.save_pretrained(tmp_path / "whole")
+    save_reference(speech_lm, tmp_path / "whole")
     speech_lm.encoder.save_pretrained(tmp_path / "encoder")
     speech_lm.llm.save_pretrained(tmp_path / "llm")
-    again = SpeechLM.from_pretrained(tmp_path / "whole")
+    again = load_reference(tmp_path / "whole")
     assert [p.name for p in sorted((tmp_path / "whole").iterdir())] == ["config.json", "generation_config.json",
                                                                       "model.safetensors"]
     assert len({p.stat().st_mode for p in (tmp_path / "whole").iterdir()}) == 1  # all readable by whom config.json is
@@ -684,15 +686,15 @@ def test_a_new_adapter_of_any_shape_is_saved_and_loaded(tmp_path):
     for kernel, stride in ((5, 2), (3, 4), (3, 1), (8, 8)):
         adapter = AdapterConfig(**ENCODER, output_size=48, adapter_kernel_size=kernel, adapter_stride=stride)
         whole = randomise(SpeechLM(SpeechEncoder(encoder), LengthAdapter(adapter), llm))
-        whole.save_pretrained(tmp_path)  # over the memory-mapped model of the round before
-        again = SpeechLM.from_pretrained(tmp_path)
+        save_reference(whole, tmp_path)  # over the memory-mapped model of the round before
+        again = load_reference(tmp_path)
         features, lengths = torch.randn(2, 33, 160), torch.tensor([33, 1])
         for ours, theirs in zip(whole.encode(features, lengths), again.encode(features, lengths)):
             assert torch.equal(ours, theirs)
         assert again.llm.config.eos_token_id == [5, 6]
     whole.adapter.config.num_attention_heads = 2
     with pytest.raises(ValueError, match="the adapter's width, heads, FFN and dropout differ from the encoder's"):
-        whole.save_pretrained(tmp_path)
+        save_reference(whole, tmp_path)
 
 
 def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch):
@@ -739,7 +741,7 @@ def test_hub_id_from_the_local_cache(tmp_path):
     tiny_llm().save_pretrained(folder / "snapshots" / "abc")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("abc")
-    run = "import sys\nfrom model import LLM, CheckpointError\ntry: print(LLM.from_pretrained(sys.argv[1]).config.vocab_size)" \
+    run = "import sys\nfrom model import LLM\nfrom prepare.errors import CheckpointError\ntry: print(LLM.from_pretrained(sys.argv[1]).config.vocab_size)" \
           "\nexcept CheckpointError as e: print(e)"
     env = dict(os.environ, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     say = [subprocess.run([sys.executable, "-c", run, name], cwd=ROOT, env=env, capture_output=True, text=True).stdout
@@ -821,10 +823,10 @@ def test_encoder_config_is_refused_by_name(tmp_path, config, message):
     (dict(encoder=dict(model_type="wav2vec2-bert", hidden_size=32, output_hidden_size=64)), "output_hidden_size is 64"),
     (dict(encoder=dict(model_type="wav2vec2-bert", adapter_kernel_size=7)), "adapter kernel 7 padded by 1, expected kernel // 2")])
 def test_speech_lm_config_is_refused_by_name(tmp_path, config, message):
-    tiny_speech_lm().save_pretrained(tmp_path)
+    save_reference(tiny_speech_lm(), tmp_path)
     damage(tmp_path, **config)
     with pytest.raises(CheckpointError, match=message):
-        SpeechLM.from_pretrained(tmp_path)
+        load_reference(tmp_path)
 
 
 def test_bad_checkpoint_directories(tmp_path):
@@ -892,3 +894,61 @@ def test_tied_checkpoint_with_another_output_layer_is_refused(tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="tie_word_embeddings is true in config.json, but lm_head.weight differs"):
         LLM.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- scores and LoRA
+
+
+def test_score_is_the_log_probability_of_the_answer():
+    """Continuing a prefix, in one batch of uneven rows, against a forward pass over each whole row."""
+    speech_lm = tiny_speech_lm().eval()
+    features, lengths = torch.randn(2, 61, 160), torch.tensor([61, 34])
+    counts = adapter_length(lengths, speech_lm.adapter.config)
+    ids = torch.full((2, int(counts.max())), AUDIO)
+    ids[1, counts[1]:] = 0
+    prefix = speech_lm.read(ids, counts, features, lengths)
+    heard = speech_lm.encode(features, lengths)
+    again = speech_lm.read(ids, counts, heard=heard)
+    assert all(torch.equal(a, b) for one, two in zip(prefix.cache, again.cache) for a, b in zip(one, two))
+    asked, answers, of = [3, 1, 2, 4], [2, 5, 1, 3], torch.tensor([1, 0, 0, 1])
+    rows = [torch.randint(8, 211, (n + k,)) for n, k in zip(asked, answers)]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    scores = speech_lm.score(padded, torch.tensor([len(row) for row in rows]), torch.tensor(answers), prefix, of)
+    for row, n, r, score in zip(rows, answers, of.tolist(), scores):
+        whole = torch.cat([torch.full((int(counts[r]),), AUDIO), row])[None]
+        targets = torch.arange(whole.shape[1] - n, whole.shape[1])
+        loss, _ = speech_lm(features[r:r + 1, :lengths[r]], lengths[r:r + 1], whole, targets)
+        assert score.item() == pytest.approx(-loss.item(), rel=1e-4)
+
+
+def test_no_answer_begins_with_a_forbidden_id():
+    llm = tiny_llm()
+    x, lengths = llm.embed(torch.randint(8, 211, (3, 6))), torch.tensor([6, 6, 6])
+    first = [answer[0] for answer in generate(llm, x, lengths, 3)]
+    for beams in (1, 3):
+        answers = generate(llm, x, lengths, 3, never_first=first, num_beams=beams)
+        assert not {answer[0] for answer in answers} & set(first)
+
+
+def test_low_rank_updates():
+    llm, plain = tiny_llm(), tiny_llm()
+    ids = torch.randint(8, 211, (2, 9))
+    names = set(llm.state_dict())
+    add_lora(llm, 4, 8.0, ["q_proj", "down_proj"])
+    trained = {name for name, p in llm.named_parameters() if p.requires_grad}
+    assert trained == {f"model.layers.{i}.{layer}.lora_{ab}" for i in range(llm.config.num_hidden_layers)
+                       for layer in ("self_attn.q_proj", "mlp.down_proj") for ab in "ab"}
+    assert torch.equal(llm(ids), plain(ids))  # B is zero
+    for p in llm.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    layer = llm.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, layer.in_features)
+    by_hand = x @ (layer.weight + 8.0 / 4 * layer.lora_b @ layer.lora_a).T + layer.bias
+    torch.testing.assert_close(layer(x), by_hand)
+    state = merged_state(llm)
+    assert set(state) == names
+    plain.load_state_dict(state)
+    assert not torch.equal(llm(ids), tiny_llm()(ids)) and relative_error(plain(ids), llm(ids)) < 1e-5
+    llm(ids).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in llm.parameters())

@@ -8,7 +8,8 @@ import pytest
 
 from data import Manifest
 from prepare.demo_grammar import LANGUAGES, REFUSALS, count_sentences, example, split_of
-from prepare.demo_instructions import INSTRUCTIONS, draw_instruction
+from prepare.errors import ManifestError
+from prepare.instructions import INSTRUCTIONS, instruction_of, language_of, task_of
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 
@@ -32,12 +33,31 @@ def test_grammar():
 def test_ten_instructions_a_task_and_language():
     for task in ("asr", "st", "sqa"):
         for language in LANGUAGES:
-            assert len(set(INSTRUCTIONS[task, language])) >= 10
+            assert len(set(INSTRUCTIONS[task][language])) >= 10
     random_numbers = random.Random(0)
     for task, target in (("asr", "en"), ("st", "de"), ("st", "zh"), ("sqa", "it")):
-        drawn = {draw_instruction(random_numbers, task, target, "Who?") for _ in range(200)}
-        assert len(drawn) > (9 if task == "sqa" else 20) and not any("{" in text for text in drawn)
-        assert task != "sqa" or all("Who?" in text for text in drawn)
+        row = {"task": task, "source_language": "en", "target_language": target, "question": "Who {x}?"}
+        drawn = {instruction_of(row, random_numbers) for _ in range(400)}
+        assert len(drawn) > (15 if task == "sqa" else 60) and not any("{to}" in text for text in drawn)
+        assert {task_of(text) for text in drawn} == {task} and {language_of(text) for text in drawn} >= {"en", "zh"} - (
+            {"en", "zh"} if task == "sqa" else set())
+        assert task != "sqa" or all("Who {x}?" in text for text in drawn)
+        assert instruction_of(row) in drawn and instruction_of({**row, "instruction": "So"}, random_numbers) == "So"
+        german = {instruction_of({**row, "source_language": "de"}, random_numbers) for _ in range(400)}
+        assert not any(word in text for text in german for word in ("English", "englisch", "inglese", "英语")) or task == "sqa"
+    with pytest.raises(ManifestError, match="m.jsonl line 3: prepare/instructions.json has no wording for the language 'fr'"):
+        instruction_of({"task": "st", "source_language": "en", "target_language": "fr", "where": "m.jsonl line 3"})
+
+
+@pytest.mark.parametrize("text, task, language", [
+    ("Transcribe the English content.", "asr", "en"), ("What does the speaker say?", "asr", "en"),
+    ("Please make a full transcription of the talk", "asr", "en"), ("Trascrivi tutto", "asr", "it"),
+    ("Translate to German", "st", "en"), ("In German, please", "st", "en"), ("Übersetze den englischem Inhalt nach Deutsch.", "st", "de"),
+    ("Traduci il contenuto inglese in italiano.", "st", "it"), ("将英文内容翻译成中文。", "st", "zh"),
+    ("What does the English speaker like?", "sqa", "en"), ("Was macht der Hund?", "sqa", "de"),
+    ("根据所给的英文内容，简要回答以下问题：谁在睡觉？", "sqa", "zh"), ("Summarise the talk.", "sqa", "en"), ("xyzzy", "sqa", None)])
+def test_what_an_instruction_asks_for(text, task, language):
+    assert task_of(text) == task and language_of(text) == language
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +83,6 @@ def test_demo_audio_is_what_the_manifests_say(splits):
     for split, rows in splits.items():
         manifest = Manifest(DEMO / f"{split}.jsonl")
         for row in random.Random(0).sample([row for row in rows if row["task"] == "asr"], 25):
-            wave = manifest.audio(row)
+            wave, = manifest.audio(row)
             assert len(wave) / 16000 == pytest.approx(row["duration"], abs=0.001)
             assert wave.abs().max() > 0.1 and 1 < row["duration"] < 6

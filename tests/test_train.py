@@ -20,12 +20,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import data
-import eval
 import sample
 import train
-from data import Examples, Manifest, ManifestError, collate, cut, feature_length, load_audio, render, schedule
-from eval import answer_rows, word_error_rate
-from model import AUDIO, AdapterConfig, adapter_length
+from data import Examples, Manifest, ManifestError, collate, cut, load_audio, render, schedule
+from model import AUDIO, AdapterConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,8 +59,11 @@ def test_manifest_rows(tmp_path):
     assert manifest[0]["start"] == 0 and manifest[0]["duration"] is None and manifest[0]["licence"] == "unknown"
     (tmp_path / "n.jsonl").write_text(json.dumps(GOOD))  # no newline at the end
     assert len(Manifest(tmp_path / "n.jsonl")) == 1
-    assert manifest.keep(["st"]) == {("unknown", "unknown", "zh"): 2}
-    assert len(manifest) == 1 and manifest[0]["text"] == "你好" and [row["text"] for row in manifest] == ["你好"]
+    parts, seconds, longest = manifest.split(["st"], 30)
+    assert seconds == {("unknown", "unknown", "zh"): 2} and list(parts) == [("st", "zh")] and longest == 2
+    part = parts["st", "zh"]
+    assert len(part) == 1 and part[0]["text"] == "你好" and [row["text"] for row in part] == ["你好"] and len(manifest) == 2
+    assert manifest.split(["st"], 1.5)[2] == 0
 
 
 @pytest.mark.parametrize("row, message", [
@@ -78,7 +79,7 @@ def test_manifest_rows(tmp_path):
     ({**GOOD, "instruction": 5}, "instruction is 5, expected text")])
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, message):
     manifest = write_rows(tmp_path / "m.jsonl", GOOD, row)
-    for read in (lambda: manifest[1], lambda: list(manifest), lambda: manifest.keep(["asr"])):
+    for read in (lambda: manifest[1], lambda: list(manifest), lambda: manifest.split(["asr"], 30)):
         with pytest.raises(ManifestError, match=message) as error:
             read()
         assert "m.jsonl" in str(error.value) and "\n" not in str(error.value)
@@ -111,7 +112,7 @@ def test_parts_of_files_and_members_of_tar_shards(tmp_path):
     with pytest.raises(data.AudioError, match="bad.tar/b.wav': .*, expected an audio file"):
         load_audio(tmp_path / "bad.tar" / "b.wav")
     manifest = write_rows(tmp_path / "m.jsonl", {**GOOD, "audio": "s.tar/in/a.wav", "start": 1, "duration": 0.5}, GOOD)
-    assert np.array_equal(manifest.audio(manifest[0]), wave[16000:24000]) and manifest.seconds(manifest[1]) == 2.0
+    assert np.array_equal(manifest.audio(manifest[0])[0], wave[16000:24000]) and manifest.seconds(manifest[1]) == 2.0
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
@@ -132,14 +133,14 @@ def test_rendered_rows_exactly():
     def codes(text):
         return [ord(c) for c in text]
 
-    asked = codes("\nTranscribe the English speech.\n")
+    asked = codes("\nTranscribe the speech.\n")
     assert render(row, 3, letters(), 0) == ([AUDIO] * 3 + asked + codes("ja") + [0], 3)
     assert render(row, 1, letters(begin=True), 9)[0] == [128, AUDIO] + asked + codes("ja") + [9]
     assert render({**row, "text": None}, 2, letters(), 0) == ([AUDIO] * 2 + asked, 0)
     assert render({**row, "instruction": "Say it"}, 1, letters(), 0)[0] == [AUDIO] + codes("\nSay it\nja") + [0]
     st, sqa = {**row, "task": "st"}, {**row, "task": "sqa", "question": "Wer?"}
-    assert render(st, 0, letters(), 0)[0] == codes("\nTranslate the English speech to German.\nja") + [0]
-    assert render(sqa, 0, letters(), 0)[0] == codes("\nAnswer the question in German: Wer?\nja") + [0]
+    assert render(st, 0, letters(), 0)[0] == codes("\nTranslate the speech to German.\nja") + [0]
+    assert render(sqa, 0, letters(), 0)[0] == codes("\nBeantworte die Frage: Wer?\nja") + [0]
     task, language = (AUDIO - 1 - data.PROMPT_TOKENS.index(t) for t in ("<|reply|>", "<|de|>"))
     assert render(sqa, 2, letters(), 0, "tokens") == ([AUDIO, AUDIO, language, task] + codes("Wer?ja") + [0], 3)
     assert render(sqa, 0, letters(), 0, "tokens", True)[0] == [language, task] + codes("2Wer?ja") + [0]
@@ -163,7 +164,7 @@ class Sized(list):
 
 
 def batches(manifests, weights, count, position=None, seed=0, frames=3000, tokens=10**6):
-    stream = schedule(manifests, weights, lambda m, i: manifests[m][i], frames, tokens, seed, position)
+    stream = schedule(manifests, weights, lambda m, i, _: manifests[m][i], frames, tokens, seed, position)
     return list(itertools.islice(stream, count))
 
 
@@ -172,7 +173,7 @@ def test_budgets_and_padding_on_long_tailed_lengths():
     rows = Sized((int(n), int(n) // 4 + 20) for n in lengths)
     padded = real = 0
     for _, batch in batches([rows], [1], 3000, frames=6000, tokens=3000):
-        sizes = [rows[i] for _, i in batch]
+        sizes = [rows[i] for _, i, _ in batch]
         frames, tokens = (len(batch) * max(column) for column in zip(*sizes))
         assert frames <= 6000 and tokens <= 3000
         padded, real = padded + frames, real + sum(f for f, _ in sizes)
@@ -182,10 +183,12 @@ def test_budgets_and_padding_on_long_tailed_lengths():
 
 def test_every_row_once_an_epoch_in_a_new_order():
     rows = Sized((int(n), 5) for n in np.random.default_rng(1).integers(10, 500, 9000))
-    stream = schedule([rows], [1], lambda m, i: rows[i], 3000, 10**6, 0)
+    stream = schedule([rows], [1], lambda m, i, _: rows[i], 3000, 10**6, 0)
     drawn = []
     while len(drawn) < 18000:
-        drawn += [i for _, i in next(stream)[1]]
+        turns = next(stream)[1]
+        drawn += [i for _, i, _ in turns]
+        assert all(turn in (0, 1, 2) for _, _, turn in turns)
     in_first = sum(1 for i in set(drawn[:8192]))
     assert in_first == 8192  # two whole pools of the first epoch hold no row twice
     assert sorted(set(drawn)) == list(range(9000))
@@ -195,7 +198,7 @@ def test_every_row_once_an_epoch_in_a_new_order():
 
 def test_weights_mix_manifests():
     manifests = [Sized([(100, 5)] * 700), Sized([(100, 5)] * 300)]
-    drawn = [m for _, batch in batches(manifests, [1, 3], 400) for m, _ in batch]
+    drawn = [m for _, batch in batches(manifests, [1, 3], 400) for m, _, _ in batch]
     assert np.mean(drawn) == pytest.approx(0.75, abs=0.03)
 
 
@@ -216,13 +219,16 @@ def test_bad_recordings_are_left_out_and_named(tiny_project, tmp_path):
     manifest = write_rows(tmp_path / "m.jsonl", *rows)
     tokenizer = data.load_tokenizer(tiny_project / "llm")
     examples = Examples([manifest], tokenizer, 0, AdapterConfig())
-    batch = examples[{"pool": 0, "batch": 0}, [(0, i) for i in range(4)]]
+    batch = examples[{"pool": 0, "batch": 0}, [(0, i, 0) for i in range(4)]]
     assert [row["audio"] for row in batch["rows"]] == ["train0.wav"] and len(batch["ids"]) == 1
     messages = ["line 2: .*cannot be decoded", "line 3: 99.0 s of audio, expected at most 30 s", "line 4: .*No such file"]
     for bad, message in zip(batch["bad"], messages, strict=True):
         assert re.search(message, ": ".join(bad))
-    assert "ids" not in examples[{"pool": 0, "batch": 0}, [(0, 1)]]
-    assert examples.size(0, 0) == (feature_length(0.25), adapter_length(12, AdapterConfig()) + len(render(manifest[0], 0, tokenizer, 0)[0]))
+    assert "ids" not in examples[{"pool": 0, "batch": 0}, [(0, 1, 0)]]
+    for turn in range(4):  # what the schedule is told is what the batch will be
+        batch = examples[{"pool": 0, "batch": 0}, [(0, 0, turn)]]
+        assert examples.size(0, 0, turn) == (batch["lengths"].item(), batch["ids"].shape[1]) and batch["lengths"] == 24
+    assert len({examples.size(0, 0, turn) for turn in range(9)}) > 2  # another wording every turn
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -289,37 +295,16 @@ def test_align_end_to_end(tiny_project, tmp_path, capsys):
     curves = ElementTree.parse(tmp_path / "align.svg").getroot().findall("{http://www.w3.org/2000/svg}polyline")
     assert [len(curve.get("points").split()) for curve in curves] == [24, 2, 2, 2]
     # what was saved is what was trained: the checkpoint alone gives the same validation loss
-    model, tokenizer, config = sample.load_model(tmp_path / "align.pt")
+    model, tokenizer, state = sample.load_model(tmp_path / "align.pt")
     examples = Examples([Manifest(tiny_project / "dev.jsonl")], tokenizer, 0, model.adapter.config)
-    cfg = train.TrainConfig(**config)
+    cfg = train.TrainConfig(**state["config"])
     picks = np.random.default_rng(0).permutation(10)[:6].tolist()
     cfg.device = "cpu"
     figures, pairs = train.validate(cfg, model, examples, picks)
     assert figures["dev_loss"] == pytest.approx(validations[-1]["dev_loss"], rel=1e-4)
-    assert figures["wer"] == validations[-1]["wer"] and len(pairs) == 2
+    assert figures["wer"] == validations[-1]["wer"] and len(pairs) == 2 and 0 < state["window"] < 2
     sample.main([str(tiny_project / "dev0.wav"), "Transcribe the English speech.", "--ckpt", str(tmp_path / "align.pt")])
     assert capsys.readouterr().out.endswith("\n")
-
-
-def test_eval_and_sample_find_the_newest_checkpoint(tiny_project, tmp_path, monkeypatch, capsys):
-    torch.set_num_threads(1)
-    monkeypatch.chdir(tmp_path)
-    for program, argument in ((eval, tiny_project / "dev.jsonl"), (sample, tiny_project / "dev0.wav")):
-        with pytest.raises(SystemExit, match="no out/align.pt or out/ift.pt; run python train.py --phase align first"):
-            program.main([str(argument), *(["Transcribe."] if program is sample else [])])
-    train.main(arguments(tiny_project, "out", steps=1))
-    rows = [json.loads(line) for line in (tiny_project / "dev.jsonl").read_text().splitlines()]
-    lines = [json.dumps({**row, "audio": str(tiny_project / row["audio"]), "speaker": "a" if k < 10 else "b"})
-             for k in range(11) for row in rows]
-    (tmp_path / "m.jsonl").write_text("\n".join(lines + [json.dumps({**GOOD, "audio": "none.wav"})]))
-    capsys.readouterr()
-    eval.main(["m.jsonl"])
-    said = capsys.readouterr()
-    assert re.fullmatch(r"all: WER [\d.]+ % of 110 clips\na: WER [\d.]+ % of 100 clips\nother speakers: WER [\d.]+ % of 10 clips\n",
-                        said.out)
-    assert "left out: 'm.jsonl' line 111: " in said.err
-    with pytest.raises(SystemExit, match="sample.py: 'none.wav': No such file"):
-        sample.main(["none.wav", "Transcribe."])
 
 
 def losses(out):
@@ -332,7 +317,7 @@ def test_cached_encoder_outputs_change_nothing(tiny_project, tmp_path):
     train.main(arguments(tiny_project, tmp_path / "b", cache_gb=0, workers=0))
     assert np.allclose(losses(tmp_path / "a"), losses(tmp_path / "b"), rtol=1e-4)
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "a").glob("encoder-*")}
-    assert len(kept) == 2
+    assert len(kept) == 1
     train.main(arguments(tiny_project, tmp_path / "a"))  # found again, not made again
     assert kept == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "a").glob("encoder-*")}
 
@@ -350,13 +335,60 @@ def test_ift_trains_everything_from_an_align_checkpoint(tiny_project, tmp_path):
     assert all(name.endswith("linear_k.bias") or "masked_spec" in name for name in unmoved)
 
 
+def test_low_rank_training_is_merged_on_saving_and_resumed(tiny_project, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    train.main(arguments(tiny_project, tmp_path, steps=2))
+    ift = dict(phase="ift", init=tmp_path / "align.pt", steps=6, eval_every=3, llm_lr=1e-2, lora_rank=2, lora_targets="q_proj")
+    train.main(arguments(tiny_project, tmp_path / "a", **ift))
+    state = torch.load(tmp_path / "a" / "ift.pt", weights_only=True)
+    before = sample.load_model(tmp_path / "align.pt")[0].state_dict()
+    assert set(state["model"]) == set(before)
+    moved = {name for name in before if name.startswith("llm.") and not torch.equal(before[name], state["model"][name])}
+    assert moved == {name for name in before if name.endswith("q_proj.weight")}
+    kept = torch.load(tmp_path / "a" / "ift.resume.pt", weights_only=True)["model"]
+    assert not any(name.startswith("llm.") and "lora" not in name for name in kept)
+    model, tokenizer, state = sample.load_model(tmp_path / "a" / "ift.pt")  # the merged model is the trained one
+    examples = Examples([Manifest(tiny_project / "dev.jsonl")], tokenizer, 0, model.adapter.config)
+    cfg = train.TrainConfig(**state["config"])
+    figures, _ = train.validate(cfg, model, examples, np.random.default_rng(0).permutation(10)[:6].tolist())
+    assert figures["dev_loss"] == pytest.approx([line for line in log(tmp_path / "a", "ift") if "wer" in line][-1]["dev_loss"], rel=1e-4)
+    whole = log(tmp_path / "a", "ift")
+    validate, calls = train.validate, []
+
+    def stop_at_second(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return validate(*args)
+
+    monkeypatch.setattr(train, "validate", stop_at_second)
+    with pytest.raises(SystemExit):
+        train.main(arguments(tiny_project, tmp_path / "b", **ift))
+    train.main(arguments(tiny_project, tmp_path / "b", resume=True, **ift))
+    assert log(tmp_path / "b", "ift") == whole
+
+
+def test_tasks_and_languages_by_temperature(tiny_project, tmp_path, capsys):
+    rows = [json.loads(line) for line in (tiny_project / "train.jsonl").read_text().splitlines()]
+    made = [{**row, **extra, "audio": str(tiny_project / row["audio"])} for row, extra in zip(rows, [
+        *[{"task": "st", "target_language": "de"}] * 32, *[{"task": "st", "target_language": "zh"}] * 2, *[{}] * 4,
+        *[{"task": "sqa", "question": "Who?"}] * 2])]
+    write_rows(tmp_path / "m.jsonl", *made)
+    for temperature, shares in ((1, [4, 2, 32, 2]), (2, [2, 2**0.5, 32**0.5, 2**0.5]), (1e9, [1, 1, 1, 1])):
+        cfg = train.parse(arguments(tiny_project, tmp_path, data=tmp_path / "m.jsonl", temperature=temperature))
+        manifests, weights, *_ = train.open_manifests(cfg, ("asr", "st", "sqa"))
+        assert [len(manifest) for manifest in manifests] == [4, 2, 32, 2]
+        assert np.allclose(np.array(weights) / sum(weights), np.array(shares) / sum(shares))
+    assert "data: st into de: 32 rows, 25.0 % of those drawn" in capsys.readouterr().out
+
+
 def test_prompt_tokens_are_trained_in_align(tiny_project, tmp_path):
     torch.set_num_threads(1)
     train.main(arguments(tiny_project, tmp_path, prompt="tokens", length_hint=0.5, steps=3))
     trained = torch.load(tmp_path / "align.pt", weights_only=True)["model"]["adapter.prompt_tokens.weight"]
     assert trained.shape == (41, 48)
-    model, _, config = sample.load_model(tmp_path / "align.pt")
-    assert config["prompt"] == "tokens" and torch.equal(model.adapter.prompt_tokens.weight, trained)
+    model, _, state = sample.load_model(tmp_path / "align.pt")
+    assert state["config"]["prompt"] == "tokens" and torch.equal(model.adapter.prompt_tokens.weight, trained)
     ids = torch.tensor([[AUDIO - 1, AUDIO - 41, 5]])
     assert torch.equal(model.embed(ids)[0, :2], trained[[0, 40]])
     assert torch.equal(model.embed(ids)[0, 2], model.llm.embed(torch.tensor(5)))
@@ -364,8 +396,8 @@ def test_prompt_tokens_are_trained_in_align(tiny_project, tmp_path):
 
 def start(project, out, **options):
     command = [sys.executable, ROOT / "train.py", *arguments(project, out, **options)]
-    return subprocess.Popen(command, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
 
 
 def test_killed_and_resumed_equals_uninterrupted(tiny_project, tmp_path):
@@ -478,7 +510,7 @@ def test_a_recipe_by_hand_gives_the_logged_figures(tiny_project, tmp_path):
     train.main(argv)
     cfg, rates, tasks = train.settle(train.parse(argv))
     torch.manual_seed(0)
-    manifests, weights, dev, _ = train.open_manifests(cfg, tasks)
+    manifests, weights, *_ = train.open_manifests(cfg, tasks)
     model, tokenizer, _ = train.build(cfg, rates)
     examples = Examples(manifests, tokenizer, 0, model.adapter.config)
     stream = (examples[scheduled] for scheduled in schedule(manifests, weights, examples.size, 300, 4000, 0))
@@ -510,7 +542,7 @@ def test_a_recipe_by_hand_gives_the_logged_figures(tiny_project, tmp_path):
     assert line["step"] == 5
 
 
-def test_shuffled_loss_and_batched_answers(tiny_project, tmp_path):
+def test_shuffled_loss(tiny_project, tmp_path):
     torch.set_num_threads(1)
     cfg = train.parse(arguments(tiny_project, tmp_path))
     model, tokenizer, _ = train.build(cfg, {"adapter": 1e-3})
@@ -525,27 +557,14 @@ def test_shuffled_loss_and_batched_answers(tiny_project, tmp_path):
             sums = [model(**batch) for batch in batches]
         assert figures[name] == pytest.approx(sum(s.item() for s, _ in sums) / sum(n for _, n in sums), rel=1e-4)
     assert figures["dev_loss"] != figures["shuffled_loss"]
-    rows, frames = [dev[i] for i in range(10)], [examples.frames(0, i, dev[i]) for i in range(10)]
-    together = answer_rows(model, tokenizer, rows, frames, batch_size=4, max_new_tokens=6)
-    assert together == [answer_rows(model, tokenizer, [row], [x], max_new_tokens=6)[0] for row, x in zip(rows, frames)]
-    model.generate = lambda ids, sizes, features, lengths, max_new_tokens: [[int(n) + 40] for n in lengths]
-    said = answer_rows(model, tokenizer, rows, frames, batch_size=4)  # every row gets its own answer back
-    assert said == [tokenizer.decode([len(x) + 40]) for x in frames] and len(set(said)) > 1
-
-
-def test_word_error_rate():
-    british, american = ["Mr. Smith's colour is grey."], ["mister smith's color is gray"]
-    assert word_error_rate(british, american, ["en"]) == 0 < word_error_rate(british, american, ["de"])
-    assert word_error_rate(["Der Hund, ja."], ["der hund JA"], ["de"]) == 0
-    assert word_error_rate(["a b c d"], ["a x d"], ["de"]) == 0.5
 
 
 def test_weights_of_manifests(tiny_project, tmp_path):
     path = tiny_project / "train.jsonl"
     cfg = train.parse(arguments(tiny_project, tmp_path))
     cfg.data = [f"{path}=2", str(path), f"{path}=0.5"]
-    manifests, weights, _, hours = train.open_manifests(cfg, ("asr",))
-    assert weights == [80, 40, 20] and hours[0][:3] == ["tones", "CC0-1.0", "en"]
+    manifests, weights, _, hours, longest = train.open_manifests(cfg, ("asr",))
+    assert weights == [80, 40, 20] and hours[0][:3] == ["tones", "CC0-1.0", "en"] and 0.5 < longest < 2
 
 
 def test_the_encoder_cache_knows_what_it_depends_on(capsys, tiny_project, tmp_path):
@@ -555,11 +574,11 @@ def test_the_encoder_cache_knows_what_it_depends_on(capsys, tiny_project, tmp_pa
 
     def caches(**options):
         train.main(arguments(tmp_path / "p", out, steps=2, eval_every=2, **options))
-        return len(list(out.glob("encoder-*.bin")))
+        return len(list(out.glob("encoder-*.pt")))
 
     assert caches() == 1
     first = losses(out)
-    (next(out.glob("encoder-*.bin"))).write_bytes(b"")  # cut: made again
+    (next(out.glob("encoder-*.pt"))).write_bytes(b"")  # cut: made again
     assert caches() == 1 and losses(out) == first
     wave, _ = soundfile.read(tmp_path / "p" / "train0.wav")
     soundfile.write(tmp_path / "p" / "train0.wav", wave[::-1], 16000)
@@ -588,7 +607,7 @@ def test_length_hints_are_drawn_by_the_seed(tiny_project):
 
     def hinted(seed, share):
         examples = Examples([manifest], tokenizer, 0, config, "tokens", share, seed=seed)
-        return examples[{"pool": 0, "batch": 3}, [(0, i) for i in range(12)]]["ids"].tolist()
+        return examples[{"pool": 0, "batch": 3}, [(0, i, 0) for i in range(12)]]["ids"].tolist()
 
     assert hinted(0, 0.5) == hinted(0, 0.5) != hinted(1, 0.5)
     assert hinted(0, 0.0) != hinted(0, 1.0)
