@@ -50,7 +50,7 @@ class TrainConfig:
     adapter_lr: float = 0.0  # learning rate of the adapter; 0: the phase's own
     encoder_lr: float = 0.0  # of the encoder, in a phase that trains it
     llm_lr: float = 0.0  # of the LLM, in a phase that trains it
-    temperature: float = 1.0  # a task and language is drawn as often as its rows to the power 1 / temperature
+    temperature: float = 2.0  # a task and language is drawn as often as its rows to the power 1 / temperature
     lora_rank: int = 0  # train the LLM by low-rank updates of this rank, merged on saving; 0: train all of it
     lora_alpha: float = 32.0  # their scale, times the rank
     lora_targets: list[str] = field(default_factory=lambda: LINEAR.split())  # the layers of the LLM that they are added to
@@ -89,8 +89,8 @@ PHASES = {
     "ift": Phase({"adapter": 2e-4, "encoder": 6e-6, "llm": 2e-5}, ("asr", "st", "sqa"), 4000, 50),
 }
 DEMO_PHASES = {  # for the tiny models of demo/, when nothing else is named
-    "align": Phase({"adapter": 2e-3}, ("asr",), 1000, 50),
-    "ift": Phase({"adapter": 7e-4, "encoder": 4e-4, "llm": 5e-4}, ("asr", "st", "sqa"), 3000, 50),
+    "align": Phase({"adapter": 2e-3}, ("asr",), 750, 50),
+    "ift": Phase({"adapter": 7e-4, "encoder": 4e-4, "llm": 5e-4}, ("asr", "st", "sqa"), 280, 20),
 }
 
 
@@ -247,7 +247,8 @@ def encoder_states(cfg, encoder, manifests, identity):
     try:
         found = torch.load(path, weights_only=True, mmap=True)
     except Exception:  # not there yet, or damaged
-        write_atomically(path, lambda file: torch.save(encode_clips(cfg, encoder, manifests, clips, sizes), file))
+        encoded = encode_clips(cfg, encoder, manifests, clips, sizes)
+        write_atomically(path, lambda file: torch.save(encoded, file))
         found = torch.load(path, weights_only=True, mmap=True)
 
     def states_of(m, i):

@@ -5,7 +5,7 @@
     python -m prepare.demo clips      the encoder's own training clips, about 1.3 GB in the work folder; needs them too
     python -m prepare.demo encoder    CTC pretraining on characters
     python -m prepare.demo llm        pretraining on text: copying, translation, questions
-    python -m prepare.demo report     the figures of demo/README.md; needs sacrebleu
+    python -m prepare.demo report     the figures of demo/README.md
 
 Sentences fall into train, dev and test by a checksum of their English text, so no stage can see another split's.
 """
@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import sacrebleu
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ from prepare.instructions import instruction_of
 DEMO = Path(__file__).parent.parent / "demo"
 WORK = Path(tempfile.gettempdir()) / "demo_work"  # intermediate files
 EN = LANGUAGES.index("en")
+COMPUTE = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # elsewhere bfloat16 is far slower
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Speech
@@ -282,7 +284,7 @@ def pretrain_encoder():
     torch.manual_seed(0)
     rng = random.Random(0)
     clips = [clip for piece in sorted(WORK.glob("clips-*.pt")) for clip in torch.load(piece)] + corpus_clips("train")
-    encoder = SpeechEncoder(ENCODER, torch.bfloat16).train()
+    encoder = SpeechEncoder(ENCODER, COMPUTE).train()
     head = torch.nn.Linear(ENCODER.hidden_size, len(CHARACTERS) + 1)
     model = torch.nn.ModuleList([encoder, head])
     dev, tools = corpus_clips("dev"), optimizers(model, ENCODER_RATE)
@@ -322,9 +324,9 @@ END, CHAT = "<|endoftext|>", ("<|im_start|>", "<|im_end|>")
 VOCABULARY, CONTEXT = 3000, 1024
 LLM_STAGES = (  # until this step: share of noised rows, tasks and their weights
     (400, 0.0, {"salad": 1, "asr": 1}),
-    (1500, 0.0, {"salad": 1, "asr": 2, "st": 4, "sqa": 5}),
-    (2300, 0.0, {"asr": 1, "st": 1, "sqa": 1, "plain": 9}),
-    (3200, 0.3, {"salad": 1, "asr": 3, "st": 4, "sqa": 16}),
+    (2000, 0.0, {"salad": 1, "asr": 2, "st": 4, "sqa": 5}),
+    (2400, 0.0, {"asr": 1, "st": 1, "sqa": 1, "plain": 9}),
+    (3400, 0.3, {"salad": 1, "asr": 3, "st": 4, "sqa": 16}),
 )
 LLM_STEPS, LLM_BATCH, LLM_RATE = LLM_STAGES[-1][0], 96, 3e-3
 BEFORE = ("", "User: ", "Audio: ", "<|im_start|>user\n",  # texts around the audio and the instruction
@@ -439,7 +441,7 @@ def pretrain_llm():
     model = LLM(LLMConfig(
         model_type="qwen2", vocab_size=tokenizer.get_vocab_size(), hidden_size=192, intermediate_size=512,
         num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=48,
-        max_position_embeddings=CONTEXT, tie_word_embeddings=True, eos_token_id=[rows.end]), torch.bfloat16).train()
+        max_position_embeddings=CONTEXT, tie_word_embeddings=True, eos_token_id=[rows.end]), COMPUTE).train()
     for p in model.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.06)
@@ -502,7 +504,6 @@ def percent(flags):
 
 
 def bleu(pairs, target):
-    import sacrebleu  # wanted by nothing else
     references, hypotheses = zip(*pairs)
     return round(sacrebleu.corpus_bleu(hypotheses, [references], tokenize="zh" if target == "zh" else "13a").score, 1)
 

@@ -31,8 +31,8 @@ def instruction_of(row, random=None):
 
 
 def task_of(instruction):
-    """The task an instruction in words asks for: that of the wording it equals, else by its words; one that names a
-    language and asks nothing is st ("In German, please"), the rest is sqa."""
+    """The task an instruction in words asks for: that of the wording it equals, else by its words; one that is no
+    question is st if it names a language ("In German, please"), asr if it speaks of text; the rest is sqa."""
     known = [word for forms in INSTRUCTIONS["targets"].values() for names in forms.values() for word in names.values()]
     for task in ("asr", "st"):
         for key in (task, f"{task} of English"):
@@ -43,8 +43,11 @@ def task_of(instruction):
     for task, words in TASK_WORDS.items():
         if re.search(words, instruction.lower()):
             return task
-    named = any(word.split()[-1].lower() in instruction.lower() for word in known)
-    return "st" if named and not re.search("[?？]", instruction) else "sqa"
+    if re.search("[?？]", instruction):
+        return "sqa"
+    if any(word.split()[-1].lower() in instruction.lower() for word in known):
+        return "st"
+    return "asr" if re.search("text|wortlaut|testo|文本|文字", instruction.lower()) else "sqa"
 
 
 def language_of(text):

@@ -56,7 +56,7 @@ def manifest():
         rows = Manifest(file.name)
         print(f"opened {len(rows):,} rows in {time.perf_counter() - start:.2f} s, peak {memory('VmHWM') / 2**20:.0f} MB")
         start = time.perf_counter()
-        rows.keep(["asr"])
+        rows.split(["asr"], 30)
         print(f"read through in {time.perf_counter() - start:.2f} s, peak {memory('VmHWM') / 2**20:.0f} MB")
 
 
@@ -65,7 +65,7 @@ def loader():
     from data import Examples, schedule
     cfg = train.parse(["--cache-gb", "0"])
     cfg, rates, tasks = train.settle(cfg)
-    manifests, weights, dev, _ = train.open_manifests(cfg, tasks)
+    manifests, weights, dev, *_ = train.open_manifests(cfg, tasks)
     model, tokenizer, _ = train.build(cfg, rates)
     examples = Examples([*manifests, dev], tokenizer, model.llm.config.eos_token_id[0], model.adapter.config)
     order = schedule(manifests, weights, examples.size, cfg.batch_frames, cfg.batch_tokens, 0)

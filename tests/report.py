@@ -54,7 +54,7 @@ def report(rows, clips):
         file, wave = io.BytesIO(), 0.1 * numpy.sin(2 * numpy.pi * (200 + 2 * k) * seconds)
         soundfile.write(file, wave, 16000, format="OGG", subtype="OPUS")
         audio[str(k)] = "data:audio/ogg;base64," + base64.b64encode(file.getvalue()).decode()
-    scores = {"en": {"WER": [0.036, 0.03, 0.041], "F1": [None] * 3}, "it": {"BLEU": [81.24, 79, 83.1]}}
+    scores = {"en": {"WER": [0.036, 0.03, 0.041], "F1": [None] * 3}, "it": {"chrF2": [81.24, 79, 83.1]}}
     data = dict(title="demo/test.jsonl, out/ift.pt", facts={"rows": str(len(rows))}, items=rows, audio=audio,
                 summary=[dict(task="asr" if to == "en" else "st", language=to, group=group, items=9, scores=scores[to])
                          for group in ("speaker flite-rms", "all") for to in scores], signatures={"BLEU it": "nrefs:1"})

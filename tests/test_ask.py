@@ -110,6 +110,24 @@ def test_together_is_alone(project, trained):
         assert answer.text == tokenizer.decode(said[:len(said) - looped(said)]).strip()
 
 
+def test_training_evaluation_and_sampling_build_the_same_ids(project, trained, monkeypatch):
+    model, tokenizer, state = trained
+    seen, read, generate = [], model.read, model.generate
+    monkeypatch.setattr(model, "read", lambda ids, sizes, heard: seen.append(ids) or read(ids, sizes, heard=heard))
+    monkeypatch.setattr(model, "generate", lambda ids, *rest, **options: seen.append(ids) or generate(ids, *rest, **options))
+    manifest = Manifest(project.path / "all.jsonl")
+    examples = data.Examples([manifest], tokenizer, 0, model.adapter.config)
+    for i, row in enumerate(project.rows[:3]):
+        frames = examples.frames(0, i, row)
+        instruction = instruction_of(row, np.random.default_rng(i))
+        ids, answer, _ = examples.example({**row, "instruction": instruction}, frames)
+        parts, = listen(model, [[frames]])
+        answer_rows(model, tokenizer, [{**row, "instruction": instruction}], [parts], max_new_tokens=1)
+        sample.ask(model, tokenizer, {**state, "refuse_above": None}, parts, instruction, max_new_tokens=1)
+        assert torch.cat([t[0] for t in seen]).tolist() == 2 * ids[:-answer]
+        seen.clear()
+
+
 def test_long_recordings(project, trained):
     model, tokenizer, _ = trained
     wave = torch.cat([load_audio(row["audio"]) for row in project.rows[::3][:8]])
