@@ -33,7 +33,7 @@ def windows(wave, longest=30.0):
     while len(wave) > longest:
         low, high = longest // 2, min(longest, len(wave) - longest // 4)
         energy = wave[low:high].square().unfold(0, HOP, HOP).mean(1)  # of 10 ms
-        energy = torch.nn.functional.avg_pool1d(energy[None], 21, 1, 10)[0]  # over 0.2 s around each
+        energy = torch.nn.functional.avg_pool1d(energy[None], 21, 1, 10, count_include_pad=False)[0]  # over 0.2 s around each
         end = low + HOP * int(energy.argmin()) + HOP // 2
         found.append(wave[:end])
         wave = wave[end:]
@@ -164,18 +164,15 @@ class Manifest:
                     yield parse_row(text, f"{str(self.path)!r} line {line + 1}")
                     wanted = next(kept, None)
 
-    def audio(self, row, longest=math.inf):
-        """The windows of a row's waveform, of at most `longest` seconds each. Raises AudioError."""
-        return windows(load_audio(self.path.parent / row["audio"], row["start"], row["duration"]), longest)
+    def audio(self, row):
+        """The waveform of a row as one window, so at least 0.5 s long. Raises AudioError."""
+        return windows(load_audio(self.path.parent / row["audio"], row["start"], row["duration"]), math.inf)[0]
 
     def seconds(self, row):
         """How long a row's audio is, by the row itself or else by the audio's header; 0 if that cannot be read."""
         if row["duration"] is not None:
             return row["duration"]
-        try:
-            return max(0.0, audio_seconds(self.path.parent / row["audio"]) - row["start"])
-        except AudioError:
-            return 0.0
+        return max(0.0, audio_seconds(self.path.parent / row["audio"]) - row["start"])
 
     def split(self, tasks, longest):
         """Reads the file once. Returns {(task, target language): Manifest of those rows alone}; how many seconds they
@@ -392,4 +389,4 @@ class Examples(torch.utils.data.Dataset):
             raise AudioError(f"{seconds:.1f} s of audio, expected at most {self.max_seconds:g} s; raise --max-seconds")
         if self.states is not None:
             return self.states(m, i)
-        return fbank(self.manifests[m].audio(row))[0][0]  # (F, 160)
+        return fbank([self.manifests[m].audio(row)])[0][0]  # (F, 160)

@@ -26,15 +26,15 @@ from whisper_normalizer.english import EnglishTextNormalizer
 
 from data import TASKS, Manifest, fbank, windows
 from prepare import mcif
-from prepare.audio import SAMPLE_RATE, load_audio
-from prepare.checkpoint import write_atomically
+from prepare.audio import SAMPLE_RATE, audio_seconds, load_audio
+from prepare.checkpoint import read_lines, write_atomically
 from prepare.errors import AudioError, CheckpointError, ManifestError
 from prepare.instructions import REFUSALS, instruction_of, task_of
 from sample import answer_rows, listen, load_model, newest_checkpoint
 
 ROOT = Path(__file__).resolve().parent
 NORMALISERS = {"en": EnglishTextNormalizer(), "zh": BasicTextNormalizer(split_letters=True)}
-GROUP_ROWS = 32  # rows of recordings that are encoded and answered together
+GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # recordings that are encoded and answered together
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,15 +50,15 @@ def item_scores(task, language, reference, hypothesis):
     """What one answer adds to the corpus scores, and "error", by which answers are sorted: 0 is right."""
     r, h = (normalise(text, language) for text in (reference, hypothesis))
     if task == "asr":
-        words, characters = jiwer.process_words(r, h), jiwer.process_characters(r, h)
+        letters = [text.replace(" ", "") if language == "zh" else text for text in (r, h)]
+        words, characters = jiwer.process_words(r, h), jiwer.process_characters(*letters)
         count = [sum((x.substitutions, x.deletions, x.insertions)) for x in (words, characters)]
         return {"error": count[0] / max(1, len(r.split())), "word_errors": count[0], "words": len(r.split()),
-                "character_errors": count[1], "characters": len(r)}
+                "character_errors": count[1], "characters": len(letters[0])}
     if task == "st":
         chrf = sacrebleu.sentence_chrf(hypothesis, [reference]).score
         return {"error": 1 - chrf / 100, "chrf": round(chrf, 1)}
-    refused, unanswerable = (any(text == normalise(refusal, code) for code, refusal in REFUSALS.items())
-                             for text in (h, r))
+    refused, unanswerable = (text in [normalise(refusal, language) for refusal in REFUSALS.values()] for text in (h, r))
     common = sum((Counter(r.split()) & Counter(h.split())).values())
     f1 = 2 * common / max(1, len(r.split()) + len(h.split()))
     right = refused if unanswerable else r == h
@@ -123,11 +123,11 @@ def summarise(items, least=100):
     return table, signatures
 
 
-def quick_figures(rows, texts):
-    """Figures for the validation of a training run: the mean over target languages of each score."""
+def quick_figures(pairs):
+    """Figures of (row, answer) pairs for the validation of a training run: each score's mean over target languages."""
     items = [{"task": row["task"], "target_language": row["target_language"], "reference": row["text"], "hypothesis": text,
               "scores": item_scores(row["task"], row["target_language"], row["text"], text)}
-             for row, text in zip(rows, texts)]
+             for row, text in pairs]
     names = {"WER": "wer", "BLEU": "bleu", "exact match": "exact_match", "refusal recall": "refusals",
              "false refusals": "false_refusals"}
     values = {}
@@ -164,18 +164,16 @@ def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **op
     """Answers rows, each with an "id", those about one recording together, and appends every answer to `path` (.jsonl)
     as an item; those already there, if made with the same settings, are kept. hear(row) gives the waveform. Returns
     {id: item} and {id: why it has none}."""
-    items, failed, settings_path = {}, {}, path.with_suffix(".json")
+    items, failed, form, settings_path = {}, {}, state["config"]["prompt"], path.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if json.loads(settings_path.read_text(encoding="utf-8"))["settings"] == settings:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    item = json.loads(line)
-                    items[item["id"]] = item
-                except (ValueError, KeyError):  # the half line of a run that was killed
-                    pass
+            items = {item["id"]: item for item in read_lines(path)}
     except (OSError, ValueError, KeyError):
         pass
+    if not items and path.exists() and path.stat().st_size:
+        os.replace(path, path.with_suffix(".old.jsonl"))
+        print(f"{path}: held answers of other settings, now in {path.with_suffix('.old.jsonl')}")
     write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items.values()))
     write_text(settings_path, json.dumps({"settings": settings}, ensure_ascii=False))
     if items:
@@ -184,11 +182,12 @@ def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **op
     for row in rows:
         if row["id"] not in items:
             recordings.setdefault((row["audio"], row.get("start"), row.get("duration")), []).append(row)
-    order = sorted(recordings.values(), key=lambda some: -(some[0].get("duration") or 0))
-    groups = [[]]
+    order = sorted(recordings.values(), key=lambda some: -some[0]["seconds"])
+    groups, seconds = [[]], 0.0
     for some in order:
-        if len(groups[-1]) + len(some) > GROUP_ROWS and groups[-1]:
-            groups.append([])
+        seconds += some[0]["seconds"]
+        if groups[-1] and (len(groups[-1]) + len(some) > GROUP_ROWS or seconds > GROUP_SECONDS):
+            groups, seconds = groups + [[]], some[0]["seconds"]
         groups[-1] += some
     bar, audio, began = tqdm(total=sum(map(len, order)), desc="eval", unit=" rows", dynamic_ncols=True), 0.0, time.time()
     for group in groups:
@@ -206,7 +205,7 @@ def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **op
             heard[key] = [x[:n] for x, n in zip(features, lengths.tolist())]
         heard = dict(zip(heard, listen(model, list(heard.values()))))
         answers = answer_rows(model, tokenizer, [row for row, _ in asked], [heard[key] for _, key in asked],
-                              state["config"]["prompt"], state.get("refuse_above"), **options)
+                              form, state.get("refuse_above"), **options)
         with open(path, "a", encoding="utf-8") as file:
             for (row, key), answer in zip(asked, answers):
                 if isinstance(answer, AudioError):
@@ -214,8 +213,9 @@ def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **op
                     continue
                 item = {name: row.get(name) for name in ("id", "audio", "start", "task", "source_language",
                                                          "target_language", "corpus", "speaker")}
-                item |= {"seconds": round(len(waves[key]) / SAMPLE_RATE, 3), "instruction": instruction_of(row),
-                         "reference": row.get("text"), "hypothesis": answer.text, "margin": answer.margin}
+                item |= {"seconds": round(len(waves[key]) / SAMPLE_RATE, 3), "reference": row.get("text"),
+                         "instruction": instruction_of(row) if form == "text" else row.get("question", ""),
+                         "hypothesis": answer.text, "cut": answer.cut, "margin": answer.margin}
                 if score:
                     item["scores"] = item_scores(row["task"], row["target_language"], row["text"], answer.text)
                 items[row["id"]] = item
@@ -247,7 +247,10 @@ def write_report(path, title, facts, table, signatures, items, hear, room=48_000
         key = (item["audio"], item["start"], item["seconds"])
         item["clip"] = clips.setdefault(key, str(len(clips)))
         if item["clip"] not in audio and sum(map(len, audio.values())) < room:
-            buffer, wave = io.BytesIO(), hear(item).numpy()
+            try:
+                buffer, wave = io.BytesIO(), hear(item).numpy()
+            except AudioError:  # gone since it was answered: the page says that there is no player
+                continue
             with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, format="OGG", subtype="OPUS") as file:
                 for i in range(0, len(wave), SAMPLE_RATE):  # libsndfile crashes on minutes of audio in one call
                     file.write(wave[i:i + SAMPLE_RATE])
@@ -259,7 +262,8 @@ def write_report(path, title, facts, table, signatures, items, hear, room=48_000
 
 def evaluate(args, model, tokenizer, state, settings):
     manifest, ckpt = Manifest(args.manifest), Path(settings["checkpoint"][0])
-    rows = [row | {"id": str(i + 1)} for i, row in enumerate(manifest) if row["task"] in args.tasks]
+    rows = [row | {"id": str(i + 1), "seconds": manifest.seconds(row)}
+            for i, row in enumerate(manifest) if row["task"] in args.tasks]
     if not rows:
         raise ManifestError(f"{args.manifest!r}: no row of the tasks {', '.join(args.tasks)}; give others with --tasks")
     place = {row["id"]: row for row in rows}
@@ -274,7 +278,7 @@ def evaluate(args, model, tokenizer, state, settings):
         raise ManifestError(f"{args.manifest!r}: none of its {len(rows)} rows could be answered")
     items = [items[row["id"]] for row in rows if row["id"] in items]
     table, signatures = summarise(items)
-    facts = {"checkpoint": f"{ckpt}, phase {state['config']['phase']}, step {state['step']}", "date": str(date.today()),
+    facts = {"cut off at 512 tokens": sum(item["cut"] for item in items), "checkpoint": f"{ckpt}, phase {state['config']['phase']}, step {state['step']}", "date": str(date.today()),
              "rows": f"{len(items)} answered, {len(failed)} left out", "refused above": state.get("refuse_above")}
     summary = {"settings": settings, **facts, "scores": table, "signatures": signatures}
     write_text(path.with_suffix(".json"), json.dumps(summary, ensure_ascii=False, indent=1))
@@ -290,12 +294,15 @@ def evaluate(args, model, tokenizer, state, settings):
 def answer_xml(args, model, tokenizer, state, settings):
     """Answers an official source file. Every id is answered: one that cannot be heard, by the refusal if it is a
     question, else by nothing."""
+    if state["config"]["prompt"] == "tokens":
+        raise CheckpointError(f"{settings['checkpoint'][0]}: knows <|language|><|task|> prompts only, not instructions in "
+                              "words; train with --prompt text")
     tasks, out = mcif.read_source(args.xml), Path(args.out)
     rows = [{"id": f"{task.track} {task.language} {sample.id}", "audio": sample.audio, "instruction": sample.instruction,
-             "task": task_of(sample.instruction), "source_language": "en", "target_language": task.language}
-            for task in tasks for sample in task.samples]
+             "task": task_of(sample.instruction), "source_language": "en", "target_language": task.language,
+             "seconds": audio_seconds(Path(args.audio) / sample.audio)} for task in tasks for sample in task.samples]
     items, failed = decode(model, tokenizer, state, rows, lambda row: load_audio(Path(args.audio) / row["audio"]),
-                           out.with_suffix(".jsonl"), settings, score=False, num_beams=args.beams)
+                           out.with_suffix(".answers.jsonl"), settings, score=False, num_beams=args.beams)
     answers = {}
     for row, (track, language, name) in zip(rows, [(t.track, t.language, s.id) for t in tasks for s in t.samples]):
         text = mcif.xml_text(items[row["id"]]["hypothesis"]) if row["id"] in items else ""
@@ -324,14 +331,15 @@ def main(argv=None):
         source = os.stat(args.manifest or args.xml)
         settings = {"checkpoint": [str(ckpt), ckpt.stat().st_size, ckpt.stat().st_mtime_ns], "beams": args.beams,
                     "source": [args.manifest or args.xml, source.st_size, source.st_mtime_ns]}
-        sys.exit((answer_xml if args.xml else evaluate)(args, model, tokenizer, state, settings))
-    except (CheckpointError, ManifestError, mcif.FormatError) as error:
+        if (answer_xml if args.xml else evaluate)(args, model, tokenizer, state, settings):
+            sys.exit(1)
+    except (AudioError, CheckpointError, ManifestError, mcif.FormatError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:
         print("eval.py: stopped; start again to go on from here", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        sys.exit(f"eval.py: {error.filename}: {error.strerror}; what was answered is kept: mend this and start again")
+        sys.exit(f"eval.py: {error.filename or args.out}: {error.strerror}; what was answered is kept: mend this and start again")
 
 
 if __name__ == "__main__":

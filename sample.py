@@ -7,6 +7,7 @@ instruction it asks for one after another.
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -22,13 +23,14 @@ from prepare.errors import AudioError, CheckpointError
 from prepare.instructions import INSTRUCTIONS, REFUSALS, language_of, task_of
 
 BATCH_FRAMES = 6000  # 20 ms frames encoded together: two minutes
+BATCH_POSITIONS = 16384  # LLM positions read together
 
 
 def load_checkpoint(path):
     """A checkpoint as a dict. Raises CheckpointError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        whole = {"model", "adapter", "bases", "config", "step"} <= state.keys()
+        whole = {"model", "adapter", "bases", "config", "window", "step"} <= state.keys()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; train it first or correct the path") from None
     except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, ...
@@ -83,6 +85,7 @@ class Answer(NamedTuple):
     text: str
     margin: float | None = None  # of a question: log p(refusal) - log p(best other answer), if it was weighed
     other: str | None = None  # that best other answer
+    cut: bool = False  # longer than max_new_tokens, so the rest is missing
 
 
 @torch.no_grad()
@@ -108,7 +111,7 @@ def pad(rows, device):
 
 @torch.no_grad()
 def answer_rows(model, tokenizer, rows, heard, form="text", refuse_above=None, weigh=False, on_text=None, batch_size=16,
-                max_new_tokens=256, **options):
+                max_new_tokens=512, **options):
     """Answers the instruction of every row about its recording.
 
     rows: manifest rows, whose text is not shown to the model. heard: for each row what listen gave for its recording;
@@ -136,11 +139,11 @@ def answer_rows(model, tokenizer, rows, heard, form="text", refuse_above=None, w
         nonlocal shown
         text = join([*(answer.text for answer in found[0].values()), text])
         if last or not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-            on_text(text[len(shown):])
+            on_text(text[len(shown):] if text.startswith(shown) else "\n" + text)  # anew if a loop was cut off
             shown = text
 
-    for k in range(0, len(pieces), batch_size):
-        some, live = pieces[k:k + batch_size], []
+    for some in cut([(len(piece[3]), 1, piece) for piece in pieces], BATCH_POSITIONS, batch_size):
+        live = []
         firsts = [len(ids) - ids[::-1].index(AUDIO) for *_, ids in some]  # where the instruction begins
         begun = {id(audio): (audio, ids[:first]) for (*_, audio, ids), first in zip(some, firsts)}
         audios, begins = zip(*begun.values())
@@ -162,14 +165,15 @@ def answer_rows(model, tokenizer, rows, heard, form="text", refuse_above=None, w
         answers = model.generate(*pad(asked, device), prefix=prefix, prefix_rows=of, **continued)
         continued.pop("on_token", None)
         for b, (i, w, *_) in enumerate(some):
-            found[i][w] = Answer(tokenizer.decode(answers[b]).strip())
+            found[i][w] = Answer(tokenizer.decode(answers[b]).strip(), cut=len(answers[b]) == continued["max_new_tokens"])
             if rows[i]["task"] == "sqa" and weigh:
                 found[i][w] = weigh_answer(model, tokenizer, rows[i], asked[b], answers[b], refuse_above,
                                            prefix=prefix, prefix_rows=of[b:b + 1], **continued)
         if on_text:
             show("", last=True)
     return [said if isinstance(said, AudioError) else Answer(
-        join([said[w].text for w in sorted(said)]), *said[0][1:]) for said in found]
+        join([said[w].text for w in sorted(said)]), *said[0][1:3], any(part.cut for part in said.values()))
+        for said in found]
 
 
 def weigh_answer(model, tokenizer, row, asked, said, refuse_above, prefix, prefix_rows, **options):
@@ -210,6 +214,8 @@ def ask(model, tokenizer, state, heard, instruction, on_text=None, **options):
     answer, = answer_rows(model, tokenizer, [row], [heard], "text", state.get("refuse_above"), on_text=on_text, **options)
     if isinstance(answer, AudioError):
         raise answer
+    if answer.cut:
+        print("sample.py: the answer is longer than 512 tokens a window; the rest is missing", file=sys.stderr)
     return row["task"], answer
 
 
@@ -225,7 +231,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     args = parser.parse_args(argv)
     *files, last = args.audio
-    if not files or Path(last).exists() or re.fullmatch(r"\S*[.](wav|flac|mp3|ogg|opus|oga|aiff?|m4a)", last, re.I):
+    if not files or os.path.exists(last) or re.fullmatch(r"\S*[.](wav|flac|mp3|ogg|opus|oga|aiff?|m4a)", last, re.I):
         files, instruction = args.audio, None
     elif not last.strip():
         parser.error("the instruction is empty; say what to do, such as \"Translate to German\"")

@@ -25,9 +25,10 @@ from data import (LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, coll
                   load_tokenizer, schedule)
 from eval import quick_figures, refusal_threshold
 from model import SpeechLM, add_lora, merged_state
-from prepare.checkpoint import fetch, fingerprint, read_json, write_atomically
+from prepare.checkpoint import fetch, fingerprint, read_json, read_lines, write_atomically
 from prepare.draw import draw_curves
 from prepare.errors import AudioError, CheckpointError, ManifestError
+from prepare.instructions import instruction_of
 from sample import answer_rows, listen, load_checkpoint, restore
 
 ROOT = Path(__file__).resolve().parent
@@ -119,6 +120,8 @@ def parse(argv):
         default = f.default_factory() if f.type == list[str] else f.default
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=default, help=dict(comments)[f.name], **kind)
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
+    if set(cfg.lora_targets) - set(LINEAR.split()) or cfg.lora_rank and "llm" not in PHASES.get(cfg.phase, PHASES["ift"]).rates:
+        parser.error(f"--lora-rank is for phase ift, --lora-targets are some of {LINEAR}")
     for name, allowed in CHOICES.items():
         if getattr(cfg, name) not in allowed:
             parser.error(f"--{name} is {getattr(cfg, name)!r}, expected {' or '.join(allowed)}")
@@ -206,21 +209,6 @@ def lr_at(step, cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def read_log(path):
-    """The lines of a log; half a line, as a kill or a full disk leaves, is passed over."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            pass
-    return lines
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # A frozen encoder's outputs, kept on disk
 
 
@@ -269,7 +257,7 @@ def encode_clips(cfg, encoder, manifests, clips, sizes):
         for m, audio, start, seconds in batch:
             n = clips[m, audio, start, seconds]
             try:
-                waves[n], = manifests[m].audio({"audio": audio, "start": start, "duration": seconds})
+                waves[n] = manifests[m].audio({"audio": audio, "start": start, "duration": seconds})
             except AudioError as error:
                 found[n] = str(error)
         if waves:
@@ -286,7 +274,7 @@ def encode_clips(cfg, encoder, manifests, clips, sizes):
 @torch.no_grad()
 def validate(cfg, model, examples, picks):
     """Loss on the picked rows of the dev manifest (the last one), the loss when every row hears another row's audio,
-    and the WER of transcribing the first clips. Returns figures, and (reference, hypothesis) pairs."""
+    and the scores of answering the first rows of each task. Returns figures, and (reference, hypothesis) pairs."""
     dev, rows, frames = len(examples.manifests) - 1, [], []
     for i in picks:
         row = examples.manifests[dev][i]
@@ -313,17 +301,18 @@ def validate(cfg, model, examples, picks):
     some = [i for task in TASKS for i in [i for i, row in enumerate(rows) if row["task"] == task][:cfg.eval_clips]]
     rows = [rows[i] for i in some]
     answers = answer_rows(model, examples.tokenizer, rows, listen(model, [[frames[i]] for i in some]), cfg.prompt)
-    texts = [answer.text for answer in answers]
+    said = [(row, answer.text) for row, answer in zip(rows, answers) if not isinstance(answer, AudioError)]
     for name, part in model.named_children():
         part.train(training[name])
-    return figures | quick_figures(rows, texts), [(row["text"], text) for row, text in zip(rows, texts)]
+    return figures | quick_figures(said), [(row["text"], text) for row, text in said]
 
 
 def settle_refusals(cfg, model, examples):
     """The threshold above which questions are refused, set on up to 500 questions of the dev manifest: {} if it has
     too few."""
     dev, asked, heard = len(examples.manifests) - 1, [], []
-    for i, row in enumerate(examples.manifests[dev]):
+    for i in np.random.default_rng(0).permutation(len(examples.manifests[dev])).tolist():
+        row = examples.manifests[dev][i]
         if row["task"] == "sqa" and len(asked) < 500:
             try:
                 heard.append([examples.frames(dev, i, row)])
@@ -342,25 +331,31 @@ def settle_refusals(cfg, model, examples):
 def open_manifests(cfg, tasks):
     """The training manifests, one for each task and target language of a file; how often each is to be drawn; the dev
     manifest; the hours, which are printed; the seconds of the longest row. Only rows of the phase's tasks."""
-    manifests, groups, weights, hours, longest = [], [], [], Counter(), 0.0
-    for path in [*cfg.data, cfg.dev]:
-        path, weight = (path, 0) if path is cfg.dev else re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", path).groups()
+    def read(path, least):
         parts, seconds, window = Manifest(path).split(tasks, cfg.max_seconds)
-        found, least = sum(map(len, parts.values())), 2 if path is cfg.dev else 1
+        found, languages = sum(map(len, parts.values())), {language for _, language in parts}
         if found < least:
             raise ManifestError(f"{path!r}: {found} rows of the tasks this phase trains, {', '.join(tasks)}, expected at "
                                 f"least {least}; give another manifest")
-        unknown = {language for _, language in parts} - set(LANGUAGE_CODES)
-        if cfg.prompt == "tokens" and unknown:
-            raise ManifestError(f"{path!r}: --prompt tokens has no token for {', '.join(sorted(unknown))}")
-        if path is cfg.dev:
-            dev = copy.copy(next(iter(parts.values())))
-            dev.lines = np.sort(np.concatenate([part.lines for part in parts.values()]))
-            continue
+        if cfg.prompt == "tokens" and not languages <= set(LANGUAGE_CODES):
+            raise ManifestError(f"{path!r}: --prompt tokens has no token for "
+                                f"{', '.join(sorted(languages - set(LANGUAGE_CODES)))}")
+        for part in parts.values() if cfg.prompt == "text" else ():
+            instruction_of(part[0])  # raises if its language has no wordings
+        return parts, seconds, window
+
+    manifests, groups, weights, hours, longest = [], [], [], Counter(), 0.0
+    for path, weight in (re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", path).groups("1") for path in cfg.data):
+        if not float(weight):
+            raise TrainError(f"{path}=0: a manifest of weight 0; leave it out")
+        parts, seconds, window = read(path, 1)
         manifests, groups, hours = manifests + list(parts.values()), groups + list(parts), hours + seconds
         # a file's weight counts per row, so that PATH=2 is the same as naming PATH twice
-        weights += [float(weight or 1) * len(part) for part in parts.values()]
+        weights += [float(weight) * len(part) for part in parts.values()]
         longest = max(longest, window)
+    parts, *_ = read(cfg.dev, 2)
+    dev = copy.copy(next(iter(parts.values())))
+    dev.lines = np.sort(np.concatenate([part.lines for part in parts.values()]))
     size = Counter()
     for group, weight in zip(groups, weights):
         size[group] += weight
@@ -410,7 +405,7 @@ def train(cfg):
         if first == cfg.steps:
             print(f"{checkpoint_path}: all {first} steps are done")
             return
-    kept = "".join(json.dumps(line) + "\n" for line in read_log(log_path) if resumed and line["step"] <= first)
+    kept = "".join(json.dumps(line) + "\n" for line in read_lines(log_path) if resumed and line["step"] <= first)
     write_atomically(log_path, lambda file: file.write(kept.encode()))
     if not resumed:
         resume_path.unlink(missing_ok=True)  # of another run
@@ -427,12 +422,12 @@ def train(cfg):
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         merged = {name: tensor for name, tensor in merged_state(model).items() if name.split(".")[0] in rates}
         state = {"config": asdict(cfg), "adapter": asdict(model.adapter.config), "bases": bases, "data": hours,
-                 "window": min(30.0, longest), "step": step, **settled,
+                 "window": min(30.0, max(1.0, longest)), "step": step, **settled,
                  "versions": {"torch": str(torch.__version__), "python": sys.version}}
         more = {"optimizer": optimizer.state_dict(), "position": position, "seen": seen, "bad": bad,
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if cfg.device != "cpu" else None}
-        write_atomically(resume_path, lambda file: torch.save({"model": trained, **state, **more}, file))
         write_atomically(checkpoint_path, lambda file: torch.save({"model": merged, **state}, file))
+        write_atomically(resume_path, lambda file: torch.save({"model": trained, **state, **more}, file))
 
     def record(**figures):
         with open(log_path, "a", encoding="utf-8") as file:
@@ -488,7 +483,7 @@ def train(cfg):
         bar.set_postfix(loss=f"{total / tokens:.3f}", audio_s_per_s=f"{audio / (time.time() - start):.0f}")
         bar.update()
     bar.close()
-    svg = draw_curves(read_log(log_path), CURVES)
+    svg = draw_curves(read_lines(log_path), CURVES)
     write_atomically(out / f"{cfg.phase}.svg", lambda file: file.write(svg.encode()))
     for where, why in bad.items():
         print(f"left out: {where}: {why}")

@@ -70,9 +70,12 @@ def load_audio(path, start=0.0, duration=None):
 
 
 def audio_seconds(path):
-    """The length of an audio file by its header, in seconds. Raises AudioError."""
-    with _opened(path) as sound:
-        return _promised_samples(sound) / sound.samplerate
+    """The length of an audio file by its header, in seconds; 0 if it cannot be read."""
+    try:
+        with _opened(path) as sound:
+            return _promised_samples(sound) / sound.samplerate
+    except AudioError:
+        return 0.0
 
 
 @contextmanager

@@ -241,3 +241,14 @@ def write_atomically(path, save):
         if isinstance(error, RuntimeError):  # torch.save's word for a disk that fills up
             raise OSError(errno.ENOSPC, "could not be written to the end, is the disk full?", str(path)) from error
         raise
+
+
+def read_lines(path):
+    """The objects of a JSON Lines file, none if it is not there; half a line, as a kill leaves, is passed over."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            pass
+    return lines

@@ -2,15 +2,21 @@
 
 import json
 import re
+from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 from prepare.errors import ManifestError
 
-# Wordings of the instructions by task and language of the wording; "targets" are what {to} and {in} stand for.
+# Wordings of the instructions by task and language of the wording; "targets" are what {to} and {in} stand for, "words"
+# are more words by which a language is known.
 INSTRUCTIONS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 REFUSALS = {"en": "Not answerable.", "de": "Nicht zu beantworten.", "it": "Non è possibile rispondere.",
             "zh": "无法回答。"}  # the only right answers to a question that the recording does not answer
-TASK_WORDS = {"st": "translat|übersetz|übertrag|tradu[czt]|译", "asr": "transcri|transkri|trascri|verschrift|转写|转录|听写"}
+# Words that tell the task of an instruction that is none of the wordings
+QUESTION = "question|frage|domanda|问题|summar|zusammen|riassu|总结|概括|摘要"  # a summary hears the whole recording too
+TRANSLATE, TRANSCRIBE = "translat|übersetz|übertrag|tradu[czt]|译", "transcribe|transkribier|trascriv|转写|转录|听写"
+TEXT = "transcri|transkri|trascri|verschrift|text|wortlaut|testo|文本|文字"
 
 
 def instruction_of(row, random=None):
@@ -23,39 +29,64 @@ def instruction_of(row, random=None):
     if target not in known and task != "asr":
         raise ManifestError(f"{row['where']}: prepare/instructions.json has no wording for the language {target!r}; add "
                             "it there, or give the row an instruction of its own")
-    wordings = INSTRUCTIONS[task][language]
+    some = INSTRUCTIONS[task][language]
     if row["source_language"] == "en":
-        wordings = wordings + INSTRUCTIONS[f"{task} of English"][language]
-    wording = wordings[int(random.random() * len(wordings)) if random else 0]
+        some = some + INSTRUCTIONS[f"{task} of English"][language]
+    wording = some[int(random.random() * len(some)) if random else 0]
     return wording.format(**INSTRUCTIONS["targets"][language].get(target, {}), question=row.get("question", ""))
 
 
+def wordings(task):
+    """(wording, what its {to} and {in} can be) of a task in every language."""
+    for key in (task, f"{task} of English"):
+        for language, some in INSTRUCTIONS[key].items():
+            yield from ((wording, list(INSTRUCTIONS["targets"][language].values())) for wording in some)
+
+
 def task_of(instruction):
-    """The task an instruction in words asks for: that of the wording it equals, else by its words; one that is no
-    question is st if it names a language ("In German, please"), asr if it speaks of text; the rest is sqa."""
-    known = [word for forms in INSTRUCTIONS["targets"].values() for names in forms.values() for word in names.values()]
+    """The task an instruction in words asks for. One of the wordings is known exactly; of others, what stands before a
+    colon decides: one that speaks of a question is sqa, one that translates or names a language to write in ("In German,
+    please") st, one that transcribes or speaks of text asr; the rest, and all that asks otherwise, is sqa."""
+    text = instruction.strip()
+    for wording, _ in wordings("sqa"):
+        before, after = wording.split("{question}")
+        if (before or after) and text.startswith(before) and text.endswith(after):
+            return "sqa"
     for task in ("asr", "st"):
-        for key in (task, f"{task} of English"):
-            for language, wordings in INSTRUCTIONS[key].items():
-                names = INSTRUCTIONS["targets"][language].values()
-                if any(instruction.strip() == w.format(**forms) for w in wordings for forms in names):
-                    return task
-    for task, words in TASK_WORDS.items():
-        if re.search(words, instruction.lower()):
+        if any(text == wording.format(**forms) for wording, targets in wordings(task) for forms in targets):
             return task
-    if re.search("[?？]", instruction):
+    head = re.split("[:：]", text.lower())[0]
+    named = any(form.lower() in head for targets in INSTRUCTIONS["targets"].values() for forms in targets.values()
+                for form in forms.values())
+    asks = re.search("[?？]", head)
+    if re.search(QUESTION, head):
         return "sqa"
-    if any(word.split()[-1].lower() in instruction.lower() for word in known):
+    if re.search(TRANSLATE, head) and (named or not asks):
         return "st"
-    return "asr" if re.search("text|wortlaut|testo|文本|文字", instruction.lower()) else "sqa"
+    if re.search(TRANSCRIBE, head):
+        return "asr"
+    return "sqa" if asks else "st" if named else "asr" if re.search(TEXT, head) else "sqa"
 
 
 def language_of(text):
-    """Which of the languages of INSTRUCTIONS a text is in, by the words it shares with their wordings; None if none."""
-    def words(text):
-        return set(re.findall(r"[\u4e00-\u9fff]|[^\W\d_]+", text.lower()))
-
-    shared = {language: len(words(text) & words(" ".join(sum((INSTRUCTIONS[key][language] for key in INSTRUCTIONS
-              if key != "targets"), [])))) for language in INSTRUCTIONS["targets"]}
+    """Which of the languages of INSTRUCTIONS a text is in: Chinese if it has a Chinese character, else by the words
+    that only one language's wordings have; None if it has none."""
+    if re.search("[\u4e00-\u9fff]", text):
+        return "zh"
+    found = Counter(word for language in _words() for word in _words()[language])
+    mine = set(re.findall(r"[^\W\d_]+", text.lower()))
+    shared = {language: sum(found[word] == 1 for word in mine & words) for language, words in _words().items()}
     best = max(shared, key=shared.get)
     return best if shared[best] else None
+
+
+@lru_cache
+def _words():
+    known = {language: [*INSTRUCTIONS["words"].get(language, [])] for language in INSTRUCTIONS["targets"]}
+    for key in ("asr", "st", "sqa"):
+        for suffix in ("", " of English"):
+            for language, some in INSTRUCTIONS[key + suffix].items():
+                known[language] += [re.sub("{.*?}", " ", wording) for wording in some]
+    for language, targets in INSTRUCTIONS["targets"].items():
+        known[language] += [form for forms in targets.values() for form in forms.values()]
+    return {language: set(re.findall(r"[^\W\d_]+", " ".join(some).lower())) for language, some in known.items()}

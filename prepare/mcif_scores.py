@@ -4,26 +4,26 @@ WER by talk, BLEU and chrF after re-segmentation, exact match and F1 of the ques
 """
 
 import argparse
+import re
 import sys
 
 import numpy as np
 
-from eval import item_scores, summarise
+from eval import item_scores, normalise, summarise
 from prepare.mcif import FormatError, read_answers, read_references
 
 TASKS = {"ASR": "asr", "TRANS": "st", "QA": "sqa"}
 
 
-def units(text, language):
-    return list(text.replace(" ", "")) if language == "zh" else text.split()
+WORD = re.compile(r"\s*(?:[\u3000-\u9fff\uff00-\uffef]|[^\s\u3000-\u9fff\uff00-\uffef]+)")  # with the space before it
 
 
-def resegment(said, lines, language):
+def resegment(said, lines):
     """Cuts the words of what was said (a list of texts) into one piece for each reference line: where an alignment of
-    least edit distance puts the lines' ends (Matusov et al., IWSLT 2005). In Chinese, characters instead of words."""
-    words, reference = units(" ".join(said), language), [units(line, language) for line in lines]
+    least edit distance puts the lines' ends (Matusov et al., IWSLT 2005). Chinese characters are words."""
+    words, reference = WORD.findall(" ".join(said)), [WORD.findall(line) for line in lines]
     number = {}
-    h, r = (np.array([number.setdefault(unit, len(number)) for unit in some], int)
+    h, r = (np.array([number.setdefault(unit.strip(), len(number)) for unit in some], int)
             for some in (words, sum(reference, [])))
     steps = np.arange(len(h) + 1)
     distance = np.zeros((len(r) + 1, len(h) + 1), np.int32)  # between the first i and the first j units
@@ -41,7 +41,7 @@ def resegment(said, lines, language):
         if i and j and distance[i, j] == distance[i - 1, j - 1] + (h[j - 1] != r[i - 1]):
             j -= 1
     cuts = [0, *cuts[::-1][1:-1], len(h)]
-    return [("" if language == "zh" else " ").join(words[a:b]) for a, b in zip(cuts, cuts[1:])]
+    return ["".join(words[a:b]).strip() for a, b in zip(cuts, cuts[1:])]
 
 
 def score(hypothesis_path, reference_path):
@@ -56,10 +56,12 @@ def score(hypothesis_path, reference_path):
         for reference in wanted:
             if reference.task not in TASKS:
                 continue
-            task, said = TASKS[reference.task], [answers[i] for i in reference.ids]
-            pairs = [(" ".join(reference.lines), " ".join(said))]
+            task, said, lines = TASKS[reference.task], [answers[i] for i in reference.ids], reference.lines
+            if task == "asr":  # each segment is normalised before they are joined, as the official scorer does
+                said, lines = ([normalise(text, language) for text in some] for some in (said, reference.lines))
+            pairs = [(" ".join(lines), " ".join(said))]
             if task == "st":
-                pairs = zip(reference.lines, resegment(said, reference.lines, language))
+                pairs = zip(lines, resegment(said, lines))
             items += [{"task": task, "target_language": language, "corpus": "", "speaker": "", "reference": line,
                        "hypothesis": text, "scores": item_scores(task, language, line, text)} for line, text in pairs]
         for line in summarise(items)[0]:

@@ -53,12 +53,12 @@ def trained(project):
 # ------------------------------------------------------------------------------------------------------------- windows
 
 
-def speech_with_pauses(seconds, every, seed=0):
+def speech_with_pauses(seconds, every, seed=0, loudness=0.01):
     rng = np.random.default_rng(seed)
     wave = torch.from_numpy(rng.normal(0, 0.1, int(seconds * 16000)).astype("float32"))
     pauses = np.arange(every, seconds, every)
     for at in pauses:
-        wave[int((at - 0.15) * 16000):int((at + 0.15) * 16000)] *= 0.01
+        wave[int((at - 0.15) * 16000):int((at + 0.15) * 16000)] *= loudness
     return wave, pauses
 
 
@@ -69,6 +69,14 @@ def test_windows_are_the_wave_cut_at_its_pauses():
     assert all(7.5 * 16000 <= len(part) <= 30 * 16000 for part in parts) and len(parts) <= 7
     ends = np.cumsum([len(part) for part in parts])[:-1] / 16000
     assert all(np.abs(pauses - end).min() < 0.06 for end in ends)
+
+
+def test_a_slight_pause_is_found():
+    found = 0
+    for seed in range(10):
+        wave, _ = speech_with_pauses(32, 22.0, seed, 0.8)
+        found += abs(len(windows(wave, 30)[0]) / 16000 - 22.0) < 0.1
+    assert found >= 8
 
 
 @pytest.mark.parametrize("seconds", [0.04, 0.3, 0.5, 29.99, 30.0, 30.01, 31, 45.3, 61, 300])
@@ -158,6 +166,23 @@ def test_streamed_text_is_the_answer(project, trained):
         pieces = []
         answer, = answer_rows(model, tokenizer, [row], [parts], on_text=pieces.append, max_new_tokens=9)
         assert "".join(pieces).strip() == answer.text and (len(pieces) > 2 or len(answer.text) < 3)
+
+
+def test_streaming_over_a_loop_loses_no_window(project, trained, monkeypatch):
+    model, tokenizer, _ = trained
+    said, spoken = iter([tokenizer.encode("one two " * 12).ids, tokenizer.encode("three four").ids]), []
+
+    def generate(ids, sizes, on_token=None, **options):
+        answer = next(said)
+        for token in answer if on_token else []:
+            on_token(0, token)
+        return [answer[:len(answer) - looped(answer)]]
+
+    monkeypatch.setattr(model, "generate", generate)
+    parts, = heard_of(model, [load_audio(project.rows[0]["audio"])])
+    answer, = answer_rows(model, tokenizer, project.rows[:1], [parts + parts], on_text=spoken.append, batch_size=1)
+    assert answer.text.endswith("three four") and "".join(spoken).splitlines()[-1].endswith(answer.text)
+    assert len("".join(spoken).splitlines()) == 2
 
 
 def test_loops_are_caught():
@@ -251,6 +276,8 @@ def test_wer_and_cer_are_jiwers_after_whispers_normalisers():
     assert item("asr", "de", "Der Hund, ja.", "der hund JA")["scores"]["error"] == 0
     assert item("asr", "de", "colour", "color")["scores"]["word_errors"] == 1
     assert item("asr", "zh", "你好世界", "你好世")["scores"]["word_errors"] == 1  # characters are words
+    half = item("asr", "zh", "你好世界", "你好市界")["scores"]
+    assert (half["character_errors"], half["characters"], half["words"]) == (1, 4, 4)
 
 
 def test_bleu_and_chrf_are_sacrebleus():
@@ -270,6 +297,8 @@ def test_questions_are_scored_with_their_refusals():
     items = [item("sqa", "de", *pair) for pair in [("Der Hund.", "der Hund"), ("Im Garten", "im grünen Garten"), ("rot", no),
                                                    (no, no), (no, "blau"), (no, REFUSALS["en"])]]
     assert [i["scores"]["error"] for i in items] == [0, pytest.approx(0.6), 1, 0, 1, 0]
+    for language in REFUSALS:  # a refusal in any language is one
+        assert all(eval.item_scores("sqa", language, "x", refusal)["refused"] for refusal in REFUSALS.values())
     scores = {name: value[0] for name, value in eval.corpus_scores(items)[0].items()}
     assert scores == pytest.approx({"exact match": 1 / 3, "F1": (1 + 0.8 + 0) / 3, "refusal precision": 2 / 3,
                                     "refusal recall": 2 / 3, "false refusals": 1 / 3})
@@ -343,7 +372,19 @@ def test_evaluating_a_manifest(project, tmp_path, capsys, monkeypatch):
     assert "12 answers are there already" in out and len(asked) == 18
     again = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted(again, key=lambda i: int(i["id"])) == sorted(items, key=lambda i: int(i["id"]))
-    # another checkpoint is another run
+    # a recording that is gone since has no player
+    (tmp_path / "gone.jsonl").write_text(json.dumps({**project.rows[0], "audio": "here.wav"}) + "\n")
+    soundfile.write(tmp_path / "here.wav", load_audio(project.rows[0]["audio"]).numpy(), 16000)
+    gone = [tmp_path / "gone.jsonl", *argv[1:]]
+    run(eval, *gone, capsys=capsys)
+    (tmp_path / "here.wav").unlink()
+    run(eval, *gone, capsys=capsys)
+    page = (tmp_path / "e" / "gone-ift.html").read_text()
+    assert json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])["audio"] == {}
+    # another setting is another run, and what was there is kept
+    kept = path.read_text()
+    out, _ = run(eval, *argv, "--beams", "2", "--tasks", "asr", capsys=capsys)
+    assert "held answers of other settings" in out and path.with_suffix(".old.jsonl").read_text() == kept
     out, _ = run(eval, *argv[:2], project.path / "align.pt", *argv[3:], "--tasks", "asr", capsys=capsys)
     assert "there already" not in out and (tmp_path / "e" / "m-align.html").exists() and "st de" not in out
 
@@ -414,15 +455,21 @@ def test_an_official_file_goes_on_where_it_stopped(project, tmp_path, capsys, mo
     monkeypatch.setattr(eval, "answer_rows", answer_rows)
     out, _ = run(eval, *argv, capsys=capsys)
     assert "2 answers are there already" in out and "4 answers, 0 of them" in out
+    torch.save(torch.load(project.path / "ift.pt", weights_only=True) | {"config": {"prompt": "tokens", "phase": "ift"}},
+               tmp_path / "tokens.pt")
+    assert "knows <|language|><|task|> prompts only" in run(eval, *argv[:-1], tmp_path / "tokens.pt", code=1, capsys=capsys)[1]
     assert set(mcif.read_answers(tmp_path / "hyp.xml")["short", "de"]) == {"7", "3", "9", "1"}
 
 
 @pytest.mark.parametrize("said, lines, language, pieces", [
     (["a b c d"], ["a b", "c d"], "de", ["a b", "c d"]), (["a x b", "c d"], ["a b", "c d"], "de", ["a x b", "c d"]),
     (["c d"], ["a b", "c d"], "de", ["", "c d"]), (["a b"], ["a b", "c d"], "de", ["a b", ""]), ([""], ["a", "b"], "de", ["", ""]),
-    (["你好世界"], ["你好", "世界"], "zh", ["你好", "世界"]), (["one two three"], ["uno two"], "de", ["one two three"])])
+    (["你好世界"], ["你好", "世界"], "zh", ["你好", "世界"]), (["one two three"], ["uno two"], "de", ["one two three"]),
+    (["我们用 machine learning 来训练", "GPT 4 模型。"], ["我们用 machine learning", "来训练 GPT 4 模型。"], "zh",
+     ["我们用 machine learning", "来训练 GPT 4 模型。"])])
 def test_resegmentation_by_least_edit_distance(said, lines, language, pieces):
-    assert mcif_scores.resegment(said, lines, language) == pieces
+    assert mcif_scores.resegment(said, lines) == pieces
+    assert eval.item_scores("st", language, lines[-1], pieces[-1])["error"] <= 1
 
 
 def test_asking_about_recordings(project, tmp_path, capsys, monkeypatch):
@@ -450,6 +497,7 @@ def test_what_sample_refuses_and_remarks(project, tmp_path, capsys, monkeypatch)
     monkeypatch.chdir(tmp_path)
     wav = project.rows[0]["audio"]
     assert "no out/align.pt or out/ift.pt; run python train.py" in run(sample, wav, "Transcribe.", code=1, capsys=capsys)[1]
+    assert not run(sample, wav, "很" * 100, "--ckpt", project.path / "ift.pt", capsys=capsys)[1].startswith("Trace")
     assert "instruction is empty" in run(sample, wav, " ", code=2, capsys=capsys)[1]
     for argv in (["--beams", "0"], ["--temperature", "-1"], ["--top-p", "0"], ["--beams", "2", "--temperature", "1"]):
         assert "--beams is at least 1" in run(sample, wav, "Transcribe.", *argv, code=2, capsys=capsys)[1]

@@ -54,6 +54,12 @@ def test_ten_instructions_a_task_and_language():
     ("Please make a full transcription of the talk", "asr", "en"), ("Trascrivi tutto", "asr", "it"),
     ("Translate to German", "st", "en"), ("In German, please", "st", "en"), ("Übersetze den englischem Inhalt nach Deutsch.", "st", "de"),
     ("Traduci il contenuto inglese in italiano.", "st", "it"), ("将英文内容翻译成中文。", "st", "zh"),
+    ("Answer the following question concisely given the English content: Which translation model do they use?", "sqa", "en"),
+    ("Rispondi in modo conciso alla seguente domanda dato il contenuto inglese: quali sistemi di traduzione?", "sqa", "it"),
+    ("Beantworte die folgende Frage kurz und bündig basierend auf dem englischen Inhalt: Nenne das Korpus.", "sqa", "de"),
+    ("How many transcripts are in the corpus?", "sqa", "en"), ("Could you translate this to German?", "st", "en"),
+    ("Fasse den englischen Inhalt auf Deutsch zusammen.", "sqa", "de"), ("用中文总结英文内容。", "sqa", "zh"),
+    ("Wer mag Schokolade?", "sqa", "de"), ("Dove va Maria?", "sqa", "it"), ("谁喜欢奶酪？", "sqa", "zh"),
     ("What does the English speaker like?", "sqa", "en"), ("Was macht der Hund?", "sqa", "de"),
     ("根据所给的英文内容，简要回答以下问题：谁在睡觉？", "sqa", "zh"), ("Summarise the talk.", "sqa", "en"), ("xyzzy", "sqa", None)])
 def test_what_an_instruction_asks_for(text, task, language):
@@ -83,6 +89,6 @@ def test_demo_audio_is_what_the_manifests_say(splits):
     for split, rows in splits.items():
         manifest = Manifest(DEMO / f"{split}.jsonl")
         for row in random.Random(0).sample([row for row in rows if row["task"] == "asr"], 25):
-            wave, = manifest.audio(row)
+            wave = manifest.audio(row)
             assert len(wave) / 16000 == pytest.approx(row["duration"], abs=0.001)
             assert wave.abs().max() > 0.1 and 1 < row["duration"] < 6

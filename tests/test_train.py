@@ -112,7 +112,7 @@ def test_parts_of_files_and_members_of_tar_shards(tmp_path):
     with pytest.raises(data.AudioError, match="bad.tar/b.wav': .*, expected an audio file"):
         load_audio(tmp_path / "bad.tar" / "b.wav")
     manifest = write_rows(tmp_path / "m.jsonl", {**GOOD, "audio": "s.tar/in/a.wav", "start": 1, "duration": 0.5}, GOOD)
-    assert np.array_equal(manifest.audio(manifest[0])[0], wave[16000:24000]) and manifest.seconds(manifest[1]) == 2.0
+    assert np.array_equal(manifest.audio(manifest[0]), wave[16000:24000]) and manifest.seconds(manifest[1]) == 2.0
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
@@ -433,7 +433,8 @@ def test_bad_command_lines_exit_with_2(capsys, tiny_project, tmp_path):
     for argv, message in [(["--fase", "align"], "unrecognized arguments: --fase"), (["--steps", "many"], "invalid int value"),
                           (["--phase", "allign"], "--phase is 'allign', expected align or ift"),
                           (["--precision", "float16"], "--precision is 'float16', expected auto or float32 or bfloat16"),
-                          (["--accumulate", "0"], "--accumulate is 0, expected 1 to inf"), (["--min-lr", "5"], "0 to 1"),
+                          (["--accumulate", "0"], "--accumulate is 0, expected 1 to inf"), (["--lora-rank", "4"], "--lora-rank is for phase ift"),
+                          (["--lora-targets", "q_prj"], "--lora-targets are some of q_proj"), (["--min-lr", "5"], "0 to 1"),
                           (["--seed", "-1"], "--seed is -1, expected 0 to inf"), (["--device", "cud"], "--device is 'cud'")]:
         refused(capsys, argv, message, 2)
 
@@ -451,6 +452,9 @@ def test_bad_input_is_one_line_and_exit_1(capsys, tiny_project, tmp_path):
     run("one.jsonl': 1 rows of the tasks this phase trains, asr, expected at least 2", dev=tmp_path / "one.jsonl")
     (tmp_path / "fr.jsonl").write_text(json.dumps({**GOOD, "target_language": "tlh"}) + "\n")
     run("--prompt tokens has no token for tlh", data=tmp_path / "fr.jsonl", prompt="tokens")
+    run("=0: a manifest of weight 0; leave it out", data=f"{tiny_project / 'train.jsonl'}=0")
+    (tmp_path / "fr.jsonl").write_text(2 * (json.dumps({**GOOD, "task": "st", "target_language": "fr"}) + "\n"))
+    run("fr.jsonl' line 1: prepare/instructions.json has no wording for the language 'fr'", data=tmp_path / "fr.jsonl", phase="ift")
     (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "text": " "}) + "\n")
     run("bad.jsonl' line 2: text is ' ', expected text", data=tmp_path / "bad.jsonl")
     run("none.pt: no such checkpoint; train it first or correct the path", init=tmp_path / "none.pt")
@@ -643,5 +647,5 @@ def test_a_full_disk_keeps_the_last_checkpoint(capsys, monkeypatch, tiny_project
         raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 1 vs 2")
 
     monkeypatch.setattr(torch, "save", fuller)
-    refused(capsys, arguments(tiny_project, tmp_path, steps=4, seed=1), "align.resume.pt: could not be written to the end")
+    refused(capsys, arguments(tiny_project, tmp_path, steps=4, seed=1), "align.pt: could not be written to the end")
     assert (tmp_path / "align.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
