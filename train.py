@@ -51,13 +51,13 @@ class TrainConfig:
     adapter_lr: float = 0.0  # learning rate of the adapter; 0: the phase's own
     encoder_lr: float = 0.0  # of the encoder, in a phase that trains it
     llm_lr: float = 0.0  # of the LLM, in a phase that trains it
-    temperature: float = 2.0  # a task and language is drawn as often as its rows to the power 1 / temperature
+    temperature: float = 1.0  # a task and language is drawn as often as its rows to the power 1 / temperature
     lora_rank: int = 0  # train the LLM by low-rank updates of this rank, merged on saving; 0: train all of it
     lora_alpha: float = 32.0  # their scale, times the rank
     lora_targets: list[str] = field(default_factory=lambda: LINEAR.split())  # the layers of the LLM that they are added to
     weight_decay: float = 0.01  # of matrices; norms and biases have none
     clip: float = 1.0  # gradient norm
-    batch_frames: int = 3000  # 20 ms frames in a batch, padding included: one minute
+    batch_frames: int = 0  # 20 ms frames in a batch, padding included; 0: the phase's own
     batch_tokens: int = 4000  # LLM positions in a batch, padding included
     accumulate: int = 1  # batches in a step
     max_seconds: float = 30.0  # longer recordings are left out and counted as bad
@@ -70,7 +70,7 @@ class TrainConfig:
     checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
     cache_gb: float = 2.0  # keep a frozen encoder's outputs on disk if they fit in this; 0: never
     workers: int = 2  # processes that read audio and compute features
-    eval_every: int = 250  # steps between validations, each of which also saves
+    eval_every: int = 500  # steps between validations, each of which also saves
     eval_rows: int = 200  # rows for the validation loss
     eval_clips: int = 48  # clips transcribed for the validation WER
     seed: int = 0  # of everything random
@@ -83,22 +83,23 @@ class Phase:
     tasks: tuple
     steps: int
     warmup: int
+    batch_frames: int
 
 
 PHASES = {
-    "align": Phase({"adapter": 2e-4}, ("asr",), 2000, 30),
-    "ift": Phase({"adapter": 2e-4, "encoder": 6e-6, "llm": 2e-5}, ("asr", "st", "sqa"), 4000, 50),
+    "align": Phase({"adapter": 2e-4}, ("asr",), 2000, 30, 3000),
+    "ift": Phase({"adapter": 2e-4, "encoder": 6e-6, "llm": 2e-5}, ("asr", "st", "sqa"), 4000, 50, 3000),
 }
 DEMO_PHASES = {  # for the tiny models of demo/, when nothing else is named
-    "align": Phase({"adapter": 2e-3}, ("asr",), 750, 50),
-    "ift": Phase({"adapter": 7e-4, "encoder": 4e-4, "llm": 5e-4}, ("asr", "st", "sqa"), 280, 20),
+    "align": Phase({"adapter": 2e-3}, ("asr",), 1500, 100, 1500),
+    "ift": Phase({"adapter": 7e-4, "encoder": 4e-4, "llm": 5e-4}, ("asr", "st", "sqa"), 540, 30, 1500),
 }
 
 
 CHOICES = {"phase": PHASES, "prompt": ("text", "tokens"), "precision": ("auto", "float32", "bfloat16"),
            "device": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)}
 BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **dict.fromkeys(
-    ["temperature", "batch_frames", "batch_tokens", "accumulate", "adapter_layers", "adapter_kernel", "adapter_stride", "eval_every",
+    ["temperature", "batch_tokens", "accumulate", "adapter_layers", "adapter_kernel", "adapter_stride", "eval_every",
      "max_seconds"], (1, math.inf)), "eval_rows": (2, math.inf)}  # other numbers: at least 0
 CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
           {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
@@ -138,7 +139,8 @@ def settle(cfg):
     demo = all(getattr(cfg, name) == getattr(TrainConfig(), name) for name in ("encoder", "llm", "data"))
     phase = (DEMO_PHASES if demo else PHASES)[cfg.phase]
     rates = {part: getattr(cfg, f"{part}_lr") or rate for part, rate in phase.rates.items()}
-    return replace(cfg, steps=cfg.steps or phase.steps, warmup=cfg.warmup or phase.warmup), rates, phase.tasks
+    own = {name: getattr(cfg, name) or getattr(phase, name) for name in ("steps", "warmup", "batch_frames")}
+    return replace(cfg, **own), rates, phase.tasks
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -566,7 +566,7 @@ def test_shuffled_loss(tiny_project, tmp_path):
 def test_weights_of_manifests(tiny_project, tmp_path):
     path = tiny_project / "train.jsonl"
     cfg = train.parse(arguments(tiny_project, tmp_path))
-    cfg.data = [f"{path}=2", str(path), f"{path}=0.5"]
+    cfg.data, cfg.temperature = [f"{path}=2", str(path), f"{path}=0.5"], 1.0
     manifests, weights, _, hours, longest = train.open_manifests(cfg, ("asr",))
     assert weights == [80, 40, 20] and hours[0][:3] == ["tones", "CC0-1.0", "en"] and 0.5 < longest < 2
 
