@@ -168,7 +168,8 @@ def answer_rows(model, tokenizer, rows, heard, form="text", refuse_above=None, w
             found[i][w] = Answer(tokenizer.decode(answers[b]).strip(), cut=len(answers[b]) == continued["max_new_tokens"])
             if rows[i]["task"] == "sqa" and weigh:
                 found[i][w] = weigh_answer(model, tokenizer, rows[i], asked[b], answers[b], refuse_above,
-                                           prefix=prefix, prefix_rows=of[b:b + 1], **continued)
+                                           prefix=prefix, prefix_rows=of[b:b + 1], **continued)._replace(
+                                               cut=found[i][w].cut)
         if on_text:
             show("", last=True)
     return [said if isinstance(said, AudioError) else Answer(
