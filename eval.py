@@ -6,34 +6,32 @@ Every answer goes at once into a journal, so that a run that was stopped goes on
 
 import argparse
 import base64
-import io
 import json
 import os
 import sys
 import time
 from collections import Counter
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 
 import jiwer
 import numpy as np
 import sacrebleu
-import soundfile
 import torch
 from tqdm import tqdm
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from data import TASKS, Manifest, fbank, windows
+from data import TASKS, Manifest
 from prepare import mcif
-from prepare.audio import SAMPLE_RATE, audio_seconds, load_audio
-from prepare.checkpoint import read_lines, write_atomically
+from prepare.audio import SAMPLE_RATE, audio_seconds, encode_opus, load_audio
+from prepare.checkpoint import read_lines, write_text
 from prepare.errors import AudioError, CheckpointError, ManifestError
 from prepare.instructions import REFUSALS, instruction_of, task_of
-from sample import answer_rows, listen, load_model, newest_checkpoint
+from sample import MAX_NEW_TOKENS, answer_rows, expect_words, hear_waves, load_model, newest_checkpoint
 
 ROOT = Path(__file__).resolve().parent
-NORMALISERS = {"en": EnglishTextNormalizer(), "zh": BasicTextNormalizer(split_letters=True)}
 GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # recordings that are encoded and answered together
 
 
@@ -41,9 +39,14 @@ GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # recordings that are encoded and answere
 # Scores
 
 
+@lru_cache
+def normaliser(language):
+    return EnglishTextNormalizer() if language == "en" else BasicTextNormalizer(split_letters=language == "zh")
+
+
 def normalise(text, language):
     """After Whisper's normalisers: the English one for en, the basic one otherwise; Chinese characters are words."""
-    return NORMALISERS.get(language, NORMALISERS.setdefault("other", BasicTextNormalizer()))(text).strip()
+    return normaliser(language)(text).strip()
 
 
 def item_scores(task, language, reference, hypothesis):
@@ -182,28 +185,23 @@ def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **op
     for row in rows:
         if row["id"] not in items:
             recordings.setdefault((row["audio"], row.get("start"), row.get("duration")), []).append(row)
-    order = sorted(recordings.values(), key=lambda some: -some[0]["seconds"])
     groups, seconds = [[]], 0.0
-    for some in order:
+    for key, some in sorted(recordings.items(), key=lambda recording: -recording[1][0]["seconds"]):
         seconds += some[0]["seconds"]
         if groups[-1] and (len(groups[-1]) + len(some) > GROUP_ROWS or seconds > GROUP_SECONDS):
             groups, seconds = groups + [[]], some[0]["seconds"]
-        groups[-1] += some
-    bar, audio, began = tqdm(total=sum(map(len, order)), desc="eval", unit=" rows", dynamic_ncols=True), 0.0, time.time()
+        groups[-1] += [(row, key) for row in some]
+    bar, audio, began = tqdm(total=sum(map(len, groups)), desc="eval", unit=" rows", dynamic_ncols=True), 0.0, time.time()
     for group in groups:
-        waves, heard, asked = {}, {}, []
-        for row in group:
-            key = (row["audio"], row.get("start"), row.get("duration"))
+        waves, asked = {}, []
+        for row, key in group:
             try:
                 if key not in waves:
                     waves[key] = hear(row)
                 asked.append((row, key))
             except AudioError as error:
                 failed[row["id"]] = str(error)
-        for key, wave in waves.items():
-            features, lengths = fbank(windows(wave.to(next(model.parameters()).device), state["window"]))
-            heard[key] = [x[:n] for x, n in zip(features, lengths.tolist())]
-        heard = dict(zip(heard, listen(model, list(heard.values()))))
+        heard = dict(zip(waves, hear_waves(model, waves.values(), state["window"])))
         answers = answer_rows(model, tokenizer, [row for row, _ in asked], [heard[key] for _, key in asked],
                               form, state.get("refuse_above"), **options)
         with open(path, "a", encoding="utf-8") as file:
@@ -230,10 +228,6 @@ def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **op
     return items, failed
 
 
-def write_text(path, text):
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The two programs
 
@@ -242,19 +236,17 @@ def write_report(path, title, facts, table, signatures, items, hear, room=48_000
     """The scores and all items, worst first, as one HTML file with the audio inside, as long as it fits into `room`
     bytes."""
     items = sorted(items, key=lambda item: -item["scores"]["error"])
-    clips, audio = {}, {}
+    clips, audio, size = {}, {}, 0
     for item in items:
         key = (item["audio"], item["start"], item["seconds"])
         item["clip"] = clips.setdefault(key, str(len(clips)))
-        if item["clip"] not in audio and sum(map(len, audio.values())) < room:
+        if item["clip"] not in audio and size < room:
             try:
-                buffer, wave = io.BytesIO(), hear(item).numpy()
+                coded = encode_opus(hear(item))
             except AudioError:  # gone since it was answered: the page says that there is no player
                 continue
-            with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, format="OGG", subtype="OPUS") as file:
-                for i in range(0, len(wave), SAMPLE_RATE):  # libsndfile crashes on minutes of audio in one call
-                    file.write(wave[i:i + SAMPLE_RATE])
-            audio[item["clip"]] = "data:audio/ogg;base64," + base64.b64encode(buffer.getvalue()).decode()
+            audio[item["clip"]] = "data:audio/ogg;base64," + base64.b64encode(coded).decode()
+            size += len(audio[item["clip"]])
     data = json.dumps({"title": title, "facts": facts, "summary": table, "signatures": signatures, "items": items,
                        "audio": audio}, ensure_ascii=False).replace("<", "\\u003c")
     write_text(path, (ROOT / "prepare/report.html").read_text(encoding="utf-8").replace("{{data}}", data))
@@ -278,7 +270,8 @@ def evaluate(args, model, tokenizer, state, settings):
         raise ManifestError(f"{args.manifest!r}: none of its {len(rows)} rows could be answered")
     items = [items[row["id"]] for row in rows if row["id"] in items]
     table, signatures = summarise(items)
-    facts = {"cut off at 512 tokens": sum(item["cut"] for item in items), "checkpoint": f"{ckpt}, phase {state['config']['phase']}, step {state['step']}", "date": str(date.today()),
+    facts = {"checkpoint": f"{ckpt}, phase {state['config']['phase']}, step {state['step']}", "date": str(date.today()),
+             f"cut off at {MAX_NEW_TOKENS} tokens": sum(item["cut"] for item in items),
              "rows": f"{len(items)} answered, {len(failed)} left out", "refused above": state.get("refuse_above")}
     summary = {"settings": settings, **facts, "scores": table, "signatures": signatures}
     write_text(path.with_suffix(".json"), json.dumps(summary, ensure_ascii=False, indent=1))
@@ -294,20 +287,18 @@ def evaluate(args, model, tokenizer, state, settings):
 def answer_xml(args, model, tokenizer, state, settings):
     """Answers an official source file. Every id is answered: one that cannot be heard, by the refusal if it is a
     question, else by nothing."""
-    if state["config"]["prompt"] == "tokens":
-        raise CheckpointError(f"{settings['checkpoint'][0]}: knows <|language|><|task|> prompts only, not instructions in "
-                              "words; train with --prompt text")
+    expect_words(state, settings["checkpoint"][0])
     tasks, out = mcif.read_source(args.xml), Path(args.out)
-    rows = [{"id": f"{task.track} {task.language} {sample.id}", "audio": sample.audio, "instruction": sample.instruction,
+    rows = [{"key": (task.track, task.language, sample.id), "id": f"{task.track} {task.language} {sample.id}", "audio": sample.audio, "instruction": sample.instruction,
              "task": task_of(sample.instruction), "source_language": "en", "target_language": task.language,
              "seconds": audio_seconds(Path(args.audio) / sample.audio)} for task in tasks for sample in task.samples]
     items, failed = decode(model, tokenizer, state, rows, lambda row: load_audio(Path(args.audio) / row["audio"]),
                            out.with_suffix(".answers.jsonl"), settings, score=False, num_beams=args.beams)
     answers = {}
-    for row, (track, language, name) in zip(rows, [(t.track, t.language, s.id) for t in tasks for s in t.samples]):
+    for row in rows:
         text = mcif.xml_text(items[row["id"]]["hypothesis"]) if row["id"] in items else ""
-        empty = REFUSALS.get(language, REFUSALS["en"]) if row["task"] == "sqa" else ""
-        answers[track, language, name] = text or empty
+        empty = REFUSALS.get(row["target_language"], REFUSALS["en"]) if row["task"] == "sqa" else ""
+        answers[row["key"]] = text or empty
     mcif.write_answers(out, Path(settings["checkpoint"][0]).stem, tasks, answers)
     print(f"{out}: {len(answers)} answers, {len(failed)} of them for recordings that could not be heard")
     return int(bool(failed))

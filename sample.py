@@ -24,6 +24,7 @@ from prepare.instructions import INSTRUCTIONS, REFUSALS, language_of, task_of
 
 BATCH_FRAMES = 6000  # 20 ms frames encoded together: two minutes
 BATCH_POSITIONS = 16384  # LLM positions read together
+MAX_NEW_TOKENS = 512  # of the answer to a window
 
 
 def load_checkpoint(path):
@@ -103,6 +104,12 @@ def listen(model, recordings):
     return [[next(parts) for _ in recording] for recording in recordings]
 
 
+def hear_waves(model, waves, longest):
+    """listen to waveforms (N,), each cut into windows of at most `longest` seconds."""
+    device = next(model.parameters()).device
+    return listen(model, [[x[:n] for x, n in zip(*fbank(windows(wave.to(device), longest)))] for wave in waves])
+
+
 def pad(rows, device):
     """Lists of ids -> ids (B, T), lengths (B,)."""
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -111,7 +118,7 @@ def pad(rows, device):
 
 @torch.no_grad()
 def answer_rows(model, tokenizer, rows, heard, form="text", refuse_above=None, weigh=False, on_text=None, batch_size=16,
-                max_new_tokens=512, **options):
+                max_new_tokens=MAX_NEW_TOKENS, **options):
     """Answers the instruction of every row about its recording.
 
     rows: manifest rows, whose text is not shown to the model. heard: for each row what listen gave for its recording;
@@ -143,8 +150,7 @@ def answer_rows(model, tokenizer, rows, heard, form="text", refuse_above=None, w
             shown = text
 
     for some in cut([(len(piece[3]), 1, piece) for piece in pieces], BATCH_POSITIONS, batch_size):
-        live = []
-        firsts = [len(ids) - ids[::-1].index(AUDIO) for *_, ids in some]  # where the instruction begins
+        live, firsts = [], [len(ids) - ids[::-1].index(AUDIO) for *_, ids in some]  # where the instruction begins
         begun = {id(audio): (audio, ids[:first]) for (*_, audio, ids), first in zip(some, firsts)}
         audios, begins = zip(*begun.values())
         ids, sizes = pad(begins, device)
@@ -204,6 +210,12 @@ def weigh_answer(model, tokenizer, row, asked, said, refuse_above, prefix, prefi
 # The program
 
 
+def expect_words(state, path):
+    if state["config"]["prompt"] == "tokens":
+        raise CheckpointError(f"{path}: knows <|language|><|task|> prompts only, not instructions in words; train with "
+                              "--prompt text")
+
+
 def ask(model, tokenizer, state, heard, instruction, on_text=None, **options):
     """The answer to an instruction in words about a recording, as listen gave it. Raises AudioError."""
     row = {"instruction": instruction, "task": task_of(instruction), "target_language": language_of(instruction)}
@@ -216,7 +228,7 @@ def ask(model, tokenizer, state, heard, instruction, on_text=None, **options):
     if isinstance(answer, AudioError):
         raise answer
     if answer.cut:
-        print("sample.py: the answer is longer than 512 tokens a window; the rest is missing", file=sys.stderr)
+        print(f"sample.py: the answer is longer than {MAX_NEW_TOKENS} tokens a window; the rest is missing", file=sys.stderr)
     return row["task"], answer
 
 
@@ -243,21 +255,17 @@ def main(argv=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"num_beams": args.beams, "temperature": args.temperature, "top_p": args.top_p,
                "generator": torch.Generator(device).manual_seed(args.seed)}
-    failed = False
     try:
         waves = {file: load_audio(file) for file in files}
-        model, tokenizer, state = load_model(args.ckpt or newest_checkpoint(), device)
-        if state["config"]["prompt"] == "tokens":
-            raise CheckpointError("this checkpoint knows <|language|><|task|> prompts only, not instructions in words; "
-                                  "train with --prompt text")
+        model, tokenizer, state = load_model(ckpt := args.ckpt or newest_checkpoint(), device)
+        expect_words(state, ckpt)
     except (AudioError, CheckpointError) as error:
         sys.exit(f"sample.py: {error}")
-    heard = {}
+    heard, failed = {}, False
     for instruction in [instruction] if instruction else iter(ask_user, None):
         for file, wave in waves.items():
             if file not in heard:
-                features, lengths = fbank(windows(wave.to(device), state["window"]))
-                heard[file], = listen(model, [[x[:n] for x, n in zip(features, lengths.tolist())]])
+                heard[file], = hear_waves(model, [wave], state["window"])
             live = None if args.json else lambda text: print(text, end="", flush=True)
             if len(files) > 1 and not args.json:
                 print(f"{file}: ", end="")

@@ -25,7 +25,7 @@ from data import (LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, coll
                   load_tokenizer, schedule)
 from eval import quick_figures, refusal_threshold
 from model import SpeechLM, add_lora, merged_state
-from prepare.checkpoint import fetch, fingerprint, read_json, read_lines, write_atomically
+from prepare.checkpoint import fetch, fingerprint, read_json, read_lines, write_atomically, write_text
 from prepare.draw import draw_curves
 from prepare.errors import AudioError, CheckpointError, ManifestError
 from prepare.instructions import instruction_of
@@ -121,8 +121,6 @@ def parse(argv):
         default = f.default_factory() if f.type == list[str] else f.default
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=default, help=dict(comments)[f.name], **kind)
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
-    if set(cfg.lora_targets) - set(LINEAR.split()) or cfg.lora_rank and "llm" not in PHASES.get(cfg.phase, PHASES["ift"]).rates:
-        parser.error(f"--lora-rank is for phase ift, --lora-targets are some of {LINEAR}")
     for name, allowed in CHOICES.items():
         if getattr(cfg, name) not in allowed:
             parser.error(f"--{name} is {getattr(cfg, name)!r}, expected {' or '.join(allowed)}")
@@ -130,6 +128,8 @@ def parse(argv):
         low, high = BOUNDS.get(f.name, (0, math.inf))
         if f.type in (int, float) and not low <= getattr(cfg, f.name) <= high:
             parser.error(f"--{f.name.replace('_', '-')} is {getattr(cfg, f.name)}, expected {low} to {high}")
+    if set(cfg.lora_targets) - set(LINEAR.split()) or cfg.lora_rank and "llm" not in PHASES[cfg.phase].rates:
+        parser.error(f"--lora-rank is for phase ift, --lora-targets are some of {LINEAR}")
     return cfg
 
 
@@ -314,8 +314,10 @@ def settle_refusals(cfg, model, examples):
     too few."""
     dev, asked, heard = len(examples.manifests) - 1, [], []
     for i in np.random.default_rng(0).permutation(len(examples.manifests[dev])).tolist():
+        if len(asked) == 500:
+            break
         row = examples.manifests[dev][i]
-        if row["task"] == "sqa" and len(asked) < 500:
+        if row["task"] == "sqa":
             try:
                 heard.append([examples.frames(dev, i, row)])
             except AudioError:
@@ -375,7 +377,7 @@ def train(cfg):
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg), indent=2).encode()))
+    write_text(out / "config.json", json.dumps(asdict(cfg), indent=2))
     checkpoint_path, resume_path, log_path = (out / f"{cfg.phase}{end}" for end in (".pt", ".resume.pt", ".jsonl"))
     manifests, weights, dev, hours, longest = open_manifests(cfg, tasks)
     model, tokenizer, bases = build(cfg, rates)
@@ -407,8 +409,8 @@ def train(cfg):
         if first == cfg.steps:
             print(f"{checkpoint_path}: all {first} steps are done")
             return
-    kept = "".join(json.dumps(line) + "\n" for line in read_lines(log_path) if resumed and line["step"] <= first)
-    write_atomically(log_path, lambda file: file.write(kept.encode()))
+    kept = [line for line in read_lines(log_path) if resumed and line["step"] <= first]
+    write_text(log_path, "".join(json.dumps(line) + "\n" for line in kept))
     if not resumed:
         resume_path.unlink(missing_ok=True)  # of another run
     order = schedule(manifests, weights, examples.size, cfg.batch_frames, cfg.batch_tokens, cfg.seed, position)
@@ -485,8 +487,7 @@ def train(cfg):
         bar.set_postfix(loss=f"{total / tokens:.3f}", audio_s_per_s=f"{audio / (time.time() - start):.0f}")
         bar.update()
     bar.close()
-    svg = draw_curves(read_lines(log_path), CURVES)
-    write_atomically(out / f"{cfg.phase}.svg", lambda file: file.write(svg.encode()))
+    write_text(out / f"{cfg.phase}.svg", draw_curves(read_lines(log_path), CURVES))
     for where, why in bad.items():
         print(f"left out: {where}: {why}")
     print(f"{checkpoint_path}: {seen} rows drawn, {len(bad)} recordings left out; curves in {out / cfg.phase}.svg")

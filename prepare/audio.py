@@ -69,6 +69,15 @@ def load_audio(path, start=0.0, duration=None):
     return wave
 
 
+def encode_opus(wave, **options):
+    """The bytes of an ogg file of a 16 kHz wave (N,); options of soundfile.SoundFile."""
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, format="OGG", subtype="OPUS", **options) as file:
+        for i in range(0, len(wave), SAMPLE_RATE):  # libsndfile crashes on minutes of audio in one call
+            file.write(wave[i:i + SAMPLE_RATE])
+    return buffer.getvalue()
+
+
 def audio_seconds(path):
     """The length of an audio file by its header, in seconds; 0 if it cannot be read."""
     try:

@@ -243,6 +243,10 @@ def write_atomically(path, save):
         raise
 
 
+def write_text(path, text):
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def read_lines(path):
     """The objects of a JSON Lines file, none if it is not there; half a line, as a kill leaves, is passed over."""
     lines = []

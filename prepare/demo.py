@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import fbank
 from model import LLM, EncoderConfig, LLMConfig, SpeechEncoder, encoder_dict, generate
-from prepare.audio import SAMPLE_RATE, load_audio
+from prepare.audio import SAMPLE_RATE, encode_opus, load_audio
 from prepare.checkpoint import save
 from prepare.demo_grammar import LANGUAGES, REFUSALS, count_sentences, example
 from prepare.instructions import instruction_of
@@ -52,7 +52,7 @@ ESPEAK = [f"{accent}+{variant}" for accent in ("en-us", "en-gb", "en-gb-x-rp", "
 FLITE = ["slt", "awb", "kal16", "kal"]
 TEST_VOICE = "flite-rms"
 CLIPS_PER_FILE = 16  # joined, because every ogg file starts with some kilobytes of tables
-CODEC = dict(format="OGG", subtype="OPUS", compression_level=0.96)  # 17 kbit/s
+COMPRESSION = 0.96  # of Opus: 17 kbit/s
 CORPUS = {"train": 116, "dev": 10, "test": 10, "test-rms": 8}  # files
 PRETRAINING_FILES = 250
 
@@ -102,11 +102,7 @@ def speech_file(job):
         clips.append((sentence, voice, start / SAMPLE_RATE, len(wave) / SAMPLE_RATE))
         waves.append(wave.numpy())
         start += len(wave)
-    buffer, samples = io.BytesIO(), np.concatenate(waves)
-    with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, **CODEC) as file:
-        for i in range(0, len(samples), SAMPLE_RATE):  # libsndfile crashes on minutes of audio in one call
-            file.write(samples[i:i + SAMPLE_RATE])
-    return buffer.getvalue(), clips
+    return encode_opus(np.concatenate(waves), compression_level=COMPRESSION), clips
 
 
 def speech_files(split, count):

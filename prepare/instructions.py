@@ -37,10 +37,10 @@ def instruction_of(row, random=None):
 
 
 def wordings(task):
-    """(wording, what its {to} and {in} can be) of a task in every language."""
+    """(language, wording) of a task in every language."""
     for key in (task, f"{task} of English"):
         for language, some in INSTRUCTIONS[key].items():
-            yield from ((wording, list(INSTRUCTIONS["targets"][language].values())) for wording in some)
+            yield from ((language, wording) for wording in some)
 
 
 def task_of(instruction):
@@ -48,12 +48,13 @@ def task_of(instruction):
     colon decides: one that speaks of a question is sqa, one that translates or names a language to write in ("In German,
     please") st, one that transcribes or speaks of text asr; the rest, and all that asks otherwise, is sqa."""
     text = instruction.strip()
-    for wording, _ in wordings("sqa"):
+    for _, wording in wordings("sqa"):
         before, after = wording.split("{question}")
         if (before or after) and text.startswith(before) and text.endswith(after):
             return "sqa"
     for task in ("asr", "st"):
-        if any(text == wording.format(**forms) for wording, targets in wordings(task) for forms in targets):
+        if any(text == wording.format(**forms) for language, wording in wordings(task)
+               for forms in INSTRUCTIONS["targets"][language].values()):
             return task
     head = re.split("[:：]", text.lower())[0]
     named = any(form.lower() in head for targets in INSTRUCTIONS["targets"].values() for forms in targets.values()
@@ -83,10 +84,9 @@ def language_of(text):
 @lru_cache
 def _words():
     known = {language: [*INSTRUCTIONS["words"].get(language, [])] for language in INSTRUCTIONS["targets"]}
-    for key in ("asr", "st", "sqa"):
-        for suffix in ("", " of English"):
-            for language, some in INSTRUCTIONS[key + suffix].items():
-                known[language] += [re.sub("{.*?}", " ", wording) for wording in some]
+    for task in ("asr", "st", "sqa"):
+        for language, wording in wordings(task):
+            known[language].append(re.sub("{.*?}", " ", wording))
     for language, targets in INSTRUCTIONS["targets"].items():
         known[language] += [form for forms in targets.values() for form in forms.values()]
     return {language: set(re.findall(r"[^\W\d_]+", " ".join(some).lower())) for language, some in known.items()}

@@ -100,7 +100,7 @@ def test_joined_texts():
 
 
 def heard_of(model, waves, longest=math.inf):
-    return listen(model, [[x[:n] for x, n in zip(*fbank(windows(wave, longest)))] for wave in waves])
+    return sample.hear_waves(model, waves, longest)
 
 
 def test_together_is_alone(project, trained):
