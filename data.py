@@ -126,7 +126,8 @@ class Manifest:
 
     A row has audio (a path relative to the manifest, or SHARD.tar/MEMBER for a member of an uncompressed tar), text
     (what is to be said), task (asr, st or sqa), licence (SPDX), and may have start and duration (seconds within the
-    audio), source_language, target_language (en), question (sqa), instruction, speaker, corpus.
+    audio), source_language, target_language (en), question (sqa), instruction, speaker, corpus, style (of a transcript:
+    written, or bare of case and punctuation), sources ([corpus, licence] of what it was derived from), test_only.
     """
 
     def __init__(self, path):
@@ -174,13 +175,14 @@ class Manifest:
             return row["duration"]
         return max(0.0, audio_seconds(self.path.parent / row["audio"]) - row["start"])
 
-    def split(self, tasks, longest):
+    def split(self, tasks, longest, check):
         """Reads the file once. Returns {(task, target language): Manifest of those rows alone}; how many seconds they
         are, a Counter by (corpus, licence, target language); and how long the longest row is that is not longer than
-        `longest` seconds. Raises ManifestError at the first bad row."""
+        `longest` seconds. Raises ManifestError at the first bad row, or the first that check(row) refuses by that."""
         groups, total, window = {}, Counter(), 0.0
         for i, row in enumerate(self):
             if row["task"] in tasks:
+                check(row)
                 groups.setdefault((row["task"], row["target_language"]), array("q")).append(i)
                 seconds = self.seconds(row)
                 total[row["corpus"], row["licence"], row["target_language"]] += seconds
@@ -193,7 +195,7 @@ class Manifest:
 
 
 ROW = {"start": 0.0, "duration": None, "source_language": "en", "target_language": "en", "licence": "unknown",
-       "corpus": "unknown", "speaker": "unknown"}  # what a row has that does not say otherwise
+       "corpus": "unknown", "speaker": "unknown", "style": "written", "sources": []}  # of a row that does not say
 
 
 def parse_row(text, where):
@@ -212,6 +214,11 @@ def parse_row(text, where):
             raise ManifestError(f"{where}: {name} is {value!r}, expected text; add it or leave the row out")
     if row["task"] not in TASKS:
         raise ManifestError(f"{where}: task is {row['task']!r}, expected one of {', '.join(TASKS)}")
+    if row["style"] not in ("written", "bare"):
+        raise ManifestError(f"{where}: style is {row['style']!r}, expected written or bare")
+    if not isinstance(row["sources"], list) or not all(
+            isinstance(pair, list) and [type(part) for part in pair] == [str, str] for pair in row["sources"]):
+        raise ManifestError(f"{where}: sources is {row['sources']!r}, expected a list of [corpus, licence]")
     for name in ("start", "duration"):
         if row[name] is not None and (type(row[name]) not in (int, float) or not 0 <= row[name] < 1e6):
             raise ManifestError(f"{where}: {name} is {row[name]!r}, expected a number of seconds")

@@ -5,7 +5,6 @@ Every answer goes at once into a journal, so that a run that was stopped goes on
 """
 
 import argparse
-import base64
 import json
 import os
 import sys
@@ -25,13 +24,13 @@ from whisper_normalizer.english import EnglishTextNormalizer
 
 from data import TASKS, Manifest
 from prepare import mcif
-from prepare.audio import SAMPLE_RATE, audio_seconds, encode_opus, load_audio
+from prepare.audio import SAMPLE_RATE, audio_seconds, load_audio
 from prepare.checkpoint import read_lines, write_text
 from prepare.errors import AudioError, CheckpointError, ManifestError
 from prepare.instructions import REFUSALS, instruction_of, task_of
+from prepare.report import write_report
 from sample import MAX_NEW_TOKENS, answer_rows, expect_words, hear_waves, load_model, newest_checkpoint
 
-ROOT = Path(__file__).resolve().parent
 GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # recordings that are encoded and answered together
 
 
@@ -230,26 +229,6 @@ def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **op
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The two programs
-
-
-def write_report(path, title, facts, table, signatures, items, hear, room=48_000_000):
-    """The scores and all items, worst first, as one HTML file with the audio inside, as long as it fits into `room`
-    bytes."""
-    items = sorted(items, key=lambda item: -item["scores"]["error"])
-    clips, audio, size = {}, {}, 0
-    for item in items:
-        key = (item["audio"], item["start"], item["seconds"])
-        item["clip"] = clips.setdefault(key, str(len(clips)))
-        if item["clip"] not in audio and size < room:
-            try:
-                coded = encode_opus(hear(item))
-            except AudioError:  # gone since it was answered: the page says that there is no player
-                continue
-            audio[item["clip"]] = "data:audio/ogg;base64," + base64.b64encode(coded).decode()
-            size += len(audio[item["clip"]])
-    data = json.dumps({"title": title, "facts": facts, "summary": table, "signatures": signatures, "items": items,
-                       "audio": audio}, ensure_ascii=False).replace("<", "\\u003c")
-    write_text(path, (ROOT / "prepare/report.html").read_text(encoding="utf-8").replace("{{data}}", data))
 
 
 def evaluate(args, model, tokenizer, state, settings):

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from prepare.checkpoint import fetch, fingerprint, read_json, read_lines, write_
 from prepare.draw import draw_curves
 from prepare.errors import AudioError, CheckpointError, ManifestError
 from prepare.instructions import instruction_of
+from prepare.licences import check_row, notice, test_fingerprints, used
 from sample import answer_rows, listen, load_checkpoint, restore
 
 ROOT = Path(__file__).resolve().parent
@@ -42,6 +44,7 @@ class TrainConfig:
     llm: str = str(ROOT / "demo/llm")  # Qwen2.5, Qwen3 or Llama checkpoint, directory or Hub id
     data: list[str] = field(default_factory=lambda: [str(ROOT / "demo/train.jsonl")])  # manifests; PATH=2 counts double
     dev: str = str(ROOT / "demo/dev.jsonl")  # manifest for validation
+    allow_licence: list[str] = field(default_factory=list)  # accept data of these licences, too (SPDX)
     out: str = "out"  # directory of checkpoints, log and picture
     init: str = ""  # start from this checkpoint of an earlier phase
     resume: bool = False  # go on where the last run of this phase stopped
@@ -334,9 +337,15 @@ def settle_refusals(cfg, model, examples):
 
 def open_manifests(cfg, tasks):
     """The training manifests, one for each task and target language of a file; how often each is to be drawn; the dev
-    manifest; the hours, which are printed; the seconds of the longest row. Only rows of the phase's tasks."""
+    manifest; the hours, which are printed; the seconds of the longest row. Only rows of the phase's tasks, all of which
+    must be free to be trained on."""
+    named = [(path, float(weight)) for path, weight in
+             (re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", path).groups("1") for path in cfg.data)]
+    check = partial(check_row, allowed=tuple(cfg.allow_licence),
+                    test_texts=test_fingerprints([cfg.dev, *(path for path, _ in named)]))
+
     def read(path, least):
-        parts, seconds, window = Manifest(path).split(tasks, cfg.max_seconds)
+        parts, seconds, window = Manifest(path).split(tasks, cfg.max_seconds, check)
         found, languages = sum(map(len, parts.values())), {language for _, language in parts}
         if found < least:
             raise ManifestError(f"{path!r}: {found} rows of the tasks this phase trains, {', '.join(tasks)}, expected at "
@@ -349,13 +358,13 @@ def open_manifests(cfg, tasks):
         return parts, seconds, window
 
     manifests, groups, weights, hours, longest = [], [], [], Counter(), 0.0
-    for path, weight in (re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", path).groups("1") for path in cfg.data):
-        if not float(weight):
+    for path, weight in named:
+        if not weight:
             raise TrainError(f"{path}=0: a manifest of weight 0; leave it out")
         parts, seconds, window = read(path, 1)
         manifests, groups, hours = manifests + list(parts.values()), groups + list(parts), hours + seconds
         # a file's weight counts per row, so that PATH=2 is the same as naming PATH twice
-        weights += [float(weight) * len(part) for part in parts.values()]
+        weights += [weight * len(part) for part in parts.values()]
         longest = max(longest, window)
     parts, *_ = read(cfg.dev, 2)
     dev = copy.copy(next(iter(parts.values())))
@@ -381,6 +390,7 @@ def train(cfg):
     checkpoint_path, resume_path, log_path = (out / f"{cfg.phase}{end}" for end in (".pt", ".resume.pt", ".jsonl"))
     manifests, weights, dev, hours, longest = open_manifests(cfg, tasks)
     model, tokenizer, bases = build(cfg, rates)
+    data = used(load_checkpoint(cfg.init)["data"] if cfg.init else [], hours)  # of earlier phases and this one
     for name, part in model.named_children():
         count, how = sum(p.numel() for p in part.parameters()), f"lr {rates[name]:g}" if name in rates else "frozen"
         print(f"{name}: {count / 1e6:.2f} M parameters, {how}, {next(part.parameters()).dtype} weights")
@@ -425,13 +435,14 @@ def train(cfg):
     def save(step, **settled):
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         merged = {name: tensor for name, tensor in merged_state(model).items() if name.split(".")[0] in rates}
-        state = {"config": asdict(cfg), "adapter": asdict(model.adapter.config), "bases": bases, "data": hours,
+        state = {"config": asdict(cfg), "adapter": asdict(model.adapter.config), "bases": bases, "data": data,
                  "window": min(30.0, max(1.0, longest)), "step": step, **settled,
                  "versions": {"torch": str(torch.__version__), "python": sys.version}}
         more = {"optimizer": optimizer.state_dict(), "position": position, "seen": seen, "bad": bad,
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if cfg.device != "cpu" else None}
         write_atomically(checkpoint_path, lambda file: torch.save({"model": merged, **state}, file))
         write_atomically(resume_path, lambda file: torch.save({"model": trained, **state, **more}, file))
+        write_text(out / f"{cfg.phase}.NOTICE", notice(data))
 
     def record(**figures):
         with open(log_path, "a", encoding="utf-8") as file:

@@ -2,7 +2,8 @@
 
     python -m prepare.demo            every stage in turn
     python -m prepare.demo corpus     speech and manifests; needs the programs espeak-ng and flite
-    python -m prepare.demo clips      the encoder's own training clips, about 1.3 GB in the work folder; needs them too
+    python -m prepare.demo clips      the encoder's own training clips, about 0.3 GB in the work folder; needs festival
+                              with festvox-kdlpc16k and festvox-us-slt-hts, and the Python package py-nanotts, too
     python -m prepare.demo encoder    CTC pretraining on characters
     python -m prepare.demo llm        pretraining on text: copying, translation, questions
     python -m prepare.demo report     the figures of demo/README.md
@@ -50,11 +51,13 @@ COMPUTE = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.flo
 ESPEAK = [f"{accent}+{variant}" for accent in ("en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland")
           for variant in ("m1", "m2", "m3", "m4", "m7", "f1", "f2", "f3", "f4", "f5", "klatt", "klatt2", "klatt3")]
 FLITE = ["slt", "awb", "kal16", "kal"]
+FESTIVAL = ["ked_diphone", "cmu_us_slt_arctic_hts"]
+PICO = ["en-US", "en-GB"]
 TEST_VOICE = "flite-rms"
 CLIPS_PER_FILE = 16  # joined, because every ogg file starts with some kilobytes of tables
 COMPRESSION = 0.96  # of Opus: 17 kbit/s
 CORPUS = {"train": 116, "dev": 10, "test": 10, "test-rms": 8}  # files
-PRETRAINING_FILES = 250
+PRETRAINING_FILES = 400
 
 
 def run(*command):
@@ -62,8 +65,8 @@ def run(*command):
 
 
 def speak(text, voice, rng):
-    """The text in a voice ("flite-slt", "espeak-en-us+f3") at a random speed and pitch: a (N,) wave, 16 kHz, with the
-    silence around it cut to 50 ms."""
+    """The text in a voice ("flite-slt", "espeak-en-us+f3", "festival-ked_diphone", "pico-en-GB") at a random speed and
+    pitch: a (N,) wave, 16 kHz, with the silence around it cut to 50 ms."""
     engine, name = voice.split("-", 1)
     with tempfile.TemporaryDirectory() as folder:
         wav = f"{folder}/speech.wav"
@@ -71,6 +74,16 @@ def speak(text, voice, rng):
             stretch = f"duration_stretch={rng.uniform(0.8, 1.1):.2f}"
             run("flite", "-voice", name, "--setf", stretch, "-t", text, "-o", wav)
             warp = 1.0 if voice == TEST_VOICE else rng.uniform(0.82, 1.2)
+        elif engine == "festival":
+            stretch = f"(Parameter.set 'Duration_Stretch {rng.uniform(0.8, 1.1):.2f})"
+            Path(f"{folder}/text").write_text(text)
+            run("text2wave", "-eval", f"(voice_{name})", "-eval", stretch, f"{folder}/text", "-o", wav)
+            warp = rng.uniform(0.8, 1.25)
+        elif engine == "pico":
+            import py_nanotts
+            pcm = py_nanotts.NanoTTS().speak(text, name, rng.uniform(0.9, 1.25), rng.uniform(0.75, 1.15))
+            soundfile.write(wav, np.frombuffer(pcm, np.int16), SAMPLE_RATE)
+            warp = rng.uniform(0.75, 1.2)
         else:
             speed, pitch = str(rng.randint(160, 210)), str(rng.randint(25, 75))
             run("espeak-ng", "-v", name, "-s", speed, "-p", pitch, "-w", wav, text)
@@ -85,7 +98,10 @@ def speak(text, voice, rng):
     return 0.6 * wave / wave.abs().max()
 
 
-def draw_voice(rng):
+def draw_voice(rng, split):
+    """Any voice but the test's; those of festival and pico for the encoder's pretraining alone."""
+    if split == "pretraining" and rng.random() < 0.5:
+        return rng.choice([*(f"festival-{name}" for name in FESTIVAL), *(f"pico-{name}" for name in PICO)])
     return f"flite-{rng.choice(FLITE)}" if rng.random() < 0.5 else f"espeak-{rng.choice(ESPEAK)}"
 
 
@@ -97,7 +113,7 @@ def speech_file(job):
     clips, waves, start = [], [], 0
     for _ in range(CLIPS_PER_FILE):
         sentence = example(rng, {"test-rms": "test", "pretraining": "train"}.get(split, split))
-        voice = TEST_VOICE if split == "test-rms" else draw_voice(rng)
+        voice = TEST_VOICE if split == "test-rms" else draw_voice(rng, split)
         wave = speak(sentence[0][EN], voice, rng)
         clips.append((sentence, voice, start / SAMPLE_RATE, len(wave) / SAMPLE_RATE))
         waves.append(wave.numpy())
@@ -201,13 +217,14 @@ def pad(clips):
 
 
 def disguise(features, lengths, rng):
-    """Another speaker: stretches a batch in time by -15 to 35 % and along its 80 mel channels by up to 12 %, and zeroes
-    a random band of up to 20 channels in every row. Returns features and lengths."""
-    frames, seconds, mels = features.shape[1], rng.uniform(0.85, 1.35), rng.uniform(0.88, 1.12)
+    """Another speaker: stretches a batch in time by -15 to 35 % and along its 80 mel channels by up to 15 %, adds noise
+    to every row and zeroes a random band of up to 20 of its channels. Returns features and lengths."""
+    frames, seconds, mels = features.shape[1], rng.uniform(0.85, 1.35), rng.uniform(0.85, 1.15)
     x = features.view(len(features), 1, -1, 80)  # (B, 1, 10 ms frames, 80)
     x = F.interpolate(x, (2 * round(frames * seconds), round(80 * mels)), mode="bilinear")[:, 0, :, :80]
     x = F.pad(x, (0, 80 - x.shape[-1]))
     for row in x:
+        row += rng.uniform(0, 0.4) * torch.randn(row.shape)
         first = rng.randrange(80)
         row[:, first:first + rng.randrange(21)] = 0
     x = x.reshape(len(x), -1, 160)

@@ -20,8 +20,8 @@ TEXT = "transcri|transkri|trascri|verschrift|text|wortlaut|testo|文本|文字"
 
 
 def instruction_of(row, random=None):
-    """The instruction of a row: its own, or else the first wording of its task, for sqa in the question's language. A
-    random generator (random.Random or numpy's) draws any wording, for asr and st in any language."""
+    """The instruction of a row: its own, or else the first wording of its task, for sqa in the question's language; a
+    bare transcript is asked for as such. A random generator (random.Random or numpy's) draws any wording, for asr and st in any language."""
     if row.get("instruction"):
         return row["instruction"]
     task, target, known = row["task"], row["target_language"], list(INSTRUCTIONS["targets"])
@@ -30,7 +30,9 @@ def instruction_of(row, random=None):
         raise ManifestError(f"{row['where']}: prepare/instructions.json has no wording for the language {target!r}; add "
                             "it there, or give the row an instruction of its own")
     some = INSTRUCTIONS[task][language]
-    if row["source_language"] == "en":
+    if task == "asr" and row.get("style") == "bare":
+        some = INSTRUCTIONS["asr bare"][language]
+    elif row["source_language"] == "en":
         some = some + INSTRUCTIONS[f"{task} of English"][language]
     wording = some[int(random.random() * len(some)) if random else 0]
     return wording.format(**INSTRUCTIONS["targets"][language].get(target, {}), question=row.get("question", ""))
@@ -38,8 +40,8 @@ def instruction_of(row, random=None):
 
 def wordings(task):
     """(language, wording) of a task in every language."""
-    for key in (task, f"{task} of English"):
-        for language, some in INSTRUCTIONS[key].items():
+    for key in (task, f"{task} of English", f"{task} bare"):
+        for language, some in INSTRUCTIONS.get(key, {}).items():
             yield from ((language, wording) for wording in some)
 
 

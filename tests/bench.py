@@ -56,7 +56,7 @@ def manifest():
         rows = Manifest(file.name)
         print(f"opened {len(rows):,} rows in {time.perf_counter() - start:.2f} s, peak {memory('VmHWM') / 2**20:.0f} MB")
         start = time.perf_counter()
-        rows.split(["asr"], 30)
+        rows.split(["asr"], 30, lambda row: None)
         print(f"read through in {time.perf_counter() - start:.2f} s, peak {memory('VmHWM') / 2**20:.0f} MB")
 
 

@@ -59,11 +59,11 @@ def test_manifest_rows(tmp_path):
     assert manifest[0]["start"] == 0 and manifest[0]["duration"] is None and manifest[0]["licence"] == "unknown"
     (tmp_path / "n.jsonl").write_text(json.dumps(GOOD))  # no newline at the end
     assert len(Manifest(tmp_path / "n.jsonl")) == 1
-    parts, seconds, longest = manifest.split(["st"], 30)
+    parts, seconds, longest = manifest.split(["st"], 30, lambda row: None)
     assert seconds == {("unknown", "unknown", "zh"): 2} and list(parts) == [("st", "zh")] and longest == 2
     part = parts["st", "zh"]
     assert len(part) == 1 and part[0]["text"] == "你好" and [row["text"] for row in part] == ["你好"] and len(manifest) == 2
-    assert manifest.split(["st"], 1.5)[2] == 0
+    assert manifest.split(["st"], 1.5, lambda row: None)[2] == 0
 
 
 @pytest.mark.parametrize("row, message", [
@@ -76,10 +76,13 @@ def test_manifest_rows(tmp_path):
     ('{"audio": "a", "text": "b", "task": "asr", "duration": Infinity}', "duration is inf"),
     ({**GOOD, "duration": True}, "duration is True"), ({**GOOD, "target_language": ["de"]}, "target_language is ..de.."),
     ('{"audio": "a", "text": "\\ud800", "task": "asr"}', "text is .*, expected text"), ("[" * 99999, "line 2: not JSON"),
-    ({**GOOD, "instruction": 5}, "instruction is 5, expected text")])
+    ({**GOOD, "instruction": 5}, "instruction is 5, expected text"),
+    ({**GOOD, "style": "shouted"}, "style is 'shouted', expected written or bare"),
+    ({**GOOD, "sources": ["CC0-1.0"]}, "sources is .*, expected a list of .corpus, licence."),
+    ({**GOOD, "sources": [["c", 1]]}, "expected a list of .corpus, licence.")])
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, message):
     manifest = write_rows(tmp_path / "m.jsonl", GOOD, row)
-    for read in (lambda: manifest[1], lambda: list(manifest), lambda: manifest.split(["asr"], 30)):
+    for read in (lambda: manifest[1], lambda: list(manifest), lambda: manifest.split(["asr"], 30, print)):
         with pytest.raises(ManifestError, match=message) as error:
             read()
         assert "m.jsonl" in str(error.value) and "\n" not in str(error.value)
