@@ -48,9 +48,9 @@ def fbank(waves):
     """Log-mel filterbank features of 16 kHz waveforms: the Kaldi fbank as in SeamlessM4TFeatureExtractor.
 
     waves: list of (N,) float tensors on one device, N >= 560 samples (35 ms), full scale at +-1.
-    Returns features (B, F, 160) float32, one row per wave, padded on the right with zeros, and lengths (B,) int64.
+    Returns features (F, 160) float32, the frames of one wave after another's, and a list of how many each wave has.
     A 10 ms frame is 80 log-mel energies, each bin with zero mean and unit variance over its wave; two of them make one
-    20 ms output frame, so lengths = (1 + (N - 400) // 160) // 2. An odd last 10 ms frame only counts for the mean and
+    20 ms output frame, so a wave has (1 + (N - 400) // 160) // 2. An odd last 10 ms frame only counts for the mean and
     variance. Raises AudioError (a ValueError) for a wave that is too short, not 1-d or not floating point.
     """
     for i, wave in enumerate(waves):
@@ -76,13 +76,13 @@ def fbank(waves):
 
     frames = [1 + (len(wave) - WINDOW) // HOP for wave in waves]
     lengths = [n // 2 for n in frames]
-    features = torch.zeros(len(waves), max(lengths), 160, dtype=torch.float32, device=device)
-    for row, start, n, length in zip(features, starts, frames, lengths):
+    features = torch.empty(sum(lengths), 160, dtype=torch.float32, device=device)
+    for row, start, n, length in zip(features.split(lengths), starts, frames, lengths):
         x = energies[start : start + n].double()  # (n, 80)
         x = x - x.mean(0)
         x = x / (x.square().sum(0) / (n - 1) + 1e-7).sqrt()
-        row[:length] = x[: 2 * length].view(length, 160)
-    return features, torch.tensor(lengths, device=device)
+        row.copy_(x[: 2 * length].view(length, 160))
+    return features, lengths
 
 
 def _mel_energies(x, window, mel, out):
@@ -275,15 +275,16 @@ def render(row, audio_frames, tokenizer, end_id, form="text", length_hint=False)
 
 
 def collate(examples):
-    """Right-pads examples, each (ids, answer size, frames (F, 160) or encoder states (F, D)), into one batch for
-    SpeechLM.forward: features (B, F, 160) or (B, F, D), lengths (B,), ids (B, T), targets (N,)."""
+    """Packs examples, each (ids, answer size, frames (F, 160) or encoder states (F, D)), into one batch for
+    SpeechLM.forward, without padding: features and ids of all rows end to end, how long each row's are, and the targets'
+    positions in ids."""
     ids, answers, frames = zip(*examples)
-    width = max(map(len, ids))
-    ends = [b * width + len(row) for b, row in enumerate(ids)]
+    ends = itertools.accumulate(map(len, ids))
     return {
-        "features": torch.nn.utils.rnn.pad_sequence(frames, batch_first=True),
-        "lengths": torch.tensor([len(f) for f in frames]),
-        "ids": torch.tensor([row + [0] * (width - len(row)) for row in ids]),
+        "features": torch.cat(frames),
+        "lengths": [len(f) for f in frames],
+        "ids": torch.tensor(list(itertools.chain(*ids))),
+        "ids_lengths": [len(row) for row in ids],
         "targets": torch.cat([torch.arange(end - n, end) for end, n in zip(ends, answers)]),
     }
 
@@ -300,13 +301,12 @@ def feature_length(seconds):
 
 
 def cut(sizes, max_frames, max_tokens):
-    """Cuts rows into batches whose padded sizes stay within both budgets. sizes: a (frames, tokens, row) each, sorted
-    by length; a row over a budget is a batch of its own. Returns lists of rows."""
+    """Cuts rows into batches that stay within both budgets. sizes: a (frames, tokens, row) each; a row over a budget is
+    a batch of its own. Returns lists of rows."""
     batches, frames, tokens = [], 0, 0
     for f, t, row in sizes:
-        frames, tokens = max(frames, f), max(tokens, t)
-        rows = len(batches[-1]) + 1 if batches else 0
-        if rows == 0 or frames * rows > max_frames or tokens * rows > max_tokens:
+        frames, tokens = frames + f, tokens + t
+        if not batches or frames > max_frames or tokens > max_tokens:
             batches.append([])
             frames, tokens = f, t
         batches[-1].append(row)
@@ -396,4 +396,4 @@ class Examples(torch.utils.data.Dataset):
             raise AudioError(f"{seconds:.1f} s of audio, expected at most {self.max_seconds:g} s; raise --max-seconds")
         if self.states is not None:
             return self.states(m, i)
-        return fbank([self.manifests[m].audio(row)])[0][0]  # (F, 160)
+        return fbank([self.manifests[m].audio(row)])[0]  # (F, 160)

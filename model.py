@@ -1,15 +1,17 @@
 """The speech-language model, in data-flow order: encoder, length adapter, LLM, their join, generation.
 
-Knows tensors and weights, no audio and no text. Letters in shape comments: B rows of a batch, F encoder frames of
-20 ms, A adapter frames of 80 ms, T positions of an LLM row, S positions of a key/value cache, N supervised tokens,
-D width, H heads, V vocabulary. Modules are named as in the pretrained checkpoints, so loading is one strict
-load_state_dict.
+Knows tensors and weights, no audio and no text. The rows of a batch stand end to end (see Rows), so nothing computes
+padding. Letters in shape comments: B rows of a batch, N positions of all its rows together, n of one row, S positions
+of a key/value cache, D width, H heads, d width of a head, V vocabulary. Modules are named as in the pretrained
+checkpoints, so loading is one strict load_state_dict.
 
 Precision is two choices, each float32 or bfloat16: the dtype the weights are kept in, and compute_dtype, in which
 activations flow and matrix products run. Norms, softmax and loss are computed in float32 whichever they are.
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import cache as once
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from prepare.checkpoint import (check_tied, divides, expect, fetch, known_fields
 from prepare.errors import CheckpointError
 
 AUDIO = -1  # placeholder id: this position of a row holds the recording's next audio frame
+BUCKET = 512  # the attention kernel of CUDA is compiled for every multiple of so many positions
 LOSS_CHUNK = 256  # answer positions whose logits exist at once: 256 x 151,936 float32 is 156 MB
 ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
@@ -149,15 +152,23 @@ class Linear(nn.Linear):
 
 
 class Conv1d(nn.Conv1d):
-    """A convolution over time on channels-last input (B, F, D), without padding of its own."""
+    """A convolution over time as one product: each output reads the frames it is given, x (N, kernel, D) -> (N, out)."""
 
     def forward(self, x):
-        w = self.weight.to(x.dtype)  # (out, in / groups, kernel)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.groups > 1:  # depthwise
-            return F.conv1d(x.transpose(1, 2), w, bias, self.stride, groups=self.groups).transpose(1, 2)
-        x = x.unfold(1, self.kernel_size[0], self.stride[0])  # (B, F', D, kernel)
-        return F.linear(x.flatten(2), w.flatten(1), bias)  # (B, F', out)
+        return F.linear(x.transpose(1, 2).flatten(1), self.weight.to(x.dtype).flatten(1), bias)
+
+
+class DepthwiseConv1d(nn.Conv1d):
+    """A causal convolution over time, channel by channel: x (N, D) -> (N, D). Zeros stand before the first frame of
+    every row, so that it reads no other row."""
+
+    def forward(self, x, rows):
+        gap = self.kernel_size[0] - 1
+        at = torch.arange(len(x), device=x.device) + gap * (rows.row + 1)
+        x = x.new_zeros(len(x) + gap * len(rows.lengths), x.shape[1]).index_copy(0, at, x)
+        x = F.conv1d(x.T.contiguous()[None], self.weight.to(x.dtype), groups=self.groups)[0]  # (D, at.max() + 1 - gap)
+        return x.T[at - gap]
 
 
 class Embedding(nn.Embedding):
@@ -211,6 +222,93 @@ def merged_state(module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Packed rows, and attention within each of them
+
+
+class Rows:
+    """Whose each position of a packed batch is: rows of these lengths stand end to end. Made once a batch and shared by
+    all layers. lengths are Python integers, as they shape the computation.
+
+    start (B,): positions that a cache already holds of each row. reach: how many frames to the left and to the right have
+    a relative key of their own; those further away share the outermost.
+    """
+
+    def __init__(self, lengths, device, causal=False, start=None, reach=None):
+        self.lengths, self.causal, self.reach = list(lengths), causal, reach
+        count = torch.tensor(self.lengths, device=device)
+        self.begin = count.cumsum(0) - count  # (B,)
+        self.row = torch.arange(len(count), device=device).repeat_interleave(count, output_size=sum(self.lengths))  # (N,)
+        self.offset = torch.arange(len(self.row), device=device) - self.begin[self.row]  # (N,) within the row
+        self.position = self.offset if start is None else self.offset + start[self.row]  # (N,)
+        self.mask = document_mask(self.row, causal) if self.row.is_cuda and start is None else None
+        if reach is not None:
+            at = torch.arange(max(self.lengths), device=device)
+            self.relative = (at - at[:, None]).clamp(-reach[0], reach[1]) + reach[0]  # (n, n), of each query and key
+
+
+def attend(q, k, v, rows, bias=None, dropout=0.0):
+    """Attention within each row: q (N, H, d), k and v (N, Hkv, d) -> (N, H, d). bias (N, H, left + 1 + right): what the
+    relative keys add to a query's scores. On CUDA one kernel does all rows; it has no dropout."""
+    if rows.mask is not None and not dropout:
+        return attend_flex(compiled_flex(), q, k, v, rows, rows.mask, bias)
+    biases, found = bias.split(rows.lengths) if bias is not None else rows.lengths, []
+    for q, k, v, bias in zip(*(x.split(rows.lengths) for x in (q, k, v)), biases):
+        mask = None
+        if rows.reach is not None:
+            relative = rows.relative[:len(q), :len(q)]
+            mask = bias.transpose(0, 1).gather(-1, relative.expand(q.shape[1], -1, -1))[None]  # (1, H, n, n)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, n, d)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, rows.causal, enable_gqa=q.shape[1] != k.shape[1])
+        found.append(y[0].transpose(0, 1))
+    return torch.cat(found)
+
+
+def attend_flex(flex_attention, q, k, v, rows, mask, bias=None):
+    """The same by flex_attention (arXiv 2412.05496), which looks the bias up itself. The batch is filled up to a multiple
+    of BUCKET positions, for which it is compiled once."""
+    spare = -len(q) % BUCKET
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, spare)).transpose(0, 1)[None] for x in (q, k, v))  # (1, H, N', d)
+    score = None
+    if bias is not None:
+        bias, (left, right) = F.pad(bias, (0, 0, 0, 0, 0, spare)), rows.reach
+
+        def score(score, b, head, i, j):
+            return score + bias[i, head, (j - i).clamp(-left, right) + left]
+
+    y = flex_attention(q, k, v, score, mask, enable_gqa=q.shape[1] != k.shape[1])
+    return y[0].transpose(0, 1)[:len(rows.row)]
+
+
+def document_mask(row, causal):
+    """The block mask of flex_attention: a position sees its own row (N,), up to itself if causal."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    row = F.pad(row, (0, -len(row) % BUCKET), value=-1)
+
+    def sees(b, head, i, j):
+        return (row[i] == row[j]) & (j <= i) if causal else row[i] == row[j]
+
+    return create_block_mask(sees, None, None, len(row), len(row), row.device)
+
+
+@once
+def compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+
+def attend_cache(q, keys, values, rows, mask):
+    """Attention of rows that continue a cache: q (N, H, d); keys, values (B, Hkv, S, d) -> (N, H, d). mask (B, n, S): what
+    each position of a row sees. The linear layers know no padding, but here all rows have n positions."""
+    B, n, _ = mask.shape
+    x = q.new_zeros(B, n, *q.shape[1:]).index_put((rows.row, rows.offset), q)
+    # with a mask, enable_gqa copies the keys for every query head: queries sharing a key become rows instead
+    x = x.transpose(1, 2).reshape(B, keys.shape[1], -1, q.shape[2])  # (B, Hkv, H / Hkv * n, d)
+    mask = mask.repeat(1, x.shape[2] // n, 1)[:, None]
+    x = F.scaled_dot_product_attention(x, keys, values, mask)
+    return x.view(B, -1, n, q.shape[2]).transpose(1, 2)[rows.row, rows.offset]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Speech encoder: w2v-BERT 2.0 (arXiv 2312.05187), a Conformer (arXiv 2005.08100) with relative keys (arXiv 1803.02155)
 
 
@@ -221,7 +319,7 @@ class FeatureProjection(nn.Module):
         self.projection = Linear(config.feature_projection_input_dim, config.hidden_size)
         self.config = config
 
-    def forward(self, x):  # (B, F, 160) -> (B, F, D)
+    def forward(self, x):  # (N, 160) -> (N, D)
         return F.dropout(self.projection(self.layer_norm(x)), self.config.feat_proj_dropout, self.training)
 
 
@@ -240,8 +338,8 @@ class FeedForward(nn.Module):
 
 class SelfAttention(nn.Module):
     """Bidirectional attention of encoder and adapter. With relative keys, the score of query i and key j gains
-    q_i . E[clip(j - i, -left, right)]: the product with all left + 1 + right embeddings is taken once per query and
-    gathered into the additive mask of scaled_dot_product_attention, which also carries the padding mask."""
+    q_i . E[clip(j - i, -left, right)]: the product with all left + 1 + right embeddings is taken once per query, and
+    attend picks from it for every key."""
 
     def __init__(self, config, relative_key):
         super().__init__()
@@ -252,19 +350,13 @@ class SelfAttention(nn.Module):
             positions = config.left_max_position_embeddings + 1 + config.right_max_position_embeddings
             self.distance_embedding = Embedding(positions, config.hidden_size // config.num_attention_heads)
 
-    def forward(self, x, real, relative=None):
-        """x (B, F, D); real (B, F) bool, True for real frames; relative (F, F), the row of E for each query and key."""
-        B, T, D = x.shape
+    def forward(self, x, rows):  # (N, D) -> (N, D)
         heads, dropout = self.config.num_attention_heads, self.config.attention_dropout if self.training else 0.0
-        q, k, v = (linear(x).view(B, T, heads, -1).transpose(1, 2)  # (B, H, F, D/H)
-                   for linear in (self.linear_q, self.linear_k, self.linear_v))
-        mask = real[:, None, None]  # (B, 1, 1, F)
-        if relative is not None:
-            bias = (q * q.shape[-1] ** -0.5) @ self.distance_embedding.weight.to(q.dtype).T  # (B, H, F, left+1+right)
-            bias = bias.gather(-1, relative.expand(B, heads, -1, -1))  # (B, H, F, F)
-            mask = bias.masked_fill_(~mask, float("-inf"))
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        return self.linear_out(y.transpose(1, 2).reshape(B, T, D))
+        q, k, v = (linear(x).view(len(x), heads, -1) for linear in (self.linear_q, self.linear_k, self.linear_v))
+        bias = None
+        if rows.reach is not None:
+            bias = (q * q.shape[-1] ** -0.5) @ self.distance_embedding.weight.to(q.dtype).T  # (N, H, left + 1 + right)
+        return self.linear_out(attend(q, k, v, rows, bias, dropout).flatten(1))
 
 
 class ConvolutionModule(nn.Module):
@@ -273,17 +365,16 @@ class ConvolutionModule(nn.Module):
         D = config.hidden_size
         self.layer_norm = LayerNorm(D, config.layer_norm_eps)
         self.pointwise_conv1 = Conv1d(D, 2 * D, 1, bias=False)
-        self.depthwise_conv = Conv1d(D, D, config.conv_depthwise_kernel_size, groups=D, bias=False)
+        self.depthwise_conv = DepthwiseConv1d(D, D, config.conv_depthwise_kernel_size, groups=D, bias=False)
         self.depthwise_layer_norm = LayerNorm(D, config.layer_norm_eps)
         self.pointwise_conv2 = Conv1d(D, D, 1, bias=False)
         self.act = ACTIVATIONS[config.hidden_act]
         self.config = config
 
-    def forward(self, x):
-        x = F.glu(self.pointwise_conv1(self.layer_norm(x)))
-        x = F.pad(x, (0, 0, self.depthwise_conv.kernel_size[0] - 1, 0))  # causal: all padding on the left
-        x = self.act(self.depthwise_layer_norm(self.depthwise_conv(x)))
-        return F.dropout(self.pointwise_conv2(x), self.config.conformer_conv_dropout, self.training)
+    def forward(self, x, rows):
+        x = F.glu(self.pointwise_conv1(self.layer_norm(x)[:, None]))
+        x = self.act(self.depthwise_layer_norm(self.depthwise_conv(x, rows)))
+        return F.dropout(self.pointwise_conv2(x[:, None]), self.config.conformer_conv_dropout, self.training)
 
 
 class ConformerLayer(nn.Module):
@@ -297,11 +388,11 @@ class ConformerLayer(nn.Module):
         self.final_layer_norm = LayerNorm(D, eps)
         self.config = config
 
-    def forward(self, x, real, relative):
+    def forward(self, x, rows):
         x = x + 0.5 * self.ffn1(self.ffn1_layer_norm(x))
-        y = self.self_attn(self.self_attn_layer_norm(x), real, relative)
+        y = self.self_attn(self.self_attn_layer_norm(x), rows)
         x = x + F.dropout(y, self.config.attention_dropout, self.training)
-        x = x + self.conv_module(x)
+        x = x + self.conv_module(x, rows)
         x = x + 0.5 * self.ffn2(self.ffn2_layer_norm(x))
         return self.final_layer_norm(x)
 
@@ -317,37 +408,33 @@ class SpeechEncoder(nn.Module):
             self.masked_spec_embed = nn.Parameter(torch.rand(config.hidden_size))
 
     def forward(self, features, lengths):
-        """Hidden states of the last layer. The causal convolution and the key mask keep rows free of their padding.
-
-        features (B, F, 160): log-mel frames of 20 ms, right-padded with anything; lengths (B,): real frames, each at
-        least 1. Returns hidden states (B, F, D), meaningless past a row's length, and the lengths. In training,
-        dropout, layerdrop and SpecAugment apply as the config says. Source: Wav2Vec2BertModel of transformers.
+        """Hidden states of the last layer. features (N, 160): log-mel frames of 20 ms, row after row; lengths: how many
+        each row has, at least 1 -> (N, D). In training, dropout, layerdrop and SpecAugment apply as the config says.
+        Source: Wav2Vec2BertModel of transformers.
         """
-        c, frames = self.config, torch.arange(features.shape[1], device=features.device)
-        real = frames < lengths[:, None]  # (B, F)
-        features = features.masked_fill(~real[..., None], 0)  # whatever pads them, NaN included
+        c = self.config
+        rows = Rows(lengths, features.device, reach=(c.left_max_position_embeddings, c.right_max_position_embeddings))
         x = self.feature_projection(features.to(self.compute_dtype))
         if self.training and c.apply_spec_augment:
-            x = self.spec_augment(x, lengths)
+            x = self.spec_augment(x, rows)
         x = F.dropout(x, c.hidden_dropout, self.training)
-        relative = (frames - frames[:, None]).clamp(-c.left_max_position_embeddings, c.right_max_position_embeddings)
-        relative = relative + c.left_max_position_embeddings  # (F, F)
         for layer in self.encoder.layers:
-            y = run(layer, self.checkpointing, x, real, relative)
+            y = run(layer, self.checkpointing, x, rows)
             # a dropped layer is computed too, so that compiled graphs and gradients keep their shape on every rank
             x = torch.where(torch.rand((), device=x.device) < c.layerdrop, x, y) if self.training and c.layerdrop else y
-        return x, lengths
+        return x
 
-    def spec_augment(self, x, lengths):
+    def spec_augment(self, x, rows):
         """Replaces spans of frames by a learned vector and zeroes spans of channels (SpecAugment, arXiv 1904.08779)."""
-        c, (B, T, D) = self.config, x.shape
+        c, lengths = self.config, torch.tensor(rows.lengths, device=x.device)
         if c.mask_time_prob > 0:
-            spans = span_mask(lengths, T, c.mask_time_prob, c.mask_time_length, c.mask_time_min_masks)
-            x = torch.where(spans[..., None], self.masked_spec_embed.to(x.dtype), x)
+            spans = span_mask(lengths, max(rows.lengths), c.mask_time_prob, c.mask_time_length, c.mask_time_min_masks)
+            x = torch.where(spans[rows.row, rows.offset, None], self.masked_spec_embed.to(x.dtype), x)
         if c.mask_feature_prob > 0:
-            channels = torch.full((B,), D, device=x.device)
+            D = x.shape[1]
+            channels = torch.full_like(lengths, D)
             spans = span_mask(channels, D, c.mask_feature_prob, c.mask_feature_length, c.mask_feature_min_masks)
-            x = x.masked_fill(spans[:, None], 0)
+            x = x.masked_fill(spans[rows.row], 0)
         return x
 
     @classmethod
@@ -407,15 +494,14 @@ class AdapterLayer(nn.Module):
         self.ffn_layer_norm, self.ffn = LayerNorm(D, eps), FeedForward(config, config.adapter_act)
         self.config = config
 
-    def forward(self, x, real, real_after):
-        """x (B, F, D); real (B, F) and real_after (B, F'): which frames are real before and after the stride."""
+    def forward(self, x, reads, rows):
+        """x (N, D) -> (N', D): output i convolves the frames reads[i] (N', kernel) of x, N for a frame of zeros; rows are
+        those after the stride."""
         def pool(norm, conv):
-            y = norm(x).masked_fill(~real[..., None], 0)  # a row's end looks the same whatever the batch pads it with
-            pad = conv.kernel_size[0] // 2
-            return F.glu(conv(F.pad(y, (0, 0, pad, pad))))  # (B, F', D)
+            return F.glu(conv(F.pad(norm(x), (0, 0, 0, 1))[reads]))
 
         residual = pool(self.residual_layer_norm, self.residual_conv)
-        y = self.self_attn(pool(self.self_attn_layer_norm, self.self_attn_conv), real_after)
+        y = self.self_attn(pool(self.self_attn_layer_norm, self.self_attn_conv), rows)
         x = residual + F.dropout(y, self.config.conformer_conv_dropout, self.training)
         return x + self.ffn(self.ffn_layer_norm(x))
 
@@ -430,23 +516,24 @@ class LengthAdapter(nn.Module):
             self.prompt_tokens = Embedding(config.prompt_tokens, config.output_size)
 
     def forward(self, x, lengths):
-        """x (B, F, D) encoder states of 20 ms, lengths (B,) real frames -> (B, A, LLM width), (B,) real 80 ms frames.
+        """x (N, D) encoder states of 20 ms, lengths of the rows -> (N', LLM width) of 80 ms, lengths.
 
-        Source: Wav2Vec2BertAdapter of transformers and the reference's projection, with two differences: frames past
-        a row's end are zeroed before every convolution (there they leak in unless a length divides by 4), and there
-        is no layerdrop (there a dropped layer keeps its input's length and half of the frames get masked out).
+        Source: Wav2Vec2BertAdapter of transformers and the reference's projection, with two differences: a convolution
+        reads zeros past a row's end (there, padding, unless a length divides by 4), and there is no layerdrop (there a
+        dropped layer keeps its input's length and half of the frames get masked out).
         """
-        x = x.to(self.compute_dtype)
+        c, x, rows = self.config, x.to(self.compute_dtype), Rows(lengths, x.device)
         for layer in self.layers:
-            real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-            lengths, size = (strided_length(n, self.config) for n in (lengths, x.shape[1]))
-            real_after = torch.arange(size, device=x.device) < lengths[:, None]
-            x = layer(x, real, real_after)
-        return self.enc_to_dec_proj(x), lengths
+            after = Rows([strided_length(n, c) for n in rows.lengths], x.device)
+            frame = torch.arange(c.adapter_kernel_size, device=x.device) - c.adapter_kernel_size // 2
+            frame = frame + c.adapter_stride * after.offset[:, None] + rows.begin[after.row, None]  # (N', kernel), in x
+            within = F.pad(rows.row, (0, 1), value=-1)[frame.clamp(-1, len(x))] == after.row[:, None]
+            x, rows = layer(x, torch.where(within, frame, len(x)), after), after
+        return self.enc_to_dec_proj(x), rows.lengths
 
 
 def adapter_length(frames, config):
-    """80 ms frames after the adapter, of a number (or a tensor of numbers) of 20 ms frames, each at least 1."""
+    """80 ms frames after the adapter, of a number of 20 ms frames, at least 1."""
     for _ in range(config.num_adapter_layers):
         frames = strided_length(frames, config)
     return frames
@@ -462,7 +549,7 @@ def strided_length(frames, config):
 
 
 def rope(positions, config):
-    """Rotary angles (arXiv 2104.09864): positions (B, T) -> cos, sin (B, 1, T, head_dim), float32.
+    """Rotary angles (arXiv 2104.09864): positions (N,) -> cos, sin (N, 1, d), float32.
 
     Llama 3 scaling: wavelengths over the original context / low_freq_factor are slowed by `factor`, those under
     context / high_freq_factor are kept, those between are interpolated.
@@ -474,7 +561,7 @@ def rope(positions, config):
         turns = s["original_max_position_embeddings"] * frequency / (2 * torch.pi)  # within the original context
         keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / s["factor"]
-    angle = (positions[..., None] * frequency).repeat(1, 1, 2)[:, None]  # (B, 1, T, head_dim)
+    angle = (positions[:, None] * frequency).repeat(1, 2)[:, None]  # (N, 1, d)
     return angle.cos(), angle.sin()
 
 
@@ -496,26 +583,21 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
         self.config = config
 
-    def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
-        """Causal attention. With a cache, the new keys and values are written at `positions` (B, T); with a mask
-        (B, 1, T, S), attention runs over the whole cache, else over the new keys alone."""
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x, rows, cos, sin, cache=None, mask=None):
+        """Causal attention, x (N, D). With a cache, the new keys and values are written into it; with a mask (B, n, S),
+        attention runs over the whole cache, else over the new keys alone."""
+        q, k, v = (proj(x).view(len(x), -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.model_type == "qwen3":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (N, H, d), (N, Hkv, d)
         if cache is not None:
-            row = torch.arange(B, device=x.device)[:, None]
             for store, new in zip(cache, (k, v)):
-                store[row, :, positions] = new.transpose(1, 2)  # (B, T, Hkv, d) into (B, Hkv, S, d)
+                store[rows.row, :, rows.position] = new
         if mask is None:
-            dropout = self.config.attention_dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True)
-        else:  # with a mask, enable_gqa copies the keys for every query head: queries sharing a key become rows instead
-            groups = q.shape[1] // cache[0].shape[1]
-            q = q.reshape(B, -1, groups * T, q.shape[3])  # (B, Hkv, G * T, d)
-            y = F.scaled_dot_product_attention(q, *cache, mask.repeat(1, 1, groups, 1)).view(B, -1, T, q.shape[3])
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+            y = attend(q, k, v, rows, dropout=self.config.attention_dropout if self.training else 0.0)
+        else:
+            y = attend_cache(q, *cache, rows, mask)
+        return self.o_proj(y.flatten(1))
 
 
 class MLP(nn.Module):
@@ -552,27 +634,26 @@ class LLM(nn.Module):
         if not config.tie_word_embeddings:  # tied: the embedding matrix itself is the output layer
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, ids):
-        """ids (B, T), right-padded with any token -> logits (B, T, V), float32."""
-        return self.logits(self.hidden(self.embed(ids)))
+    def forward(self, ids, lengths):
+        """ids (N,), row after row of these lengths -> logits (N, V), float32."""
+        return self.logits(self.hidden(self.embed(ids), lengths))
 
     def embed(self, ids):
-        return self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T) -> (B, T, D)
+        return self.model.embed_tokens(ids).to(self.compute_dtype)  # (N,) -> (N, D)
 
-    def hidden(self, x, cache=None, start=None):
-        """x (B, T, D) embeddings -> (B, T, D) states after the final norm.
+    def hidden(self, x, lengths, cache=None, start=None):
+        """x (N, D) embeddings, row after row of these lengths -> (N, D) states after the final norm.
 
-        cache: one (keys, values) pair a layer, each (B, Hkv, S, head_dim), written in place. start (B,): how many
-        positions of each row the cache already holds; None means none, and the rows begin here.
+        cache: one (keys, values) pair a layer, each (B, Hkv, S, d), written in place. start (B,): how many positions of
+        each row the cache already holds; None means none, and the rows begin here.
         """
-        B, T, _ = x.shape
-        steps, mask = torch.arange(T, device=x.device), None
-        positions = steps.expand(B, T) if start is None else start[:, None] + steps  # (B, T)
+        rows, mask = Rows(lengths, x.device, causal=True, start=start), None
         if start is not None:
-            mask = torch.arange(cache[0][0].shape[2], device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-        cos, sin = (table.to(x.dtype) for table in rope(positions, self.config))
+            last = start[:, None] + torch.arange(max(rows.lengths), device=x.device)  # (B, n)
+            mask = torch.arange(cache[0][0].shape[2], device=x.device) <= last[..., None]  # (B, n, S)
+        cos, sin = (table.to(x.dtype) for table in rope(rows.position, self.config))
         for i, layer in enumerate(self.model.layers):
-            x = run(layer, self.checkpointing, x, cos, sin, None if cache is None else cache[i], positions, mask)
+            x = run(layer, self.checkpointing, x, rows, cos, sin, None if cache is None else cache[i], mask)
         return self.model.norm(x)
 
     def logits(self, hidden):
@@ -604,10 +685,10 @@ def llm_name(key, config):
 
 
 class SpeechLM(nn.Module):
-    """A row is prompt tokens, audio frames, instruction tokens, answer tokens, without holes and right-padded only.
+    """A row is prompt tokens, audio frames, instruction tokens, answer tokens, without holes; rows stand end to end.
 
-    `ids` (B, T) holds the tokens, and AUDIO at the position of every audio frame; adapter_length says how many
-    frames a recording gives. Any token may pad the right end.
+    `ids` (N,) holds the tokens, and AUDIO at the position of every audio frame; adapter_length says how many frames a
+    recording gives. The lengths of rows, in frames or in ids, are lists of Python integers.
     """
 
     def __init__(self, encoder, adapter, llm):
@@ -615,35 +696,32 @@ class SpeechLM(nn.Module):
         self.encoder, self.adapter, self.llm = encoder, adapter, llm
 
     def encode(self, features, lengths):
-        """features (B, F, 160) of 20 ms, lengths (B,) -> audio embeddings (B, A, D) of 80 ms, their lengths (B,).
-        With encoder None, features are the encoder's states (B, F, D), computed before."""
-        states = (features, lengths) if self.encoder is None else self.encoder(features, lengths)
-        return self.adapter(*states)
+        """features (N, 160) of 20 ms, lengths of the recordings -> audio embeddings (N', D) of 80 ms, their lengths.
+        With encoder None, features are the encoder's states (N, D), computed before."""
+        return self.adapter(features if self.encoder is None else self.encoder(features, lengths), lengths)
 
     def embed(self, ids, audio=None):
-        """ids (B, T), audio (B, A, D) -> (B, T, D). Each AUDIO placeholder takes the row's next frame; ids below AUDIO
-        are the adapter's own prompt tokens, the first of them AUDIO - 1."""
+        """ids (N,), audio (N', D) -> (N, D). Each AUDIO placeholder takes the next frame; ids below AUDIO are the
+        adapter's own prompt tokens, the first of them AUDIO - 1."""
         x = self.llm.embed(ids.clamp(min=0))
         if self.adapter is not None and self.adapter.config.prompt_tokens:
             own = self.adapter.prompt_tokens((AUDIO - 1 - ids).clamp(0, self.adapter.config.prompt_tokens - 1))
-            x = torch.where((ids < AUDIO)[..., None], own.to(x.dtype), x)
+            x = torch.where((ids < AUDIO)[:, None], own.to(x.dtype), x)
         if audio is None:
             return x
         here = ids == AUDIO
-        frame = (here.cumsum(1) - 1).clamp(0, audio.shape[1] - 1)  # (B, T)
-        audio = audio.gather(1, frame[..., None].expand(-1, -1, audio.shape[2]))  # (B, T, D)
-        return torch.where(here[..., None], audio.to(x.dtype), x)
+        return torch.where(here[:, None], audio.to(x.dtype)[(here.cumsum(0) - 1).clamp(0, len(audio) - 1)], x)
 
-    def forward(self, features, lengths, ids, targets):
+    def forward(self, features, lengths, ids, ids_lengths, targets):
         """Summed cross-entropy of the answers, and the number of their tokens.
 
-        features (B, F, 160), lengths (B,), ids (B, T) int64, with as many placeholders in a row as adapter_length
-        says; targets (N,): the flat positions b * T + t in ids of every supervised token (the answer from its first
-        token to its end token), none at t = 0. Divide by the count over all batches of a step, not by each batch's.
+        features (N, 160), lengths; ids (N,) int64, ids_lengths, with as many placeholders in a row as adapter_length
+        says; targets: the positions in ids of every supervised token (the answer from its first token to its end
+        token), none of them a row's first. Divide by the count over all batches of a step, not by each batch's.
         """
         audio, _ = self.encode(features, lengths)
-        hidden = self.llm.hidden(self.embed(ids, audio))
-        return self.answer_loss(hidden.flatten(0, 1)[targets - 1], ids.flatten()[targets]), len(targets)
+        hidden = self.llm.hidden(self.embed(ids, audio), ids_lengths)
+        return self.answer_loss(hidden[targets - 1], ids[targets]), len(targets)
 
     def answer_loss(self, hidden, labels):
         """hidden (N, D), labels (N,) -> scalar sum, float32. Logits exist for LOSS_CHUNK positions at a time and are
@@ -658,36 +736,35 @@ class SpeechLM(nn.Module):
     def read(self, ids, ids_lengths, features=None, lengths=None, heard=None):
         """Encodes recordings and reads the given beginning of each row once; the result is a `prefix` for generate,
         which may then be asked any number of instructions. Arguments as in generate."""
-        x = self.embed(ids, self.checked_audio(ids, features, lengths, heard))
-        cache = new_cache(self.llm, *x.shape[:2])
-        self.llm.hidden(x, cache)
+        x = self.embed(ids, self.checked_audio(ids, ids_lengths, features, lengths, heard))
+        cache = new_cache(self.llm, len(ids_lengths), max(ids_lengths))
+        self.llm.hidden(x, ids_lengths, cache)
         return Prefix(cache, ids_lengths)
 
     @torch.no_grad()
     def generate(self, ids, ids_lengths, features=None, lengths=None, heard=None, **options):
-        """Answers for a batch of rows. ids (B, T) up to the answer, ids_lengths (B,); features and lengths as in
+        """Answers for a batch of rows. ids (N,) up to the answer, row after row, ids_lengths; features and lengths as in
         encode, or heard, what encode gave, or none of them when a prefix has the audio; options as in the function
-        generate. Returns B lists of ids."""
-        x = self.embed(ids, self.checked_audio(ids, features, lengths, heard))
+        generate. Returns a list of ids for each row."""
+        x = self.embed(ids, self.checked_audio(ids, ids_lengths, features, lengths, heard))
         return generate(self.llm, x, ids_lengths, **options)
 
     @torch.no_grad()
     def score(self, ids, ids_lengths, answer_lengths, prefix, prefix_rows):
-        """log p of the last answer_lengths (B,) ids of each row, which continue rows of a prefix: (B,), float32."""
-        start = prefix.lengths[prefix_rows]
-        cache = continued_cache(self.llm, prefix, prefix_rows, ids.shape[1])
-        hidden = self.llm.hidden(self.embed(ids), cache, start)[:, :-1]  # (B, T - 1, D)
-        at = torch.arange(1, ids.shape[1], device=ids.device)
-        answer = (at < ids_lengths[:, None]) & (at >= (ids_lengths - answer_lengths)[:, None])  # (B, T - 1)
-        log_p = self.llm.logits(hidden[answer]).log_softmax(-1).gather(1, ids[:, 1:][answer][:, None])[:, 0]
-        return torch.zeros(len(ids), device=ids.device).index_add(0, answer.nonzero()[:, 0], log_p)
+        """log p of the last answer_lengths ids of each row, which continue rows of a prefix: (B,), float32."""
+        start, cache = continued_cache(self.llm, prefix, prefix_rows, max(ids_lengths))
+        hidden = self.llm.hidden(self.embed(ids), ids_lengths, cache, start)  # (N, D)
+        ends, device = accumulate(ids_lengths), ids.device
+        targets = torch.cat([torch.arange(end - n, end, device=device) for end, n in zip(ends, answer_lengths)])
+        log_p = self.llm.logits(hidden[targets - 1]).log_softmax(-1).gather(1, ids[targets, None])[:, 0]
+        return torch.stack([some.sum() for some in log_p.split(answer_lengths)])
 
-    def checked_audio(self, ids, features, lengths, heard):
+    def checked_audio(self, ids, ids_lengths, features, lengths, heard):
         heard = self.encode(features, lengths) if features is not None else heard
-        audio, found = heard or (None, torch.zeros_like(ids[:, 0]))
-        places = (ids == AUDIO).sum(1)
-        if not torch.equal(places, found):
-            raise ValueError(f"rows hold {places.tolist()} audio placeholders for {found.tolist()} audio frames; "
+        audio, found = heard or (None, [0] * len(ids_lengths))
+        places = [(row == AUDIO).sum().item() for row in ids.split(ids_lengths)]
+        if places != list(found):
+            raise ValueError(f"rows hold {places} audio placeholders for {list(found)} audio frames; "
                              "adapter_length(frames) says how many a row needs")
         return audio
 
@@ -707,10 +784,10 @@ class SpeechLM(nn.Module):
 
 
 class Prefix(NamedTuple):
-    """Rows already read: the cache's keys and values, and how many positions each row fills (B,)."""
+    """Rows already read: the cache's keys and values, and how many positions each row fills."""
 
     cache: list
-    lengths: torch.Tensor
+    lengths: list
 
 
 def new_cache(llm, batch, size):
@@ -722,25 +799,24 @@ def new_cache(llm, batch, size):
 
 
 def continued_cache(llm, prefix, rows, more):
-    """A cache that holds these rows (B,) of a prefix, with room for `more` positions."""
-    held = int(prefix.lengths[rows].max())
-    cache = new_cache(llm, len(rows), held + more)
+    """How many positions these rows of a prefix fill (B,), and a cache that holds them with room for `more`."""
+    lengths = [prefix.lengths[row] for row in rows]
+    cache = new_cache(llm, len(rows), max(lengths) + more)
     for new, old in zip(cache, prefix.cache):
         for store, kept in zip(new, old):
-            store[:, :, :held] = kept[rows, :, :held]
-    return cache
+            store[:, :, :max(lengths)] = kept[rows, :, :max(lengths)]
+    return torch.tensor(lengths, device=cache[0][0].device), cache
 
 
 def prefill(llm, x, lengths, cache, start=None):
-    """Reads x (B, T, D), of which `lengths` (B,) positions are real, into the cache, behind the `start` (B,) positions
-    it already holds. Returns the logits (B, V) that follow each row's last real position."""
-    hidden = llm.hidden(x, cache, start)
-    return llm.logits(hidden[torch.arange(len(x), device=x.device), lengths - 1])
+    """Reads x (N, D), row after row of these lengths, into the cache, behind the `start` (B,) positions it already
+    holds. Returns the logits (B, V) that follow each row's last position."""
+    return llm.logits(llm.hidden(x, lengths, cache, start)[[end - 1 for end in accumulate(lengths)]])
 
 
 def decode_step(llm, ids, positions, cache):
     """One token a row: ids (B,) at positions (B,) go into the cache; returns the logits (B, V) of the next."""
-    return llm.logits(llm.hidden(llm.embed(ids[:, None]), cache, positions)[:, 0])
+    return llm.logits(llm.hidden(llm.embed(ids), [1] * len(ids), cache, positions))
 
 
 def sample(logits, temperature, top_p, generator):
@@ -758,39 +834,35 @@ def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.
              generator=None, on_token=None, prefix=None, prefix_rows=None, never_first=(), stop_loops=False):
     """Continues rows of embeddings, greedily unless told otherwise, until each meets an end token.
 
-    x (B, T, D), right-padded; lengths (B,). num_beams > 1 is beam search with scores sum(log p) / n**length_penalty;
+    x (N, D), row after row of these lengths. num_beams > 1 is beam search with scores sum(log p) / n**length_penalty;
     temperature and top_p are for sampling, with an optional torch generator. on_token(row, id) is called for every
-    token as it is made (not with beams). prefix: rows read before, of which prefix_rows (B,) are continued here (row
-    b by row b when not given). never_first: ids that no answer begins with. stop_loops ends an answer that repeats
-    itself and keeps one turn of the loop. Returns B lists of ids, without the end token. Raises ValueError when a row
+    token as it is made (not with beams). prefix: rows read before, of which prefix_rows are continued here (row b by
+    row b when not given). never_first: ids that no answer begins with. stop_loops ends an answer that repeats
+    itself and keeps one turn of the loop. Returns a list of ids for each row, without the end token. Raises ValueError when a row
     could outgrow the model's context.
     """
-    B, T, _ = x.shape
+    B = len(lengths)
     if max_new_tokens < 1 or num_beams < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} and num_beams {num_beams} must be at least 1, temperature "
                          f"{temperature} at least 0, top_p {top_p} above 0 and at most 1")
     if num_beams > 1 and (temperature > 0 or on_token is not None):
         raise ValueError("beam search neither samples nor streams; give num_beams, or temperature and on_token")
-    if not 1 <= lengths.min() <= lengths.max() <= T:
-        raise ValueError(f"row lengths {lengths.tolist()}, expected 1 to {T}")
-    start = torch.zeros_like(lengths)
+    if min(lengths) < 1 or sum(lengths) != len(x):
+        raise ValueError(f"row lengths {lengths} of {len(x)} positions; expected at least 1 each, and as many in all")
     if prefix is not None and prefix_rows is None and len(prefix.lengths) != B:
         raise ValueError(f"a prefix of {len(prefix.lengths)} rows for {B} rows; say with prefix_rows which to continue")
-    if prefix is not None:
-        prefix_rows = torch.arange(B, device=x.device) if prefix_rows is None else prefix_rows
-        start = prefix.lengths[prefix_rows]
-    needed, context = int((start + lengths).max()) + max_new_tokens, llm.config.max_position_embeddings
+    prefix_rows = range(B) if prefix_rows is None else prefix_rows
+    whole = [n + prefix.lengths[row] for n, row in zip(lengths, prefix_rows)] if prefix else lengths
+    needed, context = max(whole) + max_new_tokens, llm.config.max_position_embeddings
     if needed > context:
         raise ValueError(f"a row needs {needed} positions with its {max_new_tokens} new tokens, the model's context "
                          f"has {context}; give shorter audio or text, or lower max_new_tokens")
-    if prefix is None:
-        cache = new_cache(llm, B, T + max_new_tokens)
-        logits = prefill(llm, x, lengths, cache)
-    else:
-        cache = continued_cache(llm, prefix, prefix_rows, T + max_new_tokens)
-        logits = prefill(llm, x, lengths, cache, start)
+    start, cache = None, new_cache(llm, B, needed) if prefix is None else None
+    if prefix is not None:
+        start, cache = continued_cache(llm, prefix, list(prefix_rows), max(lengths) + max_new_tokens)
+    logits = prefill(llm, x, lengths, cache, start)
     logits[:, list(never_first)] = float("-inf")
-    positions = start + lengths
+    positions = torch.tensor(whole, device=x.device)
     if num_beams > 1:
         answers = beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length_penalty)
         return [ids[:len(ids) - looped(ids)] if stop_loops else ids for ids in answers]

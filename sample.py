@@ -91,15 +91,15 @@ class Answer(NamedTuple):
 
 @torch.no_grad()
 def listen(model, recordings):
-    """Encodes recordings, each a list of windows (F, 160), or of encoder states (F, D), windows of similar length
-    together. Returns for each a list of audio embeddings (A, D)."""
+    """Encodes recordings, each a list of windows (F, 160), or of encoder states (F, D). Returns for each a list of audio
+    embeddings (A, D)."""
     device, flat = next(model.parameters()).device, [window for recording in recordings for window in recording]
     heard = [None] * len(flat)
     for batch in cut(sorted((len(window), 0, i) for i, window in enumerate(flat)), BATCH_FRAMES, math.inf):
-        features = torch.nn.utils.rnn.pad_sequence([flat[i] for i in batch], batch_first=True)
-        lengths = torch.tensor([len(flat[i]) for i in batch])
-        for i, audio, n in zip(batch, *model.encode(features.to(device), lengths.to(device))):
-            heard[i] = audio[:n]
+        features = torch.cat([flat[i] for i in batch])
+        audio, lengths = model.encode(features.to(device), [len(flat[i]) for i in batch])
+        for i, part in zip(batch, audio.split(lengths)):
+            heard[i] = part
     parts = iter(heard)
     return [[next(parts) for _ in recording] for recording in recordings]
 
@@ -107,13 +107,13 @@ def listen(model, recordings):
 def hear_waves(model, waves, longest):
     """listen to waveforms (N,), each cut into windows of at most `longest` seconds."""
     device = next(model.parameters()).device
-    return listen(model, [[x[:n] for x, n in zip(*fbank(windows(wave.to(device), longest)))] for wave in waves])
+    made = [fbank(windows(wave.to(device), longest)) for wave in waves]
+    return listen(model, [features.split(lengths) for features, lengths in made])
 
 
-def pad(rows, device):
-    """Lists of ids -> ids (B, T), lengths (B,)."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
+def pack(rows, device):
+    """Lists of ids -> ids (N,) of all rows end to end, their lengths."""
+    return torch.tensor([token for row in rows for token in row], device=device), [len(row) for row in rows]
 
 
 @torch.no_grad()
@@ -153,11 +153,9 @@ def answer_rows(model, tokenizer, rows, heard, form="text", refuse_above=None, w
         live, firsts = [], [len(ids) - ids[::-1].index(AUDIO) for *_, ids in some]  # where the instruction begins
         begun = {id(audio): (audio, ids[:first]) for (*_, audio, ids), first in zip(some, firsts)}
         audios, begins = zip(*begun.values())
-        ids, sizes = pad(begins, device)
-        counts = torch.tensor([len(audio) for audio in audios], device=device)
-        prefix = model.read(ids, sizes, heard=(torch.nn.utils.rnn.pad_sequence(audios, batch_first=True), counts))
+        prefix = model.read(*pack(begins, device), heard=(torch.cat(audios), [len(audio) for audio in audios]))
         asked = [ids[first:] for (*_, ids), first in zip(some, firsts)]
-        of = torch.tensor([list(begun).index(id(audio)) for _, _, audio, _ in some], device=device)
+        of = [list(begun).index(id(audio)) for _, _, audio, _ in some]
         room = llm.max_position_embeddings - max(len(ids) for *_, ids in some)
         continued = {"max_new_tokens": min(max_new_tokens, room), "stop_loops": True, **options}
 
@@ -168,7 +166,7 @@ def answer_rows(model, tokenizer, rows, heard, form="text", refuse_above=None, w
 
         if on_text and not (weigh and rows[0]["task"] == "sqa") and options.get("num_beams", 1) == 1:
             continued["on_token"] = on_token
-        answers = model.generate(*pad(asked, device), prefix=prefix, prefix_rows=of, **continued)
+        answers = model.generate(*pack(asked, device), prefix=prefix, prefix_rows=of, **continued)
         continued.pop("on_token", None)
         for b, (i, w, *_) in enumerate(some):
             found[i][w] = Answer(tokenizer.decode(answers[b]).strip(), cut=len(answers[b]) == continued["max_new_tokens"])
@@ -191,15 +189,14 @@ def weigh_answer(model, tokenizer, row, asked, said, refuse_above, prefix, prefi
 
     text, texts = tokenizer.decode(said).strip(), list(REFUSALS.values())
     own = [REFUSALS[row["target_language"]]] if row["target_language"] in REFUSALS else texts
-    device, end = prefix_rows.device, model.llm.config.eos_token_id[0]
+    device, end = next(model.parameters()).device, model.llm.config.eos_token_id[0]
     if text in texts:
         firsts = {encode(refusal)[0] for refusal in texts}
-        said, = model.generate(*pad([asked], device), prefix=prefix, prefix_rows=prefix_rows, never_first=firsts,
+        said, = model.generate(*pack([asked], device), prefix=prefix, prefix_rows=prefix_rows, never_first=firsts,
                                **options)
     candidates = [ids + [end] for ids in (said, *map(encode, own))]
-    scores = model.score(*pad([asked + ids for ids in candidates], device),
-                         torch.tensor([len(ids) for ids in candidates], device=device), prefix,
-                         prefix_rows.expand(len(candidates)))
+    scores = model.score(*pack([asked + ids for ids in candidates], device), [len(ids) for ids in candidates], prefix,
+                         prefix_rows * len(candidates))
     margin, other = (scores[1:].logsumexp(0) - scores[0]).item(), tokenizer.decode(said).strip()
     if refuse_above is not None:
         text = own[scores[1:].argmax()] if margin > refuse_above else other

@@ -60,8 +60,8 @@ class TrainConfig:
     lora_targets: list[str] = field(default_factory=lambda: LINEAR.split())  # the layers of the LLM that they are added to
     weight_decay: float = 0.01  # of matrices; norms and biases have none
     clip: float = 1.0  # gradient norm
-    batch_frames: int = 0  # 20 ms frames in a batch, padding included; 0: the phase's own
-    batch_tokens: int = 4000  # LLM positions in a batch, padding included
+    batch_frames: int = 0  # 20 ms frames in a batch; 0: the phase's own
+    batch_tokens: int = 4000  # LLM positions in a batch
     accumulate: int = 1  # batches in a step
     max_seconds: float = 30.0  # longer recordings are left out and counted as bad
     prompt: str = "text"  # text: instructions in words; tokens: the reference's <|lang|><|task|>
@@ -195,12 +195,17 @@ def parameter_groups(model, rates, weight_decay):
     return groups
 
 
+def on_device(batch, device):
+    """What SpeechLM.forward takes of a batch; lengths stay on the host."""
+    names = ("features", "lengths", "ids", "ids_lengths", "targets")
+    return {name: batch[name] if "lengths" in name else batch[name].to(device, non_blocking=True) for name in names}
+
+
 def scale_projection(model, batch):
     """Scales a new adapter's projection so that its output spreads like the LLM's token embeddings."""
     with torch.no_grad():
-        audio, lengths = model.encode(batch["features"], batch["lengths"])
-        real = torch.arange(audio.shape[1], device=audio.device) < lengths[:, None]
-        factor = model.llm.model.embed_tokens.weight.float().std() / audio[real].float().std()
+        audio, _ = model.encode(batch["features"], batch["lengths"])
+        factor = model.llm.model.embed_tokens.weight.float().std() / audio.float().std()
         for p in model.adapter.enc_to_dec_proj.parameters():
             p.mul_(factor)
 
@@ -266,9 +271,9 @@ def encode_clips(cfg, encoder, manifests, clips, sizes):
             except AudioError as error:
                 found[n] = str(error)
         if waves:
-            states, lengths = encoder(*(t.to(cfg.device) for t in fbank(list(waves.values()))))
-            for n, x, length in zip(waves, states, lengths.tolist()):
-                found[n] = x[:length].cpu().clone()
+            features, lengths = fbank(list(waves.values()))
+            for n, states in zip(waves, encoder(features.to(cfg.device), lengths).split(lengths)):
+                found[n] = states.cpu().clone()
     return found
 
 
@@ -299,8 +304,7 @@ def validate(cfg, model, examples, picks):
         made.sort(key=lambda example: len(example[2]))
         total = count = 0
         for batch in cut([(len(e[2]), len(e[0]), e) for e in made], cfg.batch_frames, cfg.batch_tokens):
-            batch = {key: tensor.to(cfg.device) for key, tensor in collate(batch).items()}
-            loss, n = model(**batch)
+            loss, n = model(**on_device(collate(batch), cfg.device))
             total, count = total + loss.item(), count + n
         figures[name] = total / max(1, count)
     some = [i for task in TASKS for i in [i for i, row in enumerate(rows) if row["task"] == task][:cfg.eval_clips]]
@@ -478,8 +482,7 @@ def train(cfg):
                 raise TrainError(f"{len(bad)} of {met} recordings could not be used, more than 1 %: "
                                  + "; ".join(f"{where}: {why}" for where, why in list(bad.items())[-3:]))
             if "ids" in batch:
-                batches.append({name: batch[name].to(cfg.device, non_blocking=True)
-                                for name in ("features", "lengths", "ids", "targets")})
+                batches.append(on_device(batch, cfg.device))
         if step == 0 and not cfg.init:
             scale_projection(model, batches[0])
         tokens, total = sum(len(batch["targets"]) for batch in batches), 0.0
@@ -493,7 +496,7 @@ def train(cfg):
                              "untouched: lower the learning rate or start again with --resume")
         optimizer.step()
         optimizer.zero_grad()
-        audio = sum(batch["lengths"].sum().item() for batch in batches) / 50  # seconds
+        audio = sum(sum(batch["lengths"]) for batch in batches) / 50  # seconds
         record(step=step + 1, loss=total / tokens, norm=norm, lr=lr_at(step, cfg), tokens=tokens, audio=audio)
         bar.set_postfix(loss=f"{total / tokens:.3f}", audio_s_per_s=f"{audio / (time.time() - start):.0f}")
         bar.update()

@@ -193,7 +193,7 @@ def pretraining_clips():
         for sentence, _, start, duration in clips:
             first = round(start * SAMPLE_RATE)
             features, _ = fbank([wave[first:first + round(duration * SAMPLE_RATE)]])
-            piece.append((features[0].half(), letters(sentence[0][EN])))
+            piece.append((features.half(), letters(sentence[0][EN])))
         if (index + 1) % 50 == 0:
             torch.save(piece, WORK / f"clips-{index // 50:03d}.pt")
             piece = []
@@ -206,19 +206,14 @@ def corpus_clips(split, voice=None):
     clips = []
     for r in rows:
         features, _ = fbank([load_audio(DEMO / r["audio"], r.get("start", 0.0), r["duration"])])
-        clips.append((features[0].half(), letters(r["text"])))
+        clips.append((features.half(), letters(r["text"])))
     return clips
 
 
-def pad(clips):
-    """Clips -> features (B, F, 160), lengths (B,)."""
-    features = torch.nn.utils.rnn.pad_sequence([x.float() for x, _ in clips], batch_first=True)
-    return features, torch.tensor([len(x) for x, _ in clips])
-
-
-def disguise(features, lengths, rng):
-    """Another speaker: stretches a batch in time by -15 to 35 % and along its 80 mel channels by up to 15 %, adds noise
-    to every row and zeroes a random band of up to 20 of its channels. Returns features and lengths."""
+def disguise(clips, rng):
+    """Another speaker: stretches a batch of features in time by -15 to 35 % and along its 80 mel channels by up to 15 %,
+    adds noise to every row and zeroes a random band of up to 20 of its channels. Returns a list of (F, 160)."""
+    features = torch.nn.utils.rnn.pad_sequence([x.float() for x, _ in clips], batch_first=True)  # (B, F, 160)
     frames, seconds, mels = features.shape[1], rng.uniform(0.85, 1.35), rng.uniform(0.85, 1.15)
     x = features.view(len(features), 1, -1, 80)  # (B, 1, 10 ms frames, 80)
     x = F.interpolate(x, (2 * round(frames * seconds), round(80 * mels)), mode="bilinear")[:, 0, :, :80]
@@ -228,7 +223,7 @@ def disguise(features, lengths, rng):
         first = rng.randrange(80)
         row[:, first:first + rng.randrange(21)] = 0
     x = x.reshape(len(x), -1, 160)
-    return x, lengths * x.shape[1] // frames
+    return [row[:len(clip) * x.shape[1] // frames] for row, (clip, _) in zip(x, clips)]
 
 
 def optimizers(model, rate):
@@ -276,9 +271,10 @@ def ctc_word_errors(encoder, head, clips):
     pairs = []
     for i in range(0, len(clips), 16):
         batch = clips[i:i + 16]
-        hidden, lengths = encoder(*pad(batch))
-        for row, n, (_, text) in zip(head(hidden.float()).argmax(-1), lengths, batch):
-            classes = row[:n].unique_consecutive().tolist()
+        lengths = [len(x) for x, _ in batch]
+        hidden = encoder(torch.cat([x.float() for x, _ in batch]), lengths)
+        for row, (_, text) in zip(head(hidden.float()).argmax(-1).split(lengths), batch):
+            classes = row.unique_consecutive().tolist()
             pairs.append((text, "".join(CHARACTERS[c - 1] for c in classes if c)))
     encoder.train()
     return word_errors(pairs)
@@ -303,12 +299,12 @@ def pretrain_encoder():
     dev, tools = corpus_clips("dev"), optimizers(model, ENCODER_RATE)
     bar = tqdm(batches(clips, ENCODER_BATCH, rng), "encoder", ENCODER_STEPS, mininterval=10)
     for i, batch in enumerate(itertools.islice(bar, ENCODER_STEPS)):
-        features, lengths = pad(batch)
-        hidden, lengths = encoder(*disguise(features, lengths, rng))
-        logs = head(hidden.float()).log_softmax(-1).transpose(0, 1)  # (F, B, 28)
+        features = disguise(batch, rng)
+        lengths = [len(x) for x in features]
+        logs = head(encoder(torch.cat(features), lengths).float()).log_softmax(-1).split(lengths)
         targets = [[CHARACTERS.index(c) + 1 for c in text] for _, text in batch]
-        loss = F.ctc_loss(logs, torch.tensor(sum(targets, [])), lengths, torch.tensor([len(t) for t in targets]),
-                          zero_infinity=True)
+        loss = F.ctc_loss(torch.nn.utils.rnn.pad_sequence(logs), torch.tensor(sum(targets, [])), torch.tensor(lengths),
+                          torch.tensor([len(t) for t in targets]), zero_infinity=True)  # of (F, B, 28)
         step(model, tools, loss, schedule(i, ENCODER_STEPS, ENCODER_RATE))
         if i % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
@@ -459,16 +455,12 @@ def pretrain_llm():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.06)
     tools = optimizers(model, LLM_RATE)
-    compiled = torch.compile(model.hidden, dynamic=True)
     bar = tqdm(text_batches(rows), "llm", LLM_STEPS, mininterval=10)
     for i, batch in enumerate(bar):
-        ids = torch.full((len(batch), max(len(p) + len(a) for p, a, _ in batch)), rows.end)
-        weights = torch.zeros(ids.shape)  # of the answers' tokens: every row counts the same
-        for b, (prompt, answer, _) in enumerate(batch):
-            ids[b, :len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-            weights[b, len(prompt):len(prompt) + len(answer)] = 1 / len(answer) / len(batch)
-        answers = weights > 0
-        hidden = compiled(model.embed(ids))[:, :-1][answers[:, 1:]]
+        ids = torch.tensor([token for prompt, answer, _ in batch for token in prompt + answer])
+        weights = torch.tensor([w / len(a) / len(batch) for p, a, _ in batch for w in [0.0] * len(p) + [1.0] * len(a)])
+        answers, = weights.nonzero(as_tuple=True)  # the answers' tokens: every row counts the same
+        hidden = model.hidden(model.embed(ids), [len(p) + len(a) for p, a, _ in batch])[answers - 1]
         loss = weights[answers] @ F.cross_entropy(model.logits(hidden), ids[answers], reduction="none")
         step(model, tools, loss, schedule(i, LLM_STEPS, LLM_RATE))
         if i % 10 == 0:
@@ -485,8 +477,8 @@ def answers_of(model, prompts):
     found = []
     for i in range(0, len(prompts), 64):
         batch = prompts[i:i + 64]
-        x = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in batch], batch_first=True)
-        found += generate(model, model.embed(x), torch.tensor([len(p) for p in batch]), max_new_tokens=48)
+        x = model.embed(torch.tensor([token for prompt in batch for token in prompt]))
+        found += generate(model, x, [len(p) for p in batch], max_new_tokens=48)
     model.train()
     return found
 

@@ -73,13 +73,13 @@ def loader():
     start = time.perf_counter()
     batches = [examples[batch] for batch in scheduled]
     read = time.perf_counter() - start
-    audio = sum(batch["lengths"].sum().item() for batch in batches) / 50
+    audio = sum(sum(batch["lengths"]) for batch in batches) / 50
     steps = []
     for batch in batches[:4]:
         start = time.perf_counter()
-        loss, count = model(*(batch[name] for name in ("features", "lengths", "ids", "targets")))
+        loss, count = model(**train.on_device(batch, "cpu"))
         (loss / count).backward()
-        steps.append((time.perf_counter() - start) / (batch["lengths"].sum().item() / 50))
+        steps.append((time.perf_counter() - start) / (sum(batch["lengths"]) / 50))
     step = statistics.median(steps)
     print(f"one worker reads {audio / read:.0f} audio-s/s, a step uses {1 / step:.0f}: {step * audio / read:.1f} times")
 

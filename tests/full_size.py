@@ -68,7 +68,7 @@ def run(part, who, dtype, directory):
     for _ in range(2):
         start = time.time()
         if who == "ours":
-            out = module(features, torch.tensor([500]))[0] if part == "encoder" else module(ids)
+            out = (module(features[0], [500]) if part == "encoder" else module(ids[0], [64]))[None]
         else:
             out = module(features.to(dtype)).last_hidden_state if part == "encoder" else module(ids).logits
         times.append(time.time() - start)

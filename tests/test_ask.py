@@ -87,7 +87,7 @@ def test_windows_of_any_length(seconds):
     assert not torch.cat(parts)[len(wave):].any() and len(windows(wave, math.inf)) == 1
     features, lengths = fbank(parts)  # every window can be heard
     assert features.isfinite().all()
-    assert data.feature_length(seconds) == fbank(windows(wave, math.inf))[1].item()
+    assert [data.feature_length(seconds)] == fbank(windows(wave, math.inf))[1]
 
 
 def test_joined_texts():
@@ -113,8 +113,8 @@ def test_together_is_alone(project, trained):
     together = answer_rows(model, tokenizer, rows, [recordings[i // 3] for i in range(24)], batch_size=5, max_new_tokens=9)
     for row, wave, answer in zip(rows, waves, together):
         features, lengths = fbank(windows(wave))
-        ids, _ = data.render({**row, "text": None}, data.adapter_length(lengths.item(), model.adapter.config), tokenizer, 0)
-        said, = model.generate(torch.tensor([ids]), torch.tensor([len(ids)]), features, lengths, max_new_tokens=9)
+        ids, _ = data.render({**row, "text": None}, data.adapter_length(lengths[0], model.adapter.config), tokenizer, 0)
+        said, = model.generate(torch.tensor(ids), [len(ids)], features, lengths, max_new_tokens=9)
         assert answer.text == tokenizer.decode(said[:len(said) - looped(said)]).strip()
 
 
@@ -132,7 +132,7 @@ def test_training_evaluation_and_sampling_build_the_same_ids(project, trained, m
         parts, = listen(model, [[frames]])
         answer_rows(model, tokenizer, [{**row, "instruction": instruction}], [parts], max_new_tokens=1)
         sample.ask(model, tokenizer, {**state, "refuse_above": None}, parts, instruction, max_new_tokens=1)
-        assert torch.cat([t[0] for t in seen]).tolist() == 2 * ids[:-answer]
+        assert torch.cat(seen).tolist() == 2 * ids[:-answer]
         seen.clear()
 
 
@@ -151,7 +151,7 @@ def test_long_recordings(project, trained):
     read, model.read = model.read, lambda ids, sizes, heard: seen.append(heard) or read(ids, sizes, heard=heard)
     answer_rows(model, tokenizer, [sqa, asr], [parts, parts], max_new_tokens=2)
     del model.read
-    assert {n for _, counts in seen for n in counts.tolist()} == {len(part) for part in parts} | {sum(map(len, parts))}
+    assert {n for _, counts in seen for n in counts} == {len(part) for part in parts} | {sum(map(len, parts))}
     long = [parts[0].repeat(200, 1)]
     short, error = answer_rows(model, tokenizer, [asr, sqa], [parts, long], max_new_tokens=9)
     assert short == joined and isinstance(error, AudioError)
@@ -165,7 +165,7 @@ def test_streamed_text_is_the_answer(project, trained):
     for row in project.rows[:3]:
         pieces = []
         answer, = answer_rows(model, tokenizer, [row], [parts], on_text=pieces.append, max_new_tokens=9)
-        assert "".join(pieces).strip() == answer.text and (len(pieces) > 2 or len(answer.text) < 3)
+        assert "".join(pieces).strip() == answer.text and len(pieces) >= min(3, len(answer.text.replace(" ", "")))
 
 
 def test_streaming_over_a_loop_loses_no_window(project, trained, monkeypatch):
@@ -211,16 +211,16 @@ def test_a_looping_answer_ends(project, trained):
 def log_p(model, tokenizer, ids, features, lengths, text):
     """log p of a text and the end token by one plain forward pass."""
     answer = tokenizer.encode(text).ids + [0]
-    row = torch.tensor([ids + answer])
-    targets = torch.arange(len(ids), row.shape[1])
-    return -model(features, lengths, row, targets)[0].item()
+    row = torch.tensor(ids + answer)
+    targets = torch.arange(len(ids), len(row))
+    return -model(features, lengths, row, [len(row)], targets)[0].item()
 
 
 def test_margins_by_hand(project, trained):
     model, tokenizer, _ = trained
     row = {**project.rows[2], "target_language": "en"}
     features, lengths = fbank(windows(load_audio(row["audio"])))
-    parts, = listen(model, [[features[0]]])
+    parts, = listen(model, [[features]])
     answer, = answer_rows(model, tokenizer, [row], [parts], weigh=True, max_new_tokens=9)
     ids, _ = data.render({**row, "text": None}, len(parts[0]), tokenizer, 0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""model.py against transformers on the same random weights, and against itself: padding, batching, caching, compiling."""
+"""model.py against transformers on the same random weights, and against itself: packing, batching, caching, compiling."""
 
 import json
 import math
@@ -34,19 +34,26 @@ def tiny_speech_lm(family="qwen2", seed=0, **llm_config):
     return randomise(SpeechLM(SpeechEncoder(encoder), LengthAdapter(adapter), llm), seed)
 
 
-def speech_batch(speech_lm, frames=(61, 1, 34, 7), prompt=(2, 0, 3, 1), answer=(5, 1, 2, 9), extra_frames=0, extra=0):
-    """A batch of rows [prompt][audio][two instruction tokens][answer]: features, lengths, ids, targets."""
-    rows, at = [], []
+def packed(x, lengths):
+    """The first `lengths` positions of each row of x (B, T, ...), end to end (N, ...)."""
+    return torch.cat([row[:n] for row, n in zip(x, lengths)])
+
+
+def speech_batch(speech_lm, frames=(61, 1, 34, 7), prompt=(2, 0, 3, 1), answer=(5, 1, 2, 9)):
+    """A batch of rows [prompt][audio][two instruction tokens][answer]: features, lengths, ids, ids_lengths, targets."""
+    rows, targets = [], []
     for f, p, a in zip(frames, prompt, answer):
         before = torch.randint(8, 211, (p,)).tolist() + [AUDIO] * adapter_length(f, speech_lm.adapter.config)
         rows.append(before + torch.randint(8, 211, (2 + a,)).tolist())
-        at.append(range(len(rows[-1]) - a, len(rows[-1])))
-    ids = torch.randint(0, 211, (len(rows), max(map(len, rows)) + extra))
-    for b, row in enumerate(rows):
-        ids[b, :len(row)] = torch.tensor(row)
-    targets = torch.tensor([b * ids.shape[1] + t for b, answer in enumerate(at) for t in answer])
-    features = torch.randn(len(rows), max(frames) + extra_frames, 160)
-    return features, torch.tensor(frames), ids, targets
+        end = sum(map(len, rows))
+        targets += range(end - a, end)
+    return torch.randn(sum(frames), 160), list(frames), torch.tensor(sum(rows, [])), list(map(len, rows)), torch.tensor(targets)
+
+
+def begins(speech_lm, ids, lengths, answer=(5, 1, 2, 9), instruction=2):
+    """The rows of a batch up to the answer, or without the two instruction tokens: ids and lengths again."""
+    lengths_before = [n - a - 2 + instruction for n, a in zip(lengths, answer)]
+    return packed(ids.split(lengths), lengths_before), lengths_before
 
 
 class Shapes(TorchDispatchMode):
@@ -72,11 +79,10 @@ def test_encoder_equals_peer_row_by_row(tmp_path):
     peer = peer_encoder()
     peer.save_pretrained(tmp_path)
     ours = SpeechEncoder.from_pretrained(tmp_path)
-    features, lengths = torch.randn(4, 70, 160), torch.tensor([70, 33, 1, 2])
-    hidden, out_lengths = ours(features, lengths)
-    assert torch.equal(out_lengths, lengths)
-    for b, n in enumerate(lengths):
-        assert relative_error(hidden[b, :n], peer(features[b:b + 1, :n]).last_hidden_state[0]) < 1e-5
+    features, lengths = torch.randn(106, 160), [70, 33, 1, 2]
+    hidden = ours(features, lengths)
+    for x, row in zip(features.split(lengths), hidden.split(lengths)):
+        assert relative_error(row, peer(x[None]).last_hidden_state[0]) < 1e-5
 
 
 @torch.no_grad()
@@ -92,8 +98,8 @@ def test_encoder_of_a_ctc_finetune(tmp_path, adapter):
     features = torch.randn(2, 40, 160)
     w = peer.wav2vec2_bert
     theirs = w.encoder(w.feature_projection(features)[0]).last_hidden_state
-    hidden, _ = SpeechEncoder.from_pretrained(tmp_path)(features, torch.tensor([40, 40]))
-    assert relative_error(hidden, theirs) < 1e-5
+    hidden = SpeechEncoder.from_pretrained(tmp_path)(features.flatten(0, 1), [40, 40])
+    assert relative_error(hidden, theirs.flatten(0, 1)) < 1e-5
 
 
 @torch.no_grad()
@@ -101,7 +107,7 @@ def test_no_position_table_per_query_key_pair():
     """The relative-position term is a (queries, 16) product, gathered: nothing has query x key x head_dim elements."""
     encoder = randomise(SpeechEncoder(EncoderConfig(**{**ENCODER, "num_hidden_layers": 1, "hidden_size": 64})))
     with Shapes() as shapes:
-        encoder(torch.randn(1, 200, 160), torch.tensor([200]))
+        encoder(torch.randn(200, 160), [200])
     assert max(math.prod(s) for s in shapes.seen) <= 4 * 200 * 200  # heads x queries x keys; head_dim is 16
 
 
@@ -116,26 +122,28 @@ def test_adapter_equals_peer_unpadded(shape):
     ours.layers.load_state_dict(peer.adapter.layers.state_dict(), strict=True)
     for n in range(1, 30):
         x = torch.randn(1, n, 32)
-        out, lengths = ours(x, torch.tensor([n]))
-        assert out.shape[1] == lengths.item() == adapter_length(n, config) >= 1
-        assert lengths.item() == peer._get_feat_extract_output_lengths(torch.tensor(n)).item()
-        assert relative_error(out, ours.enc_to_dec_proj(peer.adapter(x))) < 1e-5
+        out, lengths = ours(x[0], [n])
+        assert [len(out)] == lengths == [adapter_length(n, config)] and len(out) >= 1
+        assert lengths == [peer._get_feat_extract_output_lengths(torch.tensor(n)).item()]
+        assert relative_error(out, ours.enc_to_dec_proj(peer.adapter(x))[0]) < 1e-5
 
 
 @torch.no_grad()
 def test_adapter_reads_nothing_past_a_rows_end():
     """Where the peer leaks padding into the last frame of a row, at every length modulo the stride of 4."""
-    adapter = tiny_speech_lm().adapter
-    lengths = torch.arange(1, 14)
-    x = torch.randn(13, 13, 32)
-    out, out_lengths = adapter(x, lengths)
-    real = torch.arange(13) < lengths[:, None]
-    noisy = torch.where(real[..., None], x, 100 * torch.randn(13, 13, 32))
-    again, _ = adapter(F.pad(noisy, (0, 0, 0, 5), value=1e3), lengths)
-    for b, (n, m) in enumerate(zip(lengths, out_lengths)):
-        alone, _ = adapter(x[b:b + 1, :n], lengths[b:b + 1])
-        torch.testing.assert_close(out[b, :m], alone[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(again[b, :m], alone[0], rtol=1e-5, atol=1e-5)
+    for layers, kernel, stride in [(2, 3, 2), (1, 8, 8), (2, 5, 2), (1, 7, 2)]:
+        config = AdapterConfig(**ENCODER, output_size=48, num_adapter_layers=layers, adapter_kernel_size=kernel,
+                               adapter_stride=stride)
+        adapter, lengths = randomise(LengthAdapter(config)), list(range(1, 14))
+        x = torch.randn(sum(lengths), 32)
+        out, out_lengths = adapter(x, lengths)
+        loud = torch.cat([row if n % 2 else 1e3 * torch.randn(row.shape) for n, row in zip(lengths, x.split(lengths))])
+        again, _ = adapter(loud, lengths)  # every second row is another one
+        for n, row, one, two in zip(lengths, x.split(lengths), out.split(out_lengths), again.split(out_lengths)):
+            alone, _ = adapter(row, [n])
+            torch.testing.assert_close(one, alone, rtol=1e-5, atol=1e-5)
+            if n % 2:
+                torch.testing.assert_close(two, alone, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -143,8 +151,8 @@ def test_adapter_reads_nothing_past_a_rows_end():
 def test_llm_equals_peer(tmp_path, family):
     peer = peer_llm(family)
     peer.save_pretrained(tmp_path)
-    ours, ids = LLM.from_pretrained(tmp_path), torch.randint(0, 211, (2, 200))
-    assert relative_error(ours(ids), peer(ids).logits) < 1e-5
+    ours, ids, lengths = LLM.from_pretrained(tmp_path), torch.randint(0, 211, (3, 200)), [200, 131, 1]
+    assert relative_error(ours(packed(ids, lengths), lengths), packed(peer(ids).logits, lengths)) < 1e-5
     assert hasattr(ours, "lm_head") == ("untied" in family)
 
 
@@ -154,7 +162,7 @@ def test_llm_sharded_checkpoint(tmp_path):
     peer.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     ids = torch.randint(0, 211, (1, 30))
-    assert relative_error(LLM.from_pretrained(tmp_path)(ids), peer(ids).logits) < 1e-5
+    assert relative_error(LLM.from_pretrained(tmp_path)(ids[0], [30]), peer(ids).logits[0]) < 1e-5
     next(tmp_path.glob("model-00002-*")).unlink()
     with pytest.raises(CheckpointError, match="index.json: names the shard 'model-00002-of-.*download the missing"):
         LLM.from_pretrained(tmp_path)
@@ -208,8 +216,8 @@ def test_real_configurations_have_the_published_size(name):
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
     rotary = sys.modules[MODEL_MAPPING[type(config)].__module__]
     rotary = next(getattr(rotary, n) for n in dir(rotary) if n.endswith("RotaryEmbedding"))(config)
-    for mine, theirs in zip(model.rope(positions, ours.config), rotary(torch.zeros(1), positions)):
-        torch.testing.assert_close(mine[:, 0], theirs, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(model.rope(positions[0], ours.config), rotary(torch.zeros(1), positions)):
+        torch.testing.assert_close(mine[:, 0], theirs[0], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -217,18 +225,17 @@ def test_real_configurations_have_the_published_size(name):
 def test_bfloat16_stays_close_to_float32(tmp_path, family):
     speech_lm = tiny_speech_lm(family)
     save_reference(speech_lm, tmp_path)
-    features, lengths, ids, _ = speech_batch(speech_lm)
+    features, lengths, ids, ids_lengths, _ = speech_batch(speech_lm)
     ids = ids.clamp(min=0)
-    hidden, _ = speech_lm.encoder(features, lengths)
-    audio, n = speech_lm.adapter(hidden, lengths)
-    real, real_audio = torch.arange(61) < lengths[:, None], torch.arange(audio.shape[1]) < n[:, None]
+    hidden = speech_lm.encoder(features, lengths)
+    audio, _ = speech_lm.adapter(hidden, lengths)
     for dtype, compute in [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]:
         ours = load_reference(tmp_path, dtype, compute)
         assert {p.dtype for p in ours.parameters()} == {dtype}
-        hidden16, (audio16, _), logits = ours.encoder(features, lengths)[0], ours.adapter(hidden, lengths), ours.llm(ids)
+        hidden16, (audio16, _) = ours.encoder(features, lengths), ours.adapter(hidden, lengths)
+        logits = ours.llm(ids, ids_lengths)
         assert hidden16.dtype == audio16.dtype == ours.llm.embed(ids).dtype == compute and logits.dtype == torch.float32
-        for approximate, exact in [(hidden16[real], hidden[real]), (audio16[real_audio], audio[real_audio]),
-                                   (logits, speech_lm.llm(ids))]:
+        for approximate, exact in [(hidden16, hidden), (audio16, audio), (logits, speech_lm.llm(ids, ids_lengths))]:
             assert 1e-4 < (approximate.float() - exact).norm() / exact.norm() < 2e-2
     with pytest.raises(ValueError, match="precision torch.float16 is not supported; choose torch.float32 or"):
         load_reference(tmp_path, torch.float16)
@@ -247,7 +254,7 @@ def test_norms_and_loss_are_float32_under_bfloat16(monkeypatch):
     llm = tiny_llm()
     llm.compute_dtype = torch.bfloat16
     speech_lm = SpeechLM(None, None, llm)
-    loss = speech_lm.answer_loss(llm.hidden(llm.embed(torch.randint(0, 211, (1, 9))))[0], torch.randint(0, 211, (9,)))
+    loss = speech_lm.answer_loss(llm.hidden(llm.embed(torch.randint(0, 211, (9,))), [9]), torch.randint(0, 211, (9,)))
     assert loss.dtype == torch.float32 and set(seen) == {torch.float32}
 
 
@@ -280,15 +287,16 @@ def test_equals_the_reference_composite(tmp_path):
         "encoder": peer.config.to_dict(), "decoder": llm.config.to_dict()}))
     ours = load_reference(tmp_path)
 
-    features, lengths, answer = torch.randn(2, 16, 160), torch.tensor([16, 16]), 6
+    features, lengths, answer = torch.randn(2, 16, 160), [16, 16], 6
     text = torch.randint(8, 211, (2, 3 + answer))
     ones = torch.ones(2, 16).long()
     theirs = reference_logits(peer, proj, llm, features, ones, text, torch.ones_like(text))
-    ids = torch.cat([torch.full((2, 4), AUDIO), text], 1)
-    audio, _ = ours.encode(features, lengths)
-    assert relative_error(ours.llm.logits(ours.llm.hidden(ours.embed(ids, audio))), theirs) < 1e-5
+    ids = torch.cat([torch.full((2, 4), AUDIO), text], 1).flatten()
+    audio, _ = ours.encode(features.flatten(0, 1), lengths)
+    logits = ours.llm.logits(ours.llm.hidden(ours.embed(ids, audio), [13, 13]))
+    assert relative_error(logits, theirs.flatten(0, 1)) < 1e-5
     targets = torch.tensor([b * 13 + t for b in range(2) for t in range(7, 13)])
-    loss, count = ours(features, lengths, ids, targets)
+    loss, count = ours(features.flatten(0, 1), lengths, ids, [13, 13], targets)
     per_token = F.cross_entropy(theirs[:, 6:-1].flatten(0, 1), text[:, 3:].flatten(), reduction="none").view(2, answer)
     assert count == 12
     torch.testing.assert_close(loss, per_token.sum(), rtol=1e-5, atol=1e-4)
@@ -309,44 +317,98 @@ def test_equals_the_reference_composite(tmp_path):
     holes = reference_logits(peer, proj, llm, features, mask, text, text_mask)[1, -answer:]
     alone = reference_logits(peer, proj, llm, features[1:, :8], ones[1:, :8], text[1:, 2:], text_mask[1:, 2:])[0, -answer:]
     assert relative_error(holes, alone) > 1e-2
-    row = torch.cat([torch.full((1, 2), AUDIO), text[1:, 2:]], 1)
-    audio, _ = ours.encode(features[1:], torch.tensor([8]))
-    assert relative_error(ours.llm.logits(ours.llm.hidden(ours.embed(row, audio)))[0, -answer:], alone) < 1e-5
+    row = torch.cat([torch.full((2,), AUDIO), text[1, 2:]])
+    audio, _ = ours.encode(features[1, :8], [8])
+    assert relative_error(ours.llm.logits(ours.llm.hidden(ours.embed(row, audio), [len(row)]))[-answer:], alone) < 1e-5
 
 
-# ------------------------------------------------------------------------- padding, batching, caching, compiling, meta
+# ------------------------------------------------------------------------- packing, batching, caching, compiling, meta
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_equals_its_rows(family):
     speech_lm = tiny_speech_lm(family)
-    features, lengths, ids, targets = speech_batch(speech_lm)
-    loss, count = speech_lm(features, lengths, ids, targets)
-    T = ids.shape[1]
-    alone = 0
-    for b in range(len(ids)):
-        own = targets[targets // T == b] % T
-        end = own.max() + 1
-        one, _ = speech_lm(features[b:b + 1, :lengths[b]], lengths[b:b + 1], ids[b:b + 1, :end], own)
-        alone += one
-    torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-4)
+    features, lengths, ids, ids_lengths, targets = speech_batch(speech_lm)
+    loss, count = speech_lm(features, lengths, ids, ids_lengths, targets)
+    rows = list(zip(features.split(lengths), ids.split(ids_lengths), (5, 1, 2, 9)))
+    alone = [speech_lm(x, [len(x)], row, [len(row)], torch.arange(len(row) - n, len(row)))[0] for x, row, n in rows]
+    torch.testing.assert_close(loss, sum(alone), rtol=1e-5, atol=1e-4)
     assert count == len(targets) == 17
-    wider = torch.cat([ids, torch.randint(0, 211, (4, 9))], 1)
-    noisy = torch.cat([features, torch.full((4, 13, 160), float("nan"))], 1)
-    padded, _ = speech_lm(noisy, lengths, wider, targets // T * (T + 9) + targets % T)
-    torch.testing.assert_close(loss, padded, rtol=1e-5, atol=1e-4)
+    for b, x in enumerate(features.split(lengths)):  # a row of NaN touches no other
+        kept = x.clone()
+        x.fill_(float("nan"))
+        others = torch.tensor([t for t in targets.tolist() if not sum(ids_lengths[:b]) <= t < sum(ids_lengths[:b + 1])])
+        loss, _ = speech_lm(features, lengths, ids, ids_lengths, others)
+        torch.testing.assert_close(loss, sum(alone) - alone[b], rtol=1e-5, atol=1e-4)
+        x.copy_(kept)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_a_batch_are_the_sum_of_its_rows(checkpointing):
+    speech_lm = tiny_speech_lm("qwen3")
+    speech_lm.encoder.checkpointing = speech_lm.llm.checkpointing = checkpointing
+    features, lengths, ids, ids_lengths, targets = speech_batch(speech_lm)
+    speech_lm(features, lengths, ids, ids_lengths, targets)[0].backward()
+    together = {name: p.grad.clone() for name, p in speech_lm.named_parameters() if p.grad is not None}
+    speech_lm.zero_grad()
+    for x, row, n in zip(features.split(lengths), ids.split(ids_lengths), (5, 1, 2, 9)):
+        speech_lm(x, [len(x)], row, [len(row)], torch.arange(len(row) - n, len(row)))[0].backward()
+    alone = {name: p.grad for name, p in speech_lm.named_parameters() if p.grad is not None}
+    assert any("distance_embedding" in name for name in alone) and any("depthwise_conv" in name for name in alone)
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_linear_layers_see_no_padding(monkeypatch):
+    """Every product with a weight matrix has as many rows as the batch has frames or tokens."""
+    speech_lm, seen, linear = tiny_speech_lm(), set(), F.linear
+    features, lengths, ids, ids_lengths, targets = speech_batch(speech_lm)
+    monkeypatch.setattr(F, "linear", lambda x, *weights: seen.add(tuple(x.shape[:-1])) or linear(x, *weights))
+    speech_lm(features, lengths, ids, ids_lengths, targets)
+    half = sum((n + 1) // 2 for n in lengths)
+    assert seen == {(sum(lengths),), (half,), (sum(adapter_length(n, speech_lm.adapter.config) for n in lengths),),
+                    (sum(ids_lengths),), (len(targets),)}
+    seen.clear()
+    speech_lm.generate(ids, ids_lengths, features, lengths, max_new_tokens=2)
+    assert (len(ids),) in seen and all(sum(shape) in (sum(lengths), half, 28, len(ids), 4) for shape in seen)
+
+
+def flexed(q, k, v, rows, bias=None):
+    """What CUDA computes, by the slow form of flex_attention."""
+    from torch.nn.attention.flex_attention import flex_attention
+    return model.attend_flex(flex_attention, q, k, v, rows, model.document_mask(rows.row, rows.causal), bias)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("bucket", [16, 128])
+def test_the_kernel_of_cuda_equals_attention_row_by_row(monkeypatch, bucket):
+    """Masks, biases and filling up of flex_attention, proven on the CPU, in isolation and in the whole model."""
+    monkeypatch.setattr(model, "BUCKET", bucket)
+    for lengths in ([61, 1, 34, 7], [128], [1], [1, 1, 127], [15, 1]):
+        for causal, heads, reach in [(True, 2, None), (False, 6, None), (False, 6, (12, 3))]:
+            rows = model.Rows(lengths, "cpu", causal, reach=reach)
+            q = torch.randn(len(rows.row), 6, 16)
+            k, v = torch.randn(2, len(rows.row), heads, 16)
+            bias = None if reach is None else torch.randn(len(rows.row), 6, 16)
+            torch.testing.assert_close(flexed(q, k, v, rows, bias), model.attend(q, k, v, rows, bias), rtol=1e-5, atol=1e-5)
+    speech_lm = tiny_speech_lm("qwen3")
+    batch, plain = speech_batch(speech_lm), model.attend
+    loss, _ = speech_lm(*batch)
+    monkeypatch.setattr(model, "attend", lambda q, k, v, rows, bias=None, dropout=0.0: flexed(q, k, v, rows, bias))
+    torch.testing.assert_close(speech_lm(*batch)[0], loss, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(num_beams=4), dict(num_beams=3, length_penalty=0.4)])
 def test_a_generated_batch_equals_its_rows(options):
-    ends = list(range(0, 15 if options else 60))  # many end tokens: rows end at different steps
+    ends = list(range(60))  # many end tokens: rows end at different steps
     speech_lm = tiny_speech_lm(eos_token_id=ends)
-    features, lengths, ids, targets = speech_batch(speech_lm)
-    n = (ids == AUDIO).sum(1) + torch.tensor([2, 0, 3, 1]) + 2
-    batch = speech_lm.generate(ids, n, features, lengths, max_new_tokens=12, **options)
-    alone = [speech_lm.generate(ids[b:b + 1, :n[b]], n[b:b + 1], features[b:b + 1, :lengths[b]], lengths[b:b + 1],
-                                max_new_tokens=12, **options)[0] for b in range(4)]
+    features, lengths, ids, ids_lengths, _ = speech_batch(speech_lm)
+    ids, ids_lengths = begins(speech_lm, ids, ids_lengths)
+    batch = speech_lm.generate(ids, ids_lengths, features, lengths, max_new_tokens=12, **options)
+    alone = [speech_lm.generate(row, [len(row)], x, [len(x)], max_new_tokens=12, **options)[0]
+             for row, x in zip(ids.split(ids_lengths), features.split(lengths))]
     assert batch == alone
     assert len({len(row) for row in batch}) > 1
 
@@ -356,16 +418,16 @@ def test_a_generated_batch_equals_its_rows(options):
 def test_cached_decoding_equals_full_forward(family):
     llm = tiny_llm(family)
     ids, lengths = torch.randint(0, 211, (3, 20)), torch.tensor([11, 6, 1])
-    full = llm(ids)
+    full = llm(ids.flatten(), [20] * 3).view(3, 20, -1)
     cache = new_cache(llm, 3, 32)
-    logits = prefill(llm, llm.embed(ids[:, :11]), lengths, cache)
+    logits = prefill(llm, llm.embed(packed(ids, lengths)), lengths.tolist(), cache)
     for step in range(9):
         torch.testing.assert_close(logits, full[torch.arange(3), lengths + step - 1], rtol=1e-4, atol=1e-4)
         logits = decode_step(llm, ids[torch.arange(3), lengths + step], lengths + step, cache)
     cache = new_cache(llm, 3, 32)  # the same rows in two unequal pieces
-    prefill(llm, llm.embed(ids[:, :11]), lengths, cache)
-    rest = torch.stack([ids[b, n:n + 9] for b, n in enumerate(lengths)])
-    logits = prefill(llm, llm.embed(rest), torch.tensor([9, 2, 5]), cache, start=lengths)
+    prefill(llm, llm.embed(packed(ids, lengths)), lengths.tolist(), cache)
+    rest = torch.cat([ids[b, n:n + more] for b, (n, more) in enumerate(zip(lengths, [9, 2, 5]))])
+    logits = prefill(llm, llm.embed(rest), [9, 2, 5], cache, start=lengths)
     torch.testing.assert_close(logits, full[torch.arange(3), lengths + torch.tensor([9, 2, 5]) - 1], rtol=1e-4, atol=1e-4)
 
 
@@ -381,7 +443,7 @@ def test_generated_ids_equal_peer(tmp_path, options, eos):
     assert ours.config.eos_token_id == eos
     lengths = torch.tensor([9, 4, 1, 17, 12])
     ids = torch.randint(60, 211, (5, 17))
-    answers = generate(ours, ours.embed(ids), lengths, max_new_tokens=10, **options)
+    answers = generate(ours, ours.embed(packed(ids, lengths)), lengths.tolist(), max_new_tokens=10, **options)
     for b, n in enumerate(lengths):
         theirs = peer.generate(ids[b:b + 1, :n], attention_mask=torch.ones(1, n).long(), max_new_tokens=10,
                                do_sample=False, pad_token_id=0, **options)[0, n:].tolist()
@@ -393,33 +455,31 @@ def test_generated_ids_equal_peer(tmp_path, options, eos):
 
 def test_stop_callback_prefix_and_context():
     speech_lm = tiny_speech_lm(eos_token_id=list(range(0, 90)))
-    features, lengths, ids, _ = speech_batch(speech_lm)
-    n = (ids == AUDIO).sum(1) + torch.tensor([2, 0, 3, 1])  # prompt and audio
+    features, lengths, ids, ids_lengths, _ = speech_batch(speech_lm)
     spoken = [[] for _ in range(4)]
-    answers = speech_lm.generate(ids, n + 2, features, lengths, max_new_tokens=9,
+    answers = speech_lm.generate(*begins(speech_lm, ids, ids_lengths), features, lengths, max_new_tokens=9,
                                  on_token=lambda row, token: spoken[row].append(token))
     assert spoken == answers and len({len(a) for a in answers}) > 1 and max(max(a, default=90) for a in answers) >= 90
     assert min(min(a, default=90) for a in answers) >= 90  # the end token is not part of the answer
 
     # the prompt and the audio read once, then six instructions asked of the four recordings, encoder out of reach
-    prefix = speech_lm.read(ids[:, :n.max()], n, features, lengths)
-    questions, of = torch.randint(90, 211, (6, 3)), torch.tensor([0, 3, 3, 1, 2, 0])
-    sizes = torch.tensor([3, 1, 2, 3, 2, 1])
+    ids, ids_lengths = begins(speech_lm, ids, ids_lengths, instruction=0)  # prompt and audio
+    prefix = speech_lm.read(ids, ids_lengths, features, lengths)
+    of, sizes = [0, 3, 3, 1, 2, 0], [3, 1, 2, 3, 2, 1]
+    questions = torch.randint(90, 211, (sum(sizes),))
     separately, beamed = [], []
-    for q, row, size in zip(questions, of, sizes):
-        whole = torch.cat([ids[row, :n[row]], q[:size]])[None]
-        separately += speech_lm.generate(whole, n[row, None] + size, features[row, None, :lengths[row]],
-                                         lengths[row, None], max_new_tokens=9)
-        beamed += speech_lm.generate(whole, n[row, None] + size, features[row, None, :lengths[row]],
-                                     lengths[row, None], max_new_tokens=9, num_beams=3)
+    for q, row in zip(questions.split(sizes), of):
+        whole, x = torch.cat([ids.split(ids_lengths)[row], q]), features.split(lengths)[row]
+        separately += speech_lm.generate(whole, [len(whole)], x, [len(x)], max_new_tokens=9)
+        beamed += speech_lm.generate(whole, [len(whole)], x, [len(x)], max_new_tokens=9, num_beams=3)
     speech_lm.encoder = speech_lm.adapter = None
     for _ in range(2):  # asking leaves the prefix as it was
         assert speech_lm.generate(questions, sizes, prefix=prefix, prefix_rows=of, max_new_tokens=9) == separately
     asked = speech_lm.generate(questions, sizes, prefix=prefix, prefix_rows=of, max_new_tokens=9, num_beams=3)
     assert asked == beamed
-    assert speech_lm.generate(questions[:4], sizes[:4], prefix=prefix, max_new_tokens=9) == [
-        speech_lm.generate(questions[b:b + 1], sizes[b:b + 1], prefix=prefix, prefix_rows=torch.tensor([b]),
-                           max_new_tokens=9)[0] for b in range(4)]
+    assert speech_lm.generate(questions[:9], sizes[:4], prefix=prefix, max_new_tokens=9) == [
+        speech_lm.generate(q, [len(q)], prefix=prefix, prefix_rows=[b], max_new_tokens=9)[0]
+        for b, q in enumerate(questions.split(sizes)[:4])]
     with pytest.raises(ValueError, match="a prefix of 4 rows for 6 rows; say with prefix_rows which to continue"):
         speech_lm.generate(questions, sizes, prefix=prefix)
     with pytest.raises(ValueError, match=r"a row needs \d+ positions with its 500 new tokens, the model's context has 512"):
@@ -428,21 +488,21 @@ def test_stop_callback_prefix_and_context():
 
 def test_wrong_number_of_placeholders_is_refused():
     speech_lm = tiny_speech_lm()
-    features, lengths, ids, _ = speech_batch(speech_lm)
-    ids[0, 2] = 5
+    features, lengths, ids, ids_lengths, _ = speech_batch(speech_lm)
+    ids[2] = 5
     with pytest.raises(ValueError, match=r"rows hold \[15, 1, 9, 2\] audio placeholders for \[16, 1, 9, 2\] audio frames"):
-        speech_lm.generate(ids, torch.tensor([20, 3, 14, 5]), features, lengths)
+        speech_lm.generate(ids, ids_lengths, features, lengths)
 
 
 @pytest.mark.parametrize("options, message", [
     (dict(max_new_tokens=0), "max_new_tokens 0 and num_beams 1 must be at least 1"),
     (dict(num_beams=0), "num_beams 0 must be at least 1"), (dict(temperature=-1), "temperature -1 at least 0"),
     (dict(top_p=0), "top_p 0 above 0"), (dict(num_beams=2, temperature=1.0), "beam search neither samples nor streams"),
-    (dict(ids_lengths=torch.tensor([0, 3])), r"row lengths \[0, 3\], expected 1 to 5"),
-    (dict(ids=torch.full((2, 5), AUDIO)), r"rows hold \[5, 5\] audio placeholders for \[0, 0\] audio frames")])
+    (dict(ids_lengths=[0, 8]), r"row lengths \[0, 8\] of 8 positions; expected at least 1 each, and as many in all"),
+    (dict(ids=torch.full((8,), AUDIO)), r"rows hold \[5, 3\] audio placeholders for \[0, 0\] audio frames")])
 def test_generate_refuses_what_makes_no_sense(options, message):
     speech_lm = tiny_speech_lm()
-    arguments = dict(ids=torch.randint(0, 211, (2, 5)), ids_lengths=torch.tensor([5, 3]))
+    arguments = dict(ids=torch.randint(0, 211, (8,)), ids_lengths=[5, 3])
     assert len(speech_lm.generate(**arguments, max_new_tokens=2)) == 2  # text alone will do
     with pytest.raises(ValueError, match=message):
         speech_lm.generate(**{**arguments, **options})
@@ -460,8 +520,8 @@ def test_sampling():
         assert not drawn[kept == 0].any()
         assert (drawn - kept).abs().max() < 0.05
     assert torch.equal(sample(logits, 0, 0.3, None), logits.argmax(-1))
-    llm, ids = tiny_llm(), torch.randint(0, 211, (2, 5))
-    run = [generate(llm, llm.embed(ids), torch.tensor([5, 3]), 20, temperature=1.0,
+    llm, ids = tiny_llm(), torch.randint(0, 211, (8,))
+    run = [generate(llm, llm.embed(ids), [5, 3], 20, temperature=1.0,
                     generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert run[0] == run[1] != run[2]
 
@@ -470,7 +530,7 @@ def test_whole_path_on_the_meta_device():
     """Shapes flow from features to loss, gradients and decoding with no tensor made on another device."""
     with torch.device("meta"):
         speech_lm = tiny_speech_lm("qwen3")
-    batch = [t.to("meta") for t in speech_batch(speech_lm)]
+    batch = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in speech_batch(speech_lm)]
     with Shapes() as made:
         for train in (False, True):
             speech_lm.train(train)
@@ -478,31 +538,29 @@ def test_whole_path_on_the_meta_device():
             loss.backward()
             assert loss.shape == () and count == 17
         with torch.no_grad():
-            features, lengths, ids, _ = batch
+            features, lengths, ids, ids_lengths, _ = batch
             audio, _ = speech_lm.encode(features, lengths)
-            cache = new_cache(speech_lm.llm, 4, 64)
-            logits = prefill(speech_lm.llm, speech_lm.embed(ids, audio), lengths, cache)
-            logits = decode_step(speech_lm.llm, sample(logits, 0, 1.0, None), lengths, cache)
-            logits = prefill(speech_lm.llm, speech_lm.embed(ids), lengths, cache, start=lengths)
+            cache, start = new_cache(speech_lm.llm, 4, 64), torch.tensor(ids_lengths, device="meta")
+            logits = prefill(speech_lm.llm, speech_lm.embed(ids, audio), ids_lengths, cache)
+            logits = decode_step(speech_lm.llm, sample(logits, 0, 1.0, None), start, cache)
+            logits = prefill(speech_lm.llm, speech_lm.embed(ids), ids_lengths, cache, start)
     assert logits.shape == (4, 211) and made.devices == {"meta"}
 
 
 @torch.no_grad()
 def test_compiled_equals_eager():
     speech_lm = tiny_speech_lm("qwen3")
-    features, lengths, ids, targets = speech_batch(speech_lm)
-    compiled = torch.compile(speech_lm.encoder, fullgraph=True, dynamic=False)
-    hidden, _ = speech_lm.encoder(features, lengths)
-    real = torch.arange(61) < lengths[:, None]
-    torch.testing.assert_close(compiled(features, lengths)[0][real], hidden[real], rtol=1e-4, atol=1e-4)
-    llm, text = speech_lm.llm, ids.clamp(min=0)
-    torch.testing.assert_close(torch.compile(llm, fullgraph=True, dynamic=False)(text), llm(text), rtol=1e-4, atol=1e-4)
+    features, lengths, ids, ids_lengths, _ = speech_batch(speech_lm)
+    compiled, hidden = torch.compile(speech_lm.encoder, fullgraph=True, dynamic=False), speech_lm.encoder(features, lengths)
+    torch.testing.assert_close(compiled(features, lengths), hidden, rtol=1e-4, atol=1e-4)
+    llm, text, ends = speech_lm.llm, ids.clamp(min=0), torch.tensor(ids_lengths)
+    torch.testing.assert_close(torch.compile(llm, fullgraph=True, dynamic=False)(text, ids_lengths),
+                               llm(text, ids_lengths), rtol=1e-4, atol=1e-4)
     step, caches = torch.compile(decode_step, fullgraph=True, dynamic=False), [new_cache(llm, 4, 40) for _ in range(2)]
     for cache in caches:
-        prefill(llm, llm.embed(text), lengths.clamp(max=20), cache)
+        prefill(llm, llm.embed(text), ids_lengths, cache)
     for i in range(3):
-        logits = [run(llm, text[:, i], lengths.clamp(max=20) + i, cache)
-                  for run, cache in zip((step, decode_step), caches)]
+        logits = [run(llm, text[4 * i:4 * i + 4], ends + i, cache) for run, cache in zip((step, decode_step), caches)]
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(*caches, rtol=1e-4, atol=1e-4)
 
@@ -574,45 +632,51 @@ def test_every_dropout_of_the_peer_is_there_and_in_training_only(monkeypatch, na
     encoder, adapter = SpeechEncoder(EncoderConfig(**config)), LengthAdapter(AdapterConfig(**config, output_size=48))
     used, dropout, attention = [], F.dropout, F.scaled_dot_product_attention
     monkeypatch.setattr(F, "dropout", lambda x, p, training: used.append(p * training) or dropout(x, p, training))
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, mask, p: used.append(p) or attention(q, k, v, mask, p))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, mask, p, causal, enable_gqa: used.append(p) or
+                        attention(q, k, v, mask, p, causal))
     for train in (True, False):
-        for module, features, count in [(encoder, torch.randn(1, 20, 160), in_encoder), (adapter, torch.randn(1, 20, 32), in_adapter)]:
+        for module, features, count in [(encoder, torch.randn(20, 160), in_encoder), (adapter, torch.randn(20, 32), in_adapter)]:
             used.clear()
-            module.train(train)(features, torch.tensor([20]))
+            module.train(train)(features, [20])
             assert used.count(0.25) == count * train and set(used) <= {0.0, 0.25}
 
 
 def test_attention_dropout_of_the_llm():
-    llm, ids = tiny_llm(attention_dropout=0.5), torch.randint(0, 211, (1, 30))
-    assert torch.equal(llm(ids), llm(ids))
+    llm, ids = tiny_llm(attention_dropout=0.5), torch.randint(0, 211, (30,))
+    assert torch.equal(llm(ids, [30]), llm(ids, [30]))
     llm.train()
-    assert not torch.equal(llm(ids), llm(ids))
+    assert not torch.equal(llm(ids, [30]), llm(ids, [30]))
 
 
 def test_layerdrop_and_masking_in_training_only():
-    features, lengths = torch.randn(2, 60, 160), torch.tensor([60, 41])
+    features, lengths = torch.randn(101, 160), [60, 41]
     off = dict(ENCODER, layerdrop=0.0, mask_time_prob=0.0, conformer_conv_dropout=0.0)
     for on in (dict(layerdrop=0.5), dict(mask_time_prob=0.3), dict(mask_feature_prob=0.5), {}):
         encoder = randomise(SpeechEncoder(EncoderConfig(**{**off, **on})))
-        runs = [encoder(features, lengths)[0] for _ in range(2)]
+        runs = [encoder(features, lengths) for _ in range(2)]
         assert torch.equal(*runs)
         encoder.train()
-        runs += [encoder(features, lengths)[0] for _ in range(12)]
+        runs += [encoder(features, lengths) for _ in range(12)]
         assert all(torch.equal(runs[0], run) for run in runs) == (not on), on
     encoder.config.apply_spec_augment, encoder.config.mask_time_prob = False, 0.9
-    assert torch.equal(encoder(features, lengths)[0], runs[0])
+    assert torch.equal(encoder(features, lengths), runs[0])
     encoder.config.layerdrop = 1.0  # every layer dropped: the projected features come out
-    torch.testing.assert_close(encoder(features, lengths)[0][0], encoder.feature_projection(features)[0])
+    torch.testing.assert_close(encoder(features, lengths), encoder.feature_projection(features))
 
 
 def test_masked_frames_become_the_learned_vector_and_masked_channels_zero():
     encoder = randomise(SpeechEncoder(EncoderConfig(**ENCODER, mask_time_prob=0.3, mask_feature_prob=0.3)))
-    x, lengths = torch.randn(3, 60, 32) + 5, torch.tensor([60, 60, 30])
-    y = encoder.spec_augment(x, lengths)
-    channels = (y == 0).all(1)  # (B, D)
-    frames = ((y == encoder.masked_spec_embed) | channels[:, None]).all(-1)  # (B, T)
-    assert channels.any() and frames.any() and not frames[2, 30:].any()
-    assert torch.equal(y, torch.where(channels[:, None], 0, torch.where(frames[..., None], encoder.masked_spec_embed, x)))
+    lengths = [60, 60, 30]
+    x = torch.randn(150, 32) + 5
+    masked = encoder.spec_augment(x, model.Rows(lengths, "cpu")).split(lengths)
+    found = set()
+    for row, y in zip(x.split(lengths), masked):
+        channels = (y == 0).all(0)  # (D,), the same in all frames of a row
+        frames = ((y == encoder.masked_spec_embed) | channels).all(1)  # (F,)
+        assert channels.any() and frames.any()
+        assert torch.equal(y, torch.where(channels, 0, torch.where(frames[:, None], encoder.masked_spec_embed, row)))
+        found.add((*channels.tolist(), *frames[:30].tolist()))
+    assert len(found) == 3  # each row has spans of its own
 
 
 @torch.no_grad()
@@ -624,9 +688,9 @@ def test_other_activations_equal_peer():
     state = peer.state_dict()
     encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("adapter")})
     adapter.layers.load_state_dict(peer.adapter.layers.state_dict())
-    features, lengths = torch.randn(1, 21, 160), torch.tensor([21])
-    x, _ = adapter(*encoder(features, lengths))
-    assert relative_error(x, adapter.enc_to_dec_proj(peer(features).last_hidden_state)) < 1e-5
+    features = torch.randn(21, 160)
+    x, _ = adapter(encoder(features, [21]), [21])
+    assert relative_error(x, adapter.enc_to_dec_proj(peer(features[None]).last_hidden_state)[0]) < 1e-5
 
 
 def test_masked_spans_have_the_peers_statistics():
@@ -674,10 +738,10 @@ def test_save_and_load_again(tmp_path):
     ids = torch.randint(0, 211, (1, 20))
     with torch.no_grad():
         peer = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
-        assert relative_error(speech_lm.llm(ids), peer(ids).logits) < 1e-5
-        x, n = torch.randn(1, 30, 160), torch.tensor([30])
+        assert relative_error(speech_lm.llm(ids[0], [20]), peer(ids).logits[0]) < 1e-5
+        x = torch.randn(30, 160)
         peer = Wav2Vec2BertModel.from_pretrained(tmp_path / "encoder").eval()
-        assert relative_error(speech_lm.encoder(x, n)[0], peer(x).last_hidden_state) < 1e-5
+        assert relative_error(speech_lm.encoder(x, [30]), peer(x[None]).last_hidden_state[0]) < 1e-5
 
 
 @torch.no_grad()
@@ -688,9 +752,9 @@ def test_a_new_adapter_of_any_shape_is_saved_and_loaded(tmp_path):
         whole = randomise(SpeechLM(SpeechEncoder(encoder), LengthAdapter(adapter), llm))
         save_reference(whole, tmp_path)  # over the memory-mapped model of the round before
         again = load_reference(tmp_path)
-        features, lengths = torch.randn(2, 33, 160), torch.tensor([33, 1])
-        for ours, theirs in zip(whole.encode(features, lengths), again.encode(features, lengths)):
-            assert torch.equal(ours, theirs)
+        features = torch.randn(34, 160)
+        (ours, lengths), (theirs, again_lengths) = whole.encode(features, [33, 1]), again.encode(features, [33, 1])
+        assert torch.equal(ours, theirs) and lengths == again_lengths
         assert again.llm.config.eos_token_id == [5, 6]
     whole.adapter.config.num_attention_heads = 2
     with pytest.raises(ValueError, match="the adapter's width, heads, FFN and dropout differ from the encoder's"):
@@ -902,28 +966,26 @@ def test_tied_checkpoint_with_another_output_layer_is_refused(tmp_path):
 def test_score_is_the_log_probability_of_the_answer():
     """Continuing a prefix, in one batch of uneven rows, against a forward pass over each whole row."""
     speech_lm = tiny_speech_lm().eval()
-    features, lengths = torch.randn(2, 61, 160), torch.tensor([61, 34])
-    counts = adapter_length(lengths, speech_lm.adapter.config)
-    ids = torch.full((2, int(counts.max())), AUDIO)
-    ids[1, counts[1]:] = 0
+    features, lengths = torch.randn(95, 160), [61, 34]
+    counts = [adapter_length(n, speech_lm.adapter.config) for n in lengths]
+    ids = torch.full((sum(counts),), AUDIO)
     prefix = speech_lm.read(ids, counts, features, lengths)
     again = speech_lm.read(ids, counts, heard=speech_lm.encode(features, lengths))
     for one, two in zip(prefix.cache, again.cache):
         torch.testing.assert_close(one, two)
-    asked, answers, of = [3, 1, 2, 4], [2, 5, 1, 3], torch.tensor([1, 0, 0, 1])
+    asked, answers, of = [3, 1, 2, 4], [2, 5, 1, 3], [1, 0, 0, 1]
     rows = [torch.randint(8, 211, (n + k,)) for n, k in zip(asked, answers)]
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    scores = speech_lm.score(padded, torch.tensor([len(row) for row in rows]), torch.tensor(answers), prefix, of)
-    for row, n, r, score in zip(rows, answers, of.tolist(), scores):
-        whole = torch.cat([torch.full((int(counts[r]),), AUDIO), row])[None]
-        targets = torch.arange(whole.shape[1] - n, whole.shape[1])
-        loss, _ = speech_lm(features[r:r + 1, :lengths[r]], lengths[r:r + 1], whole, targets)
+    scores = speech_lm.score(torch.cat(rows), [len(row) for row in rows], answers, prefix, of)
+    for row, n, r, score in zip(rows, answers, of, scores):
+        whole = torch.cat([torch.full((counts[r],), AUDIO), row])
+        targets = torch.arange(len(whole) - n, len(whole))
+        loss, _ = speech_lm(features.split(lengths)[r], lengths[r:r + 1], whole, [len(whole)], targets)
         assert score.item() == pytest.approx(-loss.item(), rel=1e-4)
 
 
 def test_no_answer_begins_with_a_forbidden_id():
     llm = tiny_llm()
-    x, lengths = llm.embed(torch.randint(8, 211, (3, 6))), torch.tensor([6, 6, 6])
+    x, lengths = llm.embed(torch.randint(8, 211, (18,))), [6, 6, 6]
     first = [answer[0] for answer in generate(llm, x, lengths, 3)]
     for beams in (1, 3):
         answers = generate(llm, x, lengths, 3, never_first=first, num_beams=beams)
@@ -932,13 +994,13 @@ def test_no_answer_begins_with_a_forbidden_id():
 
 def test_low_rank_updates():
     llm, plain = tiny_llm(), tiny_llm()
-    ids = torch.randint(8, 211, (2, 9))
+    ids = torch.randint(8, 211, (18,))
     names = set(llm.state_dict())
     add_lora(llm, 4, 8.0, ["q_proj", "down_proj"])
     trained = {name for name, p in llm.named_parameters() if p.requires_grad}
     assert trained == {f"model.layers.{i}.{layer}.lora_{ab}" for i in range(llm.config.num_hidden_layers)
                        for layer in ("self_attn.q_proj", "mlp.down_proj") for ab in "ab"}
-    assert torch.equal(llm(ids), plain(ids))  # B is zero
+    assert torch.equal(llm(ids, [9, 9]), plain(ids, [9, 9]))  # B is zero
     for p in llm.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.1)
@@ -949,6 +1011,6 @@ def test_low_rank_updates():
     state = merged_state(llm)
     assert set(state) == names
     plain.load_state_dict(state)
-    assert not torch.equal(llm(ids), tiny_llm()(ids)) and relative_error(plain(ids), llm(ids)) < 1e-5
-    llm(ids).sum().backward()
+    assert not torch.equal(llm(ids, [9, 9]), tiny_llm()(ids, [9, 9])) and relative_error(plain(ids, [9, 9]), llm(ids, [9, 9])) < 1e-5
+    llm(ids, [9, 9]).sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in llm.parameters())
