@@ -142,8 +142,8 @@ def quick_figures(pairs):
 
 
 def refusal_threshold(rows, answers):
-    """The margin above which to refuse so that most of the rows are answered rightly: {"refuse_above": margin}, or {}
-    if they are not both answerable and unanswerable ones."""
+    """The margin above which to refuse, by which the shares of answerable and of unanswerable questions that are answered
+    rightly are largest together: {"refuse_above": margin}, or {} if the rows are not of both kinds."""
     known, unknown = [], []  # margins of questions whose other answer is right, and of those to be refused
     for row, answer in zip(rows, answers):
         if isinstance(answer, AudioError):
@@ -154,7 +154,7 @@ def refusal_threshold(rows, answers):
         return {}
     margins = np.sort(known + unknown)
     cuts = [margins[0] - 1, *(margins[1:] + margins[:-1]) / 2, margins[-1] + 1]
-    right = [sum(m <= cut for m in known) + sum(m > cut for m in unknown) for cut in cuts]
+    right = [np.mean(np.array(known) <= cut) + np.mean(np.array(unknown) > cut) for cut in cuts]
     return {"refuse_above": float(cuts[int(np.argmax(right))])}
 
 

@@ -256,6 +256,15 @@ def test_the_threshold_that_answers_most_rows_rightly():
     assert eval.refusal_threshold(rows[:4], answers[:4]) == {} == eval.refusal_threshold([], [])
 
 
+def test_the_threshold_does_not_give_up_the_rarer_kind_of_question():
+    """Few dev questions are unanswerable: answering all of them wrongly must not count for little."""
+    rows = [{"target_language": "en", "text": text} for text in (*"abcdef", "Not answerable.")]
+    answers = [Answer("", m, text) for m, text in ((-5, "a"), (-4, "b"), (-3, "c"), (1, "d"), (2, "e"), (4, "f"), (3, "x"))]
+    assert eval.refusal_threshold(rows, answers) == {"refuse_above": 2.5}
+    rows, answers = rows[:5] + rows[6:], answers[:5] + [Answer("", 0, "x")]
+    assert eval.refusal_threshold(rows, answers) == {"refuse_above": -1.5}  # d and e lost for the one refusal
+
+
 # -------------------------------------------------------------------------------------------------------------- scores
 
 
