@@ -656,9 +656,12 @@ class LLM(nn.Module):
             x = run(layer, self.checkpointing, x, rows, cos, sin, None if cache is None else cache[i], mask)
         return self.model.norm(x)
 
+    @property
+    def head(self):
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight  # (V, D)
+
     def logits(self, hidden):
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight.to(hidden.dtype)).float()  # (..., D) -> (..., V)
+        return F.linear(hidden, self.head.to(hidden.dtype)).float()  # (N, D) -> (N, V)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, dtype=torch.float32, compute_dtype=None, device="cpu"):
@@ -682,6 +685,32 @@ def llm_name(key, config):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # SpeechLM: the join
+
+
+class AnswerLoss(torch.autograd.Function):
+    """Summed cross-entropy, float32, of hidden (N, D) @ head (V, D).T against labels (N,). Logits exist once and for
+    LOSS_CHUNK positions at a time: their gradient is taken there and then (as in arXiv 2410.10989)."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, labels):
+        weight, total = head.to(hidden.dtype), torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_head = torch.zeros_like(head, dtype=torch.float32) if all(ctx.needs_input_grad[:2]) else None
+        for at in range(0, len(hidden), LOSS_CHUNK):
+            h, y = hidden[at:at + LOSS_CHUNK], labels[at:at + LOSS_CHUNK]
+            log_p = F.linear(h, weight).float().log_softmax(-1)  # (n, V)
+            total += F.nll_loss(log_p, y, reduction="sum")
+            if d_hidden is not None:
+                d_logits = log_p.exp_().scatter_add_(1, y[:, None], log_p.new_full((len(y), 1), -1)).to(h.dtype)
+                d_hidden[at:at + LOSS_CHUNK] = d_logits @ weight
+            if d_head is not None:
+                d_head += d_logits.T @ h
+        ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(None if d is None else d * grad for d in ctx.saved_tensors), None
 
 
 class SpeechLM(nn.Module):
@@ -721,16 +750,7 @@ class SpeechLM(nn.Module):
         """
         audio, _ = self.encode(features, lengths)
         hidden = self.llm.hidden(self.embed(ids, audio), ids_lengths)
-        return self.answer_loss(hidden[targets - 1], ids[targets]), len(targets)
-
-    def answer_loss(self, hidden, labels):
-        """hidden (N, D), labels (N,) -> scalar sum, float32. Logits exist for LOSS_CHUNK positions at a time and are
-        computed again in the backward pass, so no (N, V) tensor is ever kept."""
-        def loss(h, y):
-            return F.cross_entropy(self.llm.logits(h), y, reduction="sum")
-
-        chunks = zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK))
-        return sum(checkpoint(loss, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in chunks)
+        return AnswerLoss.apply(hidden[targets - 1], self.llm.head, ids[targets]), len(targets)
 
     @torch.no_grad()
     def read(self, ids, ids_lengths, features=None, lengths=None, heard=None):
@@ -808,6 +828,11 @@ def continued_cache(llm, prefix, rows, more):
     return torch.tensor(lengths, device=cache[0][0].device), cache
 
 
+def filled(cache, size):
+    """The first `size` positions of a cache, as views."""
+    return [tuple(store[:, :, :size] for store in layer) for layer in cache]
+
+
 def prefill(llm, x, lengths, cache, start=None):
     """Reads x (N, D), row after row of these lengths, into the cache, behind the `start` (B,) positions it already
     holds. Returns the logits (B, V) that follow each row's last position."""
@@ -867,10 +892,10 @@ def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.
         answers = beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length_penalty)
         return [ids[:len(ids) - looped(ids)] if stop_loops else ids for ids in answers]
 
-    answers, done = [[] for _ in range(B)], [False] * B
+    answers, done, rows = [[] for _ in range(B)], [False] * B, list(range(B))  # rows: those in the batch
     for step in range(max_new_tokens):
         ids = sample(logits, temperature, top_p, generator)
-        for row, token in enumerate(ids.tolist()):
+        for row, token in zip(rows, ids.tolist()):
             done[row] = done[row] or token in llm.config.eos_token_id
             if not done[row]:
                 answers[row].append(token)
@@ -880,7 +905,11 @@ def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.
                 done[row], answers[row] = True, answers[row][:-extra]
         if all(done) or step == max_new_tokens - 1:
             return answers
-        logits = decode_step(llm, ids, positions + step, cache)
+        going = [i for i, row in enumerate(rows) if not done[row]]
+        if len(going) <= 0.75 * len(rows):  # those that are done leave the batch
+            rows, ids, positions = [rows[i] for i in going], ids[going], positions[going]
+            cache = [tuple(store[going] for store in layer) for layer in cache]
+        logits = decode_step(llm, ids, positions + step, filled(cache, max(whole[row] for row in rows) + step + 1))
 
 
 def looped(ids):
@@ -904,7 +933,7 @@ def beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length
     (B, V), K, eos = logits.shape, num_beams, llm.config.eos_token_id
     rows = torch.arange(B, device=logits.device).repeat_interleave(K)
     cache = [tuple(store[rows] for store in layer) for layer in cache]  # (B * K, Hkv, S, head_dim)
-    logits, positions, filled = logits[rows], positions[rows], int(positions.max())
+    logits, positions, size = logits[rows], positions[rows], int(positions.max())
     scores = torch.tensor([0.0] + [float("-inf")] * (K - 1), device=logits.device).repeat(B)  # (B * K,)
     beams = [[[]] * K for _ in range(B)]
     finished, done = [[] for _ in range(B)], [False] * B
@@ -934,5 +963,5 @@ def beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length
         rows, ids = torch.tensor([c[1:] for c in chosen], device=logits.device).T
         for layer in cache:
             for store in layer:
-                store[:, :, :filled + step - 1] = store[rows, :, :filled + step - 1]
-        logits = decode_step(llm, ids, positions + step - 1, cache)
+                store[:, :, :size + step - 1] = store[rows, :, :size + step - 1]
+        logits = decode_step(llm, ids, positions + step - 1, filled(cache, size + step))
