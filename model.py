@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from prepare.checkpoint import (check_tied, divides, expect, fetch, known_fields, load, read_generation, read_json,
-                                save, typed)
-from prepare.errors import CheckpointError
+from prepare.checkpoint import (check_tied, divides, encoder_name, expect, fetch, known_fields, llm_fields, llm_name,
+                                load, read_generation, read_json, save)
 
 AUDIO = -1  # placeholder id: this position of a row holds the recording's next audio frame
 BUCKET = 512  # the attention kernel of CUDA is compiled for every multiple of so many positions
@@ -109,30 +108,10 @@ class LLMConfig:
         """raw: the parsed config.json; generation: the parsed generation_config.json, whose end tokens win."""
         expect(raw, where, model_type=["qwen2", "qwen3", "llama"], hidden_act=["silu"], mlp_bias=[False],
                num_experts=[0], num_local_experts=[0], quantization_config=[None], partial_rotary_factor=[1.0])
-        values = known_fields(cls, raw, where)
-        typed(raw, where, max_window_layers=int, layer_types=list, rope_scaling=dict, rope_parameters=dict)
-        windowed = raw.get("use_sliding_window") and raw.get("max_window_layers", 28) < values["num_hidden_layers"]
-        if windowed or any(kind != "full_attention" for kind in raw.get("layer_types") or []):
-            raise CheckpointError(f"{where}: sliding-window attention is in use (use_sliding_window, layer_types); "
-                                  "only full attention is supported: choose another checkpoint")
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        rope = {"rope_theta": values.get("rope_theta", 10000.0), "rope_type": rope.get("type", "default"), **rope}
-        expect(rope, where, rope_type=["default", "llama3"], partial_rotary_factor=[1.0])
-        for name in ["rope_theta"] + LLAMA3_FIELDS * (rope["rope_type"] == "llama3"):
-            if type(rope.get(name)) not in (int, float) or rope[name] <= 0:
-                raise CheckpointError(f"{where}: {name} of the RoPE is {rope.get(name)!r}, expected a positive number; "
-                                      "copy the checkpoint's own config.json again")
-        eos = generation.get("eos_token_id", raw.get("eos_token_id"))
-        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not all(type(token) is int for token in eos):
-            raise CheckpointError(f"{where}: eos_token_id is {eos}, expected integers; copy the config files again")
-        config = cls(**values | {"rope_theta": rope["rope_theta"], "eos_token_id": eos,
-                                 "rope_scaling": rope if rope["rope_type"] == "llama3" else None})
+        config = cls(**llm_fields(cls, raw, where, generation))
         divides(where, config, "num_attention_heads", "num_key_value_heads")
         return config
 
-
-LLAMA3_FIELDS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Layers that state their precision: weights in any dtype, products in the input's, norms in float32
@@ -443,19 +422,11 @@ class SpeechEncoder(nn.Module):
         adapter and intermediate FFN are left out. Raises CheckpointError."""
         directory = fetch(path_or_hub_id)
         config = EncoderConfig.from_dict(read_json(directory / "config.json"), directory / "config.json")
-
-        def rename(key):
-            key = key.removeprefix("wav2vec2_bert.")
-            unused = key == "masked_spec_embed" and config.mask_time_prob == config.mask_feature_prob == 0
-            return None if unused or key.startswith(ENCODER_KEYS_LEFT_OUT) else key
-
-        return load(lambda compute: cls(config, compute), directory, rename, dtype, compute_dtype, device)
+        return load(lambda compute: cls(config, compute), directory, lambda key: encoder_name(key, config), dtype,
+                    compute_dtype, device)
 
     def save_pretrained(self, directory):
         save(directory, encoder_dict(self.config), self.state_dict())
-
-
-ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
 
 
 def encoder_dict(config):
@@ -677,12 +648,6 @@ class LLM(nn.Module):
         save(directory, asdict(self.config), self.state_dict(), self.config.eos_token_id)
 
 
-def llm_name(key, config):
-    """Our name of an LLM checkpoint's tensor; None if not needed: RoPE tables, the copy of a tied output layer."""
-    tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
-    return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # SpeechLM: the join
 
@@ -882,8 +847,9 @@ def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.
     if needed > context:
         raise ValueError(f"a row needs {needed} positions with its {max_new_tokens} new tokens, the model's context "
                          f"has {context}; give shorter audio or text, or lower max_new_tokens")
-    start, cache = None, new_cache(llm, B, needed) if prefix is None else None
-    if prefix is not None:
+    if prefix is None:
+        start, cache = None, new_cache(llm, B, needed)
+    else:
         start, cache = continued_cache(llm, prefix, list(prefix_rows), max(lengths) + max_new_tokens)
     logits = prefill(llm, x, lengths, cache, start)
     logits[:, list(never_first)] = float("-inf")

@@ -25,11 +25,12 @@ from data import (LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, coll
                   load_tokenizer, schedule)
 from eval import quick_figures, refusal_threshold
 from model import SpeechLM, add_lora, merged_state
-from prepare.checkpoint import fetch, fingerprint, read_json, read_lines, write_atomically, write_text
+from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, read_json, read_lines, restore, write_atomically,
+                                write_text)
 from prepare.draw import draw_curves
 from prepare.errors import AudioError, CheckpointError, ManifestError
 from prepare.instructions import instruction_of
-from sample import answer_rows, listen, load_checkpoint, restore
+from sample import answer_rows, listen
 
 ROOT = Path(__file__).resolve().parent
 LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"

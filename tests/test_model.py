@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ENCODER, FAMILIES, LLM as TINY_LLM, peer_encoder, peer_llm, randomise, relative_error
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
@@ -378,6 +379,30 @@ def flexed(q, k, v, rows, bias=None):
     """What CUDA computes, by the slow form of flex_attention."""
     from torch.nn.attention.flex_attention import flex_attention
     return model.attend_flex(flex_attention, q, k, v, rows, model.document_mask(rows.row, rows.causal), bias)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_gradients_of_the_kernel_of_cuda(monkeypatch):
+    """Of queries, keys, values and biases, by the slow form, which has a backward pass on the CPU though it is refused
+    there; and that kernel traces as a whole, without a device, once for all batches that fill up to the same size."""
+    from torch.nn.attention import flex_attention
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(model, "BUCKET", 128)
+    for causal, heads, reach in [(True, 2, None), (False, 6, None), (False, 6, (12, 3))]:
+        compiled = CompileCounterWithBackend("aot_eager")
+        traced = torch.compile(flex_attention.flex_attention, fullgraph=True, dynamic=False, backend=compiled)
+        for lengths in ([61, 1, 34, 7], [90, 3], [128]):
+            rows, N = model.Rows(lengths, "cpu", causal, reach=reach), sum(lengths)
+            shapes = [(N, 6, 16), (N, heads, 16), (N, heads, 16)] + [(N, 6, 16)] * (reach is not None)
+            given, grad = [torch.randn(shape, requires_grad=True) for shape in shapes], torch.randn(N, 6, 16)
+            ours, plain = (torch.autograd.grad(run(*given[:3], rows, *given[3:]), given, grad) for run in (flexed, model.attend))
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+            rows = model.Rows(lengths, "meta", causal, reach=reach)
+            given = [x.detach().to("meta").requires_grad_() for x in given]
+            y = model.attend_flex(traced, *given[:3], rows, model.document_mask(rows.row, causal), *given[3:])
+            grads = torch.autograd.grad(y, given, grad.to("meta"))
+            assert y.shape == grad.shape and [tuple(g.shape) for g in grads] == shapes
+        assert compiled.frame_count == 1
 
 
 @torch.no_grad()
