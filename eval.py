@@ -25,11 +25,11 @@ from whisper_normalizer.english import EnglishTextNormalizer
 from data import TASKS, Manifest
 from prepare import mcif
 from prepare.audio import SAMPLE_RATE, audio_seconds, load_audio
-from prepare.checkpoint import read_lines, write_text
+from prepare.checkpoint import newest_checkpoint, read_lines, write_text
 from prepare.errors import AudioError, CheckpointError, ManifestError
 from prepare.instructions import REFUSALS, instruction_of, task_of
 from prepare.report import write_report
-from sample import MAX_NEW_TOKENS, answer_rows, expect_words, hear_waves, load_model, newest_checkpoint
+from sample import MAX_NEW_TOKENS, answer_rows, expect_words, hear_waves, load_model
 
 GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # recordings that are encoded and answered together
 

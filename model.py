@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from prepare.checkpoint import (check_tied, divides, expect, fetch, known_fields, load, read_generation, read_json,
-                                save, typed)
-from prepare.errors import CheckpointError
+from prepare.checkpoint import (check_tied, divides, encoder_name, expect, fetch, known_fields, llm_fields, llm_name,
+                                load, read_generation, read_json, save)
 
 AUDIO = -1  # placeholder id: this position of a row holds the recording's next audio frame
 BUCKET = 512  # the attention kernel of CUDA is compiled for every multiple of so many positions
@@ -109,30 +108,10 @@ class LLMConfig:
         """raw: the parsed config.json; generation: the parsed generation_config.json, whose end tokens win."""
         expect(raw, where, model_type=["qwen2", "qwen3", "llama"], hidden_act=["silu"], mlp_bias=[False],
                num_experts=[0], num_local_experts=[0], quantization_config=[None], partial_rotary_factor=[1.0])
-        values = known_fields(cls, raw, where)
-        typed(raw, where, max_window_layers=int, layer_types=list, rope_scaling=dict, rope_parameters=dict)
-        windowed = raw.get("use_sliding_window") and raw.get("max_window_layers", 28) < values["num_hidden_layers"]
-        if windowed or any(kind != "full_attention" for kind in raw.get("layer_types") or []):
-            raise CheckpointError(f"{where}: sliding-window attention is in use (use_sliding_window, layer_types); "
-                                  "only full attention is supported: choose another checkpoint")
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        rope = {"rope_theta": values.get("rope_theta", 10000.0), "rope_type": rope.get("type", "default"), **rope}
-        expect(rope, where, rope_type=["default", "llama3"], partial_rotary_factor=[1.0])
-        for name in ["rope_theta"] + LLAMA3_FIELDS * (rope["rope_type"] == "llama3"):
-            if type(rope.get(name)) not in (int, float) or rope[name] <= 0:
-                raise CheckpointError(f"{where}: {name} of the RoPE is {rope.get(name)!r}, expected a positive number; "
-                                      "copy the checkpoint's own config.json again")
-        eos = generation.get("eos_token_id", raw.get("eos_token_id"))
-        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not all(type(token) is int for token in eos):
-            raise CheckpointError(f"{where}: eos_token_id is {eos}, expected integers; copy the config files again")
-        config = cls(**values | {"rope_theta": rope["rope_theta"], "eos_token_id": eos,
-                                 "rope_scaling": rope if rope["rope_type"] == "llama3" else None})
+        config = cls(**llm_fields(cls, raw, where, generation))
         divides(where, config, "num_attention_heads", "num_key_value_heads")
         return config
 
-
-LLAMA3_FIELDS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Layers that state their precision: weights in any dtype, products in the input's, norms in float32
@@ -443,19 +422,11 @@ class SpeechEncoder(nn.Module):
         adapter and intermediate FFN are left out. Raises CheckpointError."""
         directory = fetch(path_or_hub_id)
         config = EncoderConfig.from_dict(read_json(directory / "config.json"), directory / "config.json")
-
-        def rename(key):
-            key = key.removeprefix("wav2vec2_bert.")
-            unused = key == "masked_spec_embed" and config.mask_time_prob == config.mask_feature_prob == 0
-            return None if unused or key.startswith(ENCODER_KEYS_LEFT_OUT) else key
-
-        return load(lambda compute: cls(config, compute), directory, rename, dtype, compute_dtype, device)
+        return load(lambda compute: cls(config, compute), directory, lambda key: encoder_name(key, config), dtype,
+                    compute_dtype, device)
 
     def save_pretrained(self, directory):
         save(directory, encoder_dict(self.config), self.state_dict())
-
-
-ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
 
 
 def encoder_dict(config):
@@ -656,9 +627,12 @@ class LLM(nn.Module):
             x = run(layer, self.checkpointing, x, rows, cos, sin, None if cache is None else cache[i], mask)
         return self.model.norm(x)
 
+    @property
+    def head(self):
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight  # (V, D)
+
     def logits(self, hidden):
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight.to(hidden.dtype)).float()  # (..., D) -> (..., V)
+        return F.linear(hidden, self.head.to(hidden.dtype)).float()  # (N, D) -> (N, V)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, dtype=torch.float32, compute_dtype=None, device="cpu"):
@@ -674,14 +648,34 @@ class LLM(nn.Module):
         save(directory, asdict(self.config), self.state_dict(), self.config.eos_token_id)
 
 
-def llm_name(key, config):
-    """Our name of an LLM checkpoint's tensor; None if not needed: RoPE tables, the copy of a tied output layer."""
-    tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
-    return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # SpeechLM: the join
+
+
+class AnswerLoss(torch.autograd.Function):
+    """Summed cross-entropy, float32, of hidden (N, D) @ head (V, D).T against labels (N,). Logits exist once and for
+    LOSS_CHUNK positions at a time: their gradient is taken there and then (as in arXiv 2410.10989)."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, labels):
+        weight, total = head.to(hidden.dtype), torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_head = torch.zeros_like(head, dtype=torch.float32) if all(ctx.needs_input_grad[:2]) else None
+        for at in range(0, len(hidden), LOSS_CHUNK):
+            h, y = hidden[at:at + LOSS_CHUNK], labels[at:at + LOSS_CHUNK]
+            log_p = F.linear(h, weight).float().log_softmax(-1)  # (n, V)
+            total += F.nll_loss(log_p, y, reduction="sum")
+            if d_hidden is not None:
+                d_logits = log_p.exp_().scatter_add_(1, y[:, None], log_p.new_full((len(y), 1), -1)).to(h.dtype)
+                d_hidden[at:at + LOSS_CHUNK] = d_logits @ weight
+            if d_head is not None:
+                d_head += d_logits.T @ h
+        ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(None if d is None else d * grad for d in ctx.saved_tensors), None
 
 
 class SpeechLM(nn.Module):
@@ -721,16 +715,7 @@ class SpeechLM(nn.Module):
         """
         audio, _ = self.encode(features, lengths)
         hidden = self.llm.hidden(self.embed(ids, audio), ids_lengths)
-        return self.answer_loss(hidden[targets - 1], ids[targets]), len(targets)
-
-    def answer_loss(self, hidden, labels):
-        """hidden (N, D), labels (N,) -> scalar sum, float32. Logits exist for LOSS_CHUNK positions at a time and are
-        computed again in the backward pass, so no (N, V) tensor is ever kept."""
-        def loss(h, y):
-            return F.cross_entropy(self.llm.logits(h), y, reduction="sum")
-
-        chunks = zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK))
-        return sum(checkpoint(loss, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in chunks)
+        return AnswerLoss.apply(hidden[targets - 1], self.llm.head, ids[targets]), len(targets)
 
     @torch.no_grad()
     def read(self, ids, ids_lengths, features=None, lengths=None, heard=None):
@@ -808,6 +793,11 @@ def continued_cache(llm, prefix, rows, more):
     return torch.tensor(lengths, device=cache[0][0].device), cache
 
 
+def filled(cache, size):
+    """The first `size` positions of a cache, as views."""
+    return [tuple(store[:, :, :size] for store in layer) for layer in cache]
+
+
 def prefill(llm, x, lengths, cache, start=None):
     """Reads x (N, D), row after row of these lengths, into the cache, behind the `start` (B,) positions it already
     holds. Returns the logits (B, V) that follow each row's last position."""
@@ -857,8 +847,9 @@ def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.
     if needed > context:
         raise ValueError(f"a row needs {needed} positions with its {max_new_tokens} new tokens, the model's context "
                          f"has {context}; give shorter audio or text, or lower max_new_tokens")
-    start, cache = None, new_cache(llm, B, needed) if prefix is None else None
-    if prefix is not None:
+    if prefix is None:
+        start, cache = None, new_cache(llm, B, needed)
+    else:
         start, cache = continued_cache(llm, prefix, list(prefix_rows), max(lengths) + max_new_tokens)
     logits = prefill(llm, x, lengths, cache, start)
     logits[:, list(never_first)] = float("-inf")
@@ -867,10 +858,10 @@ def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.
         answers = beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length_penalty)
         return [ids[:len(ids) - looped(ids)] if stop_loops else ids for ids in answers]
 
-    answers, done = [[] for _ in range(B)], [False] * B
+    answers, done, rows = [[] for _ in range(B)], [False] * B, list(range(B))  # rows: those in the batch
     for step in range(max_new_tokens):
         ids = sample(logits, temperature, top_p, generator)
-        for row, token in enumerate(ids.tolist()):
+        for row, token in zip(rows, ids.tolist()):
             done[row] = done[row] or token in llm.config.eos_token_id
             if not done[row]:
                 answers[row].append(token)
@@ -880,7 +871,11 @@ def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.
                 done[row], answers[row] = True, answers[row][:-extra]
         if all(done) or step == max_new_tokens - 1:
             return answers
-        logits = decode_step(llm, ids, positions + step, cache)
+        going = [i for i, row in enumerate(rows) if not done[row]]
+        if len(going) <= 0.75 * len(rows):  # those that are done leave the batch
+            rows, ids, positions = [rows[i] for i in going], ids[going], positions[going]
+            cache = [tuple(store[going] for store in layer) for layer in cache]
+        logits = decode_step(llm, ids, positions + step, filled(cache, max(whole[row] for row in rows) + step + 1))
 
 
 def looped(ids):
@@ -904,7 +899,7 @@ def beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length
     (B, V), K, eos = logits.shape, num_beams, llm.config.eos_token_id
     rows = torch.arange(B, device=logits.device).repeat_interleave(K)
     cache = [tuple(store[rows] for store in layer) for layer in cache]  # (B * K, Hkv, S, head_dim)
-    logits, positions, filled = logits[rows], positions[rows], int(positions.max())
+    logits, positions, size = logits[rows], positions[rows], int(positions.max())
     scores = torch.tensor([0.0] + [float("-inf")] * (K - 1), device=logits.device).repeat(B)  # (B * K,)
     beams = [[[]] * K for _ in range(B)]
     finished, done = [[] for _ in range(B)], [False] * B
@@ -934,5 +929,5 @@ def beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length
         rows, ids = torch.tensor([c[1:] for c in chosen], device=logits.device).T
         for layer in cache:
             for store in layer:
-                store[:, :, :filled + step - 1] = store[rows, :, :filled + step - 1]
-        logits = decode_step(llm, ids, positions + step - 1, cache)
+                store[:, :, :size + step - 1] = store[rows, :, :size + step - 1]
+        logits = decode_step(llm, ids, positions + step - 1, filled(cache, size + step))

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,52 +17,13 @@ import torch
 from data import cut, fbank, join, load_tokenizer, render, windows
 from model import AUDIO, SpeechLM
 from prepare.audio import SAMPLE_RATE, load_audio
-from prepare.checkpoint import fetch, fingerprint
+from prepare.checkpoint import fetch, fingerprint, load_checkpoint, newest_checkpoint, restore
 from prepare.errors import AudioError, CheckpointError
 from prepare.instructions import INSTRUCTIONS, REFUSALS, language_of, task_of
 
 BATCH_FRAMES = 6000  # 20 ms frames encoded together: two minutes
 BATCH_POSITIONS = 16384  # LLM positions read together
 MAX_NEW_TOKENS = 512  # of the answer to a window
-
-
-def load_checkpoint(path):
-    """A checkpoint as a dict. Raises CheckpointError."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        whole = {"model", "adapter", "bases", "config", "window", "step"} <= state.keys()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint; train it first or correct the path") from None
-    except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, ...
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: not a checkpoint of this project ({reason})") from error
-    if not whole:
-        raise CheckpointError(f"{path}: not a checkpoint of this project (it lacks parts); give an align.pt or ift.pt")
-    return state
-
-
-def restore(model, state, bases, path):
-    """Puts the parts that a checkpoint holds into the model. Raises CheckpointError if they belong to another model."""
-    for name, found in bases.items():
-        trained = state["bases"][name]
-        if trained["sha256"] != found["sha256"]:
-            raise CheckpointError(f"{path}: was trained on the {name} {trained['path']}, found another model at "
-                                  f"{found['path']}; give the same --{name}")
-    for part in {name.split(".")[0] for name in state["model"]}:
-        own = {name: p.shape for name, p in model.named_parameters() if p.requires_grad and name.split(".")[0] == part}
-        saved = {name: tensor.shape for name, tensor in state["model"].items() if name.split(".")[0] == part}
-        wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
-        if wrong:
-            raise CheckpointError(f"{path}: {len(wrong)} tensors of the {part} do not fit, {wrong[0]} first; it is damaged "
-                                  "or of another version: train it again")
-    model.load_state_dict(state["model"], strict=False)  # the parts it does not hold are the base models'
-
-
-def newest_checkpoint():
-    found = [path for path in (Path("out/align.pt"), Path("out/ift.pt")) if path.exists()]
-    if not found:
-        raise CheckpointError("no out/align.pt or out/ift.pt; run python train.py --phase align first, or give --ckpt")
-    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def load_model(path, device="cpu"):

@@ -5,12 +5,9 @@ One config, one table of phases, one loop. python train.py --help lists every op
 
 import argparse
 import copy
-import hashlib
 import json
 import math
-import os
 import re
-import shutil
 import sys
 import time
 from collections import Counter
@@ -22,16 +19,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, fbank, feature_length,
-                  load_tokenizer, schedule)
+from data import LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, load_tokenizer, schedule
 from eval import quick_figures, refusal_threshold
 from model import SpeechLM, add_lora, merged_state
-from prepare.checkpoint import fetch, fingerprint, read_json, read_lines, write_atomically, write_text
+from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, read_json, read_lines, restore, write_atomically,
+                                write_text)
 from prepare.draw import draw_curves
+from prepare.encoder_cache import encoder_states
 from prepare.errors import AudioError, CheckpointError, ManifestError
 from prepare.instructions import instruction_of
 from prepare.licences import check_row, notice, test_fingerprints, used
-from sample import answer_rows, listen, load_checkpoint, restore
+from sample import answer_rows, listen
 
 ROOT = Path(__file__).resolve().parent
 LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
@@ -216,65 +214,6 @@ def lr_at(step, cfg):
         return (step + 1) / cfg.warmup
     done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
     return cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A frozen encoder's outputs, kept on disk
-
-
-def encoder_states(cfg, encoder, manifests, identity):
-    """Runs the frozen encoder once over the audio of the manifests, into a file of the out directory that later runs find
-    again if encoder, rows and audio files are the same. Returns the function (manifest, row) -> (F, D) states, which
-    raises AudioError for a row that cannot be used; or None if they would not fit on the disk or in cache_gb."""
-    clips, numbers = {}, []  # (manifest, audio, start, seconds) -> number; each row's clip
-    for m, manifest in enumerate(manifests):
-        rows = [(m, row["audio"], row["start"], manifest.seconds(row)) for row in manifest]
-        numbers.append([clips.setdefault(clip, len(clips)) for clip in rows])
-    sizes = sorted((feature_length(clip[3]), 0, clip) for clip in clips if clip[3] <= cfg.max_seconds)
-    frames, width, dtype = sum(size for size, *_ in sizes), encoder.config.hidden_size, encoder.compute_dtype
-    size, free = frames * width * dtype.itemsize, shutil.disk_usage(cfg.out).free
-    print(f"encoder outputs: {frames / 180000:.2f} h, {size / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free)")
-    if size > min(cfg.cache_gb * 1e9, 0.9 * free):
-        print(f"they do not fit in --cache-gb {cfg.cache_gb:g} or on the disk: the encoder runs in every step")
-        return None
-    files = {str(manifests[m].path.parent / audio).partition(".tar/") for m, audio, *_ in clips}
-    files = sorted(shard + ".tar" * bool(tar) for shard, tar, _ in files)
-    stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files if os.path.exists(file)]
-    key = json.dumps([identity["sha256"], str(dtype), cfg.batch_frames, stamps, list(clips)])
-    path = Path(cfg.out) / f"encoder-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-    try:
-        found = torch.load(path, weights_only=True, mmap=True)
-    except Exception:  # not there yet, or damaged
-        encoded = encode_clips(cfg, encoder, manifests, clips, sizes)
-        write_atomically(path, lambda file: torch.save(encoded, file))
-        found = torch.load(path, weights_only=True, mmap=True)
-
-    def states_of(m, i):
-        states = found[numbers[m][i]]
-        if isinstance(states, str):
-            raise AudioError(states)
-        return states  # (F, D)
-
-    return states_of
-
-
-@torch.no_grad()
-def encode_clips(cfg, encoder, manifests, clips, sizes):
-    """Of each clip the encoder's states (F, D), or why it has none."""
-    found = [f"longer than {cfg.max_seconds:g} s"] * len(clips)
-    for batch in tqdm(cut(sizes, cfg.batch_frames, math.inf), "encoder", unit=" batches"):
-        waves = {}
-        for m, audio, start, seconds in batch:
-            n = clips[m, audio, start, seconds]
-            try:
-                waves[n] = manifests[m].audio({"audio": audio, "start": start, "duration": seconds})
-            except AudioError as error:
-                found[n] = str(error)
-        if waves:
-            features, lengths = fbank(list(waves.values()))
-            for n, states in zip(waves, encoder(features.to(cfg.device), lengths).split(lengths)):
-                found[n] = states.cpu().clone()
-    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Pretrained checkpoints on disk: a directory with config.json and model.safetensors, or shards and their index.
+"""Checkpoints on disk. Pretrained ones: a directory with config.json and model.safetensors, or shards and their index.
+This project's: one file of the parts that were trained.
 
 Knows files, not layers: model.py says which tensors and fields it wants, and what does not fit is refused in one line.
 """
@@ -53,6 +54,33 @@ def known_fields(cls, raw, where):
     if missing:
         raise CheckpointError(f"{where}: no field {', '.join(missing)}; copy the checkpoint's own config.json again")
     return values
+
+
+LLAMA3_FIELDS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+
+
+def llm_fields(cls, raw, where, generation):
+    """The fields of an LLM's config.json that cls has, checked, with the RoPE's and the end tokens from whichever of
+    their places has them."""
+    values = known_fields(cls, raw, where)
+    typed(raw, where, max_window_layers=int, layer_types=list, rope_scaling=dict, rope_parameters=dict)
+    windowed = raw.get("use_sliding_window") and raw.get("max_window_layers", 28) < values["num_hidden_layers"]
+    if windowed or any(kind != "full_attention" for kind in raw.get("layer_types") or []):
+        raise CheckpointError(f"{where}: sliding-window attention is in use (use_sliding_window, layer_types); "
+                              "only full attention is supported: choose another checkpoint")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = {"rope_theta": values.get("rope_theta", 10000.0), "rope_type": rope.get("type", "default"), **rope}
+    expect(rope, where, rope_type=["default", "llama3"], partial_rotary_factor=[1.0])
+    for name in ["rope_theta"] + LLAMA3_FIELDS * (rope["rope_type"] == "llama3"):
+        if type(rope.get(name)) not in (int, float) or rope[name] <= 0:
+            raise CheckpointError(f"{where}: {name} of the RoPE is {rope.get(name)!r}, expected a positive number; "
+                                  "copy the checkpoint's own config.json again")
+    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int for token in eos):
+        raise CheckpointError(f"{where}: eos_token_id is {eos}, expected integers; copy the config files again")
+    return values | {"rope_theta": rope["rope_theta"], "eos_token_id": eos,
+                     "rope_scaling": rope if rope["rope_type"] == "llama3" else None}
 
 
 def divides(where, config, whole, part):
@@ -156,6 +184,22 @@ def check_tied(config, directory, prefix=""):
                               "from the embedding; set it to false to use both")
 
 
+ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
+
+
+def encoder_name(key, config):
+    """Our name of a tensor of a w2v-BERT checkpoint or a fine-tune of it; None if not needed."""
+    key = key.removeprefix("wav2vec2_bert.")
+    unused = key == "masked_spec_embed" and config.mask_time_prob == config.mask_feature_prob == 0
+    return None if unused or key.startswith(ENCODER_KEYS_LEFT_OUT) else key
+
+
+def llm_name(key, config):
+    """Our name of an LLM checkpoint's tensor; None if not needed: RoPE tables, the copy of a tied output layer."""
+    tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
+    return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
+
+
 def load(build, directory, rename, dtype, compute_dtype, device):
     """The module that build(compute_dtype) gives, with its weights taken from the directory, in eval mode.
 
@@ -225,6 +269,45 @@ def save(directory, config, state, eos_token_id=None):
         raise
     for file in written:
         os.replace(file, file.with_suffix(""))
+
+
+def load_checkpoint(path):
+    """A checkpoint as a dict. Raises CheckpointError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        whole = {"model", "adapter", "bases", "config", "window", "step"} <= state.keys()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint; train it first or correct the path") from None
+    except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, ...
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: not a checkpoint of this project ({reason})") from error
+    if not whole:
+        raise CheckpointError(f"{path}: not a checkpoint of this project (it lacks parts); give an align.pt or ift.pt")
+    return state
+
+
+def restore(model, state, bases, path):
+    """Puts the parts that a checkpoint holds into the model. Raises CheckpointError if they belong to another model."""
+    for name, found in bases.items():
+        trained = state["bases"][name]
+        if trained["sha256"] != found["sha256"]:
+            raise CheckpointError(f"{path}: was trained on the {name} {trained['path']}, found another model at "
+                                  f"{found['path']}; give the same --{name}")
+    for part in {name.split(".")[0] for name in state["model"]}:
+        own = {name: p.shape for name, p in model.named_parameters() if p.requires_grad and name.split(".")[0] == part}
+        saved = {name: tensor.shape for name, tensor in state["model"].items() if name.split(".")[0] == part}
+        wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+        if wrong:
+            raise CheckpointError(f"{path}: {len(wrong)} tensors of the {part} do not fit, {wrong[0]} first; it is damaged "
+                                  "or of another version: train it again")
+    model.load_state_dict(state["model"], strict=False)  # the parts it does not hold are the base models'
+
+
+def newest_checkpoint():
+    found = [path for path in (Path("out/align.pt"), Path("out/ift.pt")) if path.exists()]
+    if not found:
+        raise CheckpointError("no out/align.pt or out/ift.pt; run python train.py --phase align first, or give --ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def write_atomically(path, save):

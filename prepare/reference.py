@@ -6,8 +6,9 @@ from dataclasses import asdict
 import torch
 
 from model import (ACTIVATIONS, AdapterConfig, EncoderConfig, LengthAdapter, LLM, LLMConfig, SpeechEncoder, SpeechLM,
-                   encoder_dict, llm_name)
-from prepare.checkpoint import check_tied, expect, fetch, known_fields, load, read_generation, read_json, save, typed
+                   encoder_dict)
+from prepare.checkpoint import (check_tied, expect, fetch, known_fields, llm_name, load, read_generation, read_json, save,
+                                typed)
 from prepare.errors import CheckpointError
 
 SPEECH_LM_KEYS = [("adapter.layers.", "encoder.adapter.layers."), ("adapter.enc_to_dec_proj.", "enc_to_dec_proj."),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ENCODER, FAMILIES, LLM as TINY_LLM, peer_encoder, peer_llm, randomise, relative_error
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
@@ -249,12 +250,12 @@ def test_norms_and_loss_are_float32_under_bfloat16(monkeypatch):
         expected = exact(x.double()) * norm.weight + getattr(norm, "bias", 0.0)
         torch.testing.assert_close(norm(x).double(), expected.bfloat16().double(), rtol=2**-7, atol=2**-9)
     seen = []
-    cross_entropy = F.cross_entropy
-    monkeypatch.setattr(F, "cross_entropy", lambda h, *args, **kwargs: seen.append(h.dtype) or cross_entropy(h, *args, **kwargs))
+    nll_loss = F.nll_loss
+    monkeypatch.setattr(F, "nll_loss", lambda h, *args, **kwargs: seen.append(h.dtype) or nll_loss(h, *args, **kwargs))
     llm = tiny_llm()
     llm.compute_dtype = torch.bfloat16
-    speech_lm = SpeechLM(None, None, llm)
-    loss = speech_lm.answer_loss(llm.hidden(llm.embed(torch.randint(0, 211, (9,))), [9]), torch.randint(0, 211, (9,)))
+    hidden = llm.hidden(llm.embed(torch.randint(0, 211, (9,))), [9])
+    loss = model.AnswerLoss.apply(hidden, llm.head, torch.randint(0, 211, (9,)))
     assert loss.dtype == torch.float32 and set(seen) == {torch.float32}
 
 
@@ -380,6 +381,30 @@ def flexed(q, k, v, rows, bias=None):
     return model.attend_flex(flex_attention, q, k, v, rows, model.document_mask(rows.row, rows.causal), bias)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_gradients_of_the_kernel_of_cuda(monkeypatch):
+    """Of queries, keys, values and biases, by the slow form, which has a backward pass on the CPU though it is refused
+    there; and that kernel traces as a whole, without a device, once for all batches that fill up to the same size."""
+    from torch.nn.attention import flex_attention
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(model, "BUCKET", 128)
+    for causal, heads, reach in [(True, 2, None), (False, 6, None), (False, 6, (12, 3))]:
+        compiled = CompileCounterWithBackend("aot_eager")
+        traced = torch.compile(flex_attention.flex_attention, fullgraph=True, dynamic=False, backend=compiled)
+        for lengths in ([61, 1, 34, 7], [90, 3], [128]):
+            rows, N = model.Rows(lengths, "cpu", causal, reach=reach), sum(lengths)
+            shapes = [(N, 6, 16), (N, heads, 16), (N, heads, 16)] + [(N, 6, 16)] * (reach is not None)
+            given, grad = [torch.randn(shape, requires_grad=True) for shape in shapes], torch.randn(N, 6, 16)
+            ours, plain = (torch.autograd.grad(run(*given[:3], rows, *given[3:]), given, grad) for run in (flexed, model.attend))
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+            rows = model.Rows(lengths, "meta", causal, reach=reach)
+            given = [x.detach().to("meta").requires_grad_() for x in given]
+            y = model.attend_flex(traced, *given[:3], rows, model.document_mask(rows.row, causal), *given[3:])
+            grads = torch.autograd.grad(y, given, grad.to("meta"))
+            assert y.shape == grad.shape and [tuple(g.shape) for g in grads] == shapes
+        assert compiled.frame_count == 1
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("bucket", [16, 128])
@@ -451,6 +476,21 @@ def test_generated_ids_equal_peer(tmp_path, options, eos):
         assert answers[b] == theirs[:end]
     if len(eos) > 1 and options.get("length_penalty", 1) <= 1:
         assert any(len(answer) < 10 for answer in answers)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_decoding_computes_what_is_needed(monkeypatch, beams):
+    """Rows that are done leave the batch, and only the filled part of the cache is read."""
+    speech_lm, seen, step = tiny_speech_lm(eos_token_id=list(range(60))), [], model.decode_step
+    features, lengths, ids, ids_lengths, _ = speech_batch(speech_lm)
+    ids, ids_lengths = begins(speech_lm, ids, ids_lengths)
+    monkeypatch.setattr(model, "decode_step", lambda llm, ids, positions, cache: seen.append(
+        (len(ids), positions.max().item(), *cache[0][0].shape[::2])) or step(llm, ids, positions, cache))
+    answers = speech_lm.generate(ids, ids_lengths, features, lengths, max_new_tokens=12, num_beams=beams)
+    assert all(rows == held and filled == last + 1 for rows, last, held, filled in seen)
+    if beams == 1:
+        going = [sum(len(answer) > n for answer in answers) for n in range(len(seen))]
+        assert len(set(going)) > 1 and all(n <= rows <= max(n / 0.75, n + 1) for n, (rows, *_) in zip(going, seen))
 
 
 def test_stop_callback_prefix_and_context():
@@ -618,6 +658,31 @@ def test_loss_makes_no_logits_for_the_whole_batch(monkeypatch):
     torch.testing.assert_close(speech_lm.llm.model.embed_tokens.weight.grad, grad, rtol=1e-4, atol=1e-5)
     with_vocabulary = {s for s in shapes.seen if 211 in s and 48 not in s}
     assert with_vocabulary and max(math.prod(s) for s in with_vocabulary) == 4 * 211
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, dtype, frozen):
+    """In several chunks, the last one short; frozen weights get no gradient, not even a computed one."""
+    monkeypatch.setattr(model, "LOSS_CHUNK", 4)
+    head, labels = torch.randn(211, 48).requires_grad_(not frozen), torch.randint(0, 211, (11,))
+    ours, plain = (torch.randn(11, 48, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_() for _ in range(2))
+    with Shapes() as shapes:
+        loss = model.AnswerLoss.apply(ours, head, labels)
+        (loss / 3).backward()
+    grad, head.grad = head.grad, None
+    expected = F.cross_entropy(F.linear(plain.float(), head), labels, reduction="sum")
+    (expected / 3).backward()
+    bounds = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=3e-2)
+    torch.testing.assert_close(loss, expected, **bounds)
+    torch.testing.assert_close(ours.grad.float(), plain.grad.float(), **bounds)
+    assert (grad is None) == frozen == (head.grad is None)
+    if not frozen:
+        torch.testing.assert_close(grad, head.grad, **bounds)
+        with torch.no_grad(), Shapes() as shapes:  # nor does a validation compute any
+            assert model.AnswerLoss.apply(ours.detach(), head, labels) == loss
+    made = [s for s in shapes.seen if s == (211, 48)]
+    assert len(made) == (dtype == torch.bfloat16)  # the head in the compute dtype
 
 
 # how many dropouts with the given rate the peer's module of the same configuration applies in one forward pass

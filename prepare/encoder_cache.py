@@ -1,0 +1,70 @@
+"""The outputs of a frozen encoder, computed once and kept on disk."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import cut, fbank, feature_length
+from prepare.checkpoint import write_atomically
+from prepare.errors import AudioError
+
+
+def encoder_states(cfg, encoder, manifests, identity):
+    """Runs the frozen encoder once over the audio of the manifests, into a file of the out directory that later runs find
+    again if encoder, rows and audio files are the same. Returns the function (manifest, row) -> (F, D) states, which
+    raises AudioError for a row that cannot be used; or None if they would not fit on the disk or in cache_gb."""
+    clips, numbers = {}, []  # (manifest, audio, start, seconds) -> number; each row's clip
+    for m, manifest in enumerate(manifests):
+        rows = [(m, row["audio"], row["start"], manifest.seconds(row)) for row in manifest]
+        numbers.append([clips.setdefault(clip, len(clips)) for clip in rows])
+    sizes = sorted((feature_length(clip[3]), 0, clip) for clip in clips if clip[3] <= cfg.max_seconds)
+    frames, width, dtype = sum(size for size, *_ in sizes), encoder.config.hidden_size, encoder.compute_dtype
+    size, free = frames * width * dtype.itemsize, shutil.disk_usage(cfg.out).free
+    print(f"encoder outputs: {frames / 180000:.2f} h, {size / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free)")
+    if size > min(cfg.cache_gb * 1e9, 0.9 * free):
+        print(f"they do not fit in --cache-gb {cfg.cache_gb:g} or on the disk: the encoder runs in every step")
+        return None
+    files = {str(manifests[m].path.parent / audio).partition(".tar/") for m, audio, *_ in clips}
+    files = sorted(shard + ".tar" * bool(tar) for shard, tar, _ in files)
+    stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files if os.path.exists(file)]
+    key = json.dumps([identity["sha256"], str(dtype), cfg.batch_frames, stamps, list(clips)])
+    path = Path(cfg.out) / f"encoder-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    try:
+        found = torch.load(path, weights_only=True, mmap=True)
+    except Exception:  # not there yet, or damaged
+        encoded = encode_clips(cfg, encoder, manifests, clips, sizes)
+        write_atomically(path, lambda file: torch.save(encoded, file))
+        found = torch.load(path, weights_only=True, mmap=True)
+
+    def states_of(m, i):
+        states = found[numbers[m][i]]
+        if isinstance(states, str):
+            raise AudioError(states)
+        return states  # (F, D)
+
+    return states_of
+
+
+@torch.no_grad()
+def encode_clips(cfg, encoder, manifests, clips, sizes):
+    """Of each clip the encoder's states (F, D), or why it has none."""
+    found = [f"longer than {cfg.max_seconds:g} s"] * len(clips)
+    for batch in tqdm(cut(sizes, cfg.batch_frames, math.inf), "encoder", unit=" batches"):
+        waves = {}
+        for m, audio, start, seconds in batch:
+            n = clips[m, audio, start, seconds]
+            try:
+                waves[n] = manifests[m].audio({"audio": audio, "start": start, "duration": seconds})
+            except AudioError as error:
+                found[n] = str(error)
+        if waves:
+            features, lengths = fbank(list(waves.values()))
+            for n, states in zip(waves, encoder(features.to(cfg.device), lengths).split(lengths)):
+                found[n] = states.cpu().clone()
+    return found
