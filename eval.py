@@ -32,6 +32,7 @@ from prepare.report import write_report
 from sample import MAX_NEW_TOKENS, answer_rows, expect_words, hear_waves, load_model
 
 GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # recordings that are encoded and answered together
+FALSE_REFUSALS = 0.125  # share of the answerable questions that may be refused, for the sake of the others
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,20 +143,13 @@ def quick_figures(pairs):
 
 
 def refusal_threshold(rows, answers):
-    """The margin above which to refuse, by which the shares of answerable and of unanswerable questions that are answered
-    rightly are largest together: {"refuse_above": margin}, or {} if the rows are not of both kinds."""
-    known, unknown = [], []  # margins of questions whose other answer is right, and of those to be refused
-    for row, answer in zip(rows, answers):
-        if isinstance(answer, AudioError):
-            continue
-        scores = item_scores("sqa", row["target_language"], row["text"], answer.other)
-        (unknown if scores["unanswerable"] else known if scores["right"] else []).append(answer.margin)
-    if not known or not unknown:
+    """The margin above which to refuse: the lowest at which no more than FALSE_REFUSALS of the answerable questions are
+    refused, {"refuse_above": margin}; {} if the rows have no such question, or none that is to be refused."""
+    heard = [(row, answer.margin) for row, answer in zip(rows, answers) if not isinstance(answer, AudioError)]
+    answerable = [margin for row, margin in heard if row["text"] not in REFUSALS.values()]
+    if not answerable or len(answerable) == len(heard):
         return {}
-    margins = np.sort(known + unknown)
-    cuts = [margins[0] - 1, *(margins[1:] + margins[:-1]) / 2, margins[-1] + 1]
-    right = [np.mean(np.array(known) <= cut) + np.mean(np.array(unknown) > cut) for cut in cuts]
-    return {"refuse_above": float(cuts[int(np.argmax(right))])}
+    return {"refuse_above": sorted(answerable)[-1 - int(FALSE_REFUSALS * len(answerable))]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def load_audio(path, start=0.0, duration=None):
     A cut ogg promises nothing and comes back short.
     """
     name = repr(str(path))
-    with _opened(path) as sound:
+    with open_sound(path) as sound:
         rate, first = sound.samplerate, round(start * sound.samplerate)
         if not 1000 <= rate <= 200000:
             raise AudioError(f"{name}: found a sample rate of {rate} Hz, expected 1000 to 200000; convert it to "
@@ -81,14 +81,14 @@ def encode_opus(wave, **options):
 def audio_seconds(path):
     """The length of an audio file by its header, in seconds; 0 if it cannot be read."""
     try:
-        with _opened(path) as sound:
+        with open_sound(path) as sound:
             return _promised_samples(sound) / sound.samplerate
     except AudioError:
         return 0.0
 
 
 @contextmanager
-def _opened(path):
+def open_sound(path):
     # The file or tar member as a soundfile.SoundFile; whatever goes wrong with it is an AudioError.
     name = repr(str(path))
     shard, tar, member = str(path).partition(".tar/")

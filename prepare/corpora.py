@@ -8,7 +8,8 @@ rows, and an entry in CORPORA. A row is one of a manifest (see data.Manifest) wh
     duration   only where the row is a part of a recording, with start
 
 What it does not say is task asr, language en, target_language as source_language, style written, and the corpus and its
-licence. Bare text is lower-cased. For a row that cannot be used a reader yields drop(...), so that it is counted.
+licence. Bare text is lower-cased. For a row that cannot be used a reader yields drop(...), so that it is counted; with
+audio, its hours are too.
 """
 
 import argparse
@@ -151,7 +152,7 @@ def voxpopuli(source, args):
                 if not record:
                     yield drop(UNREADABLE, where)
                 elif record.get("is_gold_transcript", "True").lower() == "false":
-                    yield drop("not a gold transcript", where)
+                    yield audio | drop("not a gold transcript", where)
                 else:
                     yield audio | {"text": raw or record["normalized_text"], "style": "written" if raw else "bare",
                                    "source_language": folder.name.split("_")[0],
@@ -425,8 +426,8 @@ def main(argv=None):
     parser.add_argument("--common-voice", type=Path, metavar="DIR", help="for covost2: a release of Common Voice; "
                         "default: the directory of the translations")
     parser.add_argument("--librispeech", type=Path, metavar="DIR", help="for librisqa; default: SOURCE")
-    parser.add_argument("--squad", type=Path, metavar="JSON", help="for spoken-squad: SQuAD's train-v1.1.json (for test "
-                        "dev-v1.1.json), for answers as printed")
+    parser.add_argument("--squad", type=Path, metavar="JSON", help="for spoken-squad: SQuAD's train-v1.1.json (test: "
+                        "dev-v1.1.json), whose answers are as printed")
     parser.add_argument("--licence", metavar="SPDX", help="for kaldi; default: unknown, which training refuses")
     args = parser.parse_args(argv)
     if args.name is None:

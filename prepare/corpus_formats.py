@@ -32,7 +32,7 @@ class CorpusError(ValueError):
 
 
 def drop(reason, where, seconds=0.0, count=1):
-    """What a reader yields instead of `count` rows that cannot be used, of so many seconds as far as known."""
+    """What a reader yields instead of `count` rows that cannot be used, of so many seconds if that is known."""
     return {"drop": reason, "where": where, "seconds": seconds, "count": count}
 
 
@@ -274,19 +274,20 @@ def check(row, corpus, seconds_of):
     """A reader's row as {"row": the manifest's row, "off": whether the stated duration is wrong}, or what drop() makes
     of it. seconds_of(path) is how long a recording is by its header, 0 if that cannot be read."""
     if "drop" in row:
-        return row
-    path, text, where, stated_s = row["audio"], row["text"], row.pop("where"), row.pop("stated_s", None)
+        heard_s = row.get("duration") or seconds_of(row["audio"]) if "audio" in row else 0.0
+        return drop(row["drop"], row["where"], row["seconds"] or heard_s, row["count"])
+    path, where, stated_s = row["audio"], row.pop("where"), row.pop("stated_s", None)
     whole_s = seconds_of(path)
     duration_s = row.get("duration", whole_s)
     if reason := _unusable(row, whole_s, duration_s):
         return drop(reason, where, duration_s or stated_s or 0.0)
-    text = SPACES.sub("", " ".join(text.split()))
+    texts = {name: SPACES.sub("", " ".join(row[name].split())) for name in ("text", "question") if name in row}
     row = {"audio": None, "start": None, "duration": None, "text": None, "task": "asr", "source_language": "en",
-           "corpus": corpus.name, "licence": corpus.licence, "test_only": corpus.test_only} | row | {
-               "audio": str(path), "duration": round(duration_s, 4), "text": text}
+           "corpus": corpus.name, "licence": corpus.licence, "test_only": corpus.test_only} | row | texts | {
+               "audio": str(path), "duration": round(duration_s, 4)}
     row.setdefault("target_language", row["source_language"])
     if row["task"] == "asr" and row.setdefault("style", "written") == "bare":
-        row["text"] = text.lower()
+        row["text"] = row["text"].lower()
     row = {name: value for name, value in row.items() if value not in (None, "", False)}
     try:
         json.dumps(row, ensure_ascii=False).encode()
@@ -375,8 +376,9 @@ def convert(corpus, source, args):
                    lambda audio: not shards or finished(audio.partition(".tar/")[0]))
     checked = partial(check, corpus=corpus, seconds_of=lru_cache(maxsize=1024)(audio_seconds))
     rows = islice(corpus.read(source, args), done, None)
+    bar = tqdm(desc=corpus.name, unit=" rows", initial=done, delay=1)
     try:
-        with open(journal, "a", encoding="utf-8") as file, tqdm(desc=corpus.name, unit=" rows", initial=done) as bar:
+        with open(journal, "a", encoding="utf-8") as file, bar:
             for entry in in_order(checked, rows):
                 if "row" in entry:
                     audio = Path(entry["row"]["audio"])

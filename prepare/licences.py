@@ -44,6 +44,11 @@ def letters(text):
     return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
 
 
+def letter_count(text):
+    """How many letters there are to know a text by, a Chinese character counting as three."""
+    return sum(3 if "\u4e00" <= c <= "\u9fff" else 1 for c in letters(text))
+
+
 def fingerprint(text):
     """16 hexadecimal digits that are the same for texts that differ only in case, punctuation and spaces."""
     return hashlib.sha256(letters(text).encode("utf-8", "replace")).hexdigest()[:16]
@@ -69,8 +74,7 @@ def check_row(row, allowed, test_texts):
                             "training and validation")
     if test_texts:
         text = row["question"] if row["task"] == "sqa" else row["text"]
-        size = sum(3 if "\u4e00" <= c <= "\u9fff" else 1 for c in letters(text))
-        if size >= 20 and fingerprint(text) in test_texts:
+        if letter_count(text) >= 20 and fingerprint(text) in test_texts:
             raise ManifestError(f"{row['where']}: {text[:60]!r} is a text of a test-only corpus (a *.fingerprints file "
                                 "beside the manifests has it); leave the row out")
 

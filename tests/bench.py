@@ -1,8 +1,8 @@
-"""Speed: python tests/bench.py features | manifest | loader | step | decode [--rounds N] [--threads N] [--cpu]
+"""Speed: python tests/bench.py features | manifest | loader | corpora | step | decode [--rounds N] [--threads N] [--cpu]
 
 features: ours and transformers' take turns, round by round; printed are medians and their ratio. manifest: a manifest
 of a million rows. loader: how fast the demo's batches are read, against how fast a step without the encoder cache
-uses them. step, decode: training steps and answers of a mid-size pair (encoder 512 x 8 layers, LLM 768 x 8 layers,
+uses them. corpora: 100,000 tiny clips in the layout of Common Voice made into a manifest. step, decode: training steps and answers of a mid-size pair (encoder 512 x 8 layers, LLM 768 x 8 layers,
 vocabulary 151,936), 8 rows, on random bfloat16 weights that transformers has too; the table is left in out/bench/ as
 JSON.
 """
@@ -300,8 +300,29 @@ def decode(rounds):
     write("decode", found)
 
 
+def corpora(_rounds, count=100_000):
+    import numpy as np
+    import soundfile
+    from prepare import corpora
+    with tempfile.TemporaryDirectory() as place:
+        clips = Path(place) / "cv" / "en" / "clips"
+        clips.mkdir(parents=True)
+        soundfile.write(clips / "0.mp3", np.zeros(1600, np.int16), 16000, format="WAV")
+        data = (clips / "0.mp3").read_bytes()
+        with open(clips.parent / "train.tsv", "w") as rows, open(clips.parent / "clip_durations.tsv", "w") as durations:
+            rows.write("client_id\tpath\tsentence\n")
+            durations.write("clip\tduration[ms]\n")
+            for i in range(int(count)):
+                (clips / f"{i}.mp3").write_bytes(data)
+                rows.write(f"s{i % 900}\t{i}.mp3\tThis is sentence {i} of so many.\n")
+                durations.write(f"{i}.mp3\t100\n")
+        start = time.perf_counter()
+        corpora.main(["commonvoice", f"{place}/cv", f"{place}/out.jsonl"])
+        print(f"{int(count):,} clips in {time.perf_counter() - start:.1f} s, peak {memory('VmHWM') / 2**20:.0f} MB")
+
+
 if __name__ == "__main__":
-    runs = {f.__name__: f for f in (features, manifest, loader, step, decode, peak)}
+    runs = {f.__name__: f for f in (features, manifest, loader, corpora, step, decode, peak)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", default="features", choices=runs)
     parser.add_argument("--rounds", type=int, default=7, help="of which the medians are taken")

@@ -248,21 +248,20 @@ def test_a_refusing_model_still_has_another_answer(project, trained, monkeypatch
     assert answer_rows(model, tokenizer, [row], [parts], refuse_above=1e9, max_new_tokens=9)[0].text == answer.other
 
 
-def test_the_threshold_that_answers_most_rows_rightly():
-    rows = [{"target_language": "en", "text": text} for text in ("a", "b", "c", "d", *["Not answerable."] * 3)]
-    answers = [Answer("", m, other) for m, other in ((-5, "a"), (-3, "B."), (-1, "x"), (2, "d"), (0, "y"), (1, "y"), (4, "y"))]
-    settled = eval.refusal_threshold(rows, [*answers])
-    assert settled == {"refuse_above": -1.5}  # a and b answered, d lost, all three refused
-    assert eval.refusal_threshold(rows[:4], answers[:4]) == {} == eval.refusal_threshold([], [])
-
-
-def test_the_threshold_does_not_give_up_the_rarer_kind_of_question():
-    """Few dev questions are unanswerable: answering all of them wrongly must not count for little."""
-    rows = [{"target_language": "en", "text": text} for text in (*"abcdef", "Not answerable.")]
-    answers = [Answer("", m, text) for m, text in ((-5, "a"), (-4, "b"), (-3, "c"), (1, "d"), (2, "e"), (4, "f"), (3, "x"))]
-    assert eval.refusal_threshold(rows, answers) == {"refuse_above": 2.5}
-    rows, answers = rows[:5] + rows[6:], answers[:5] + [Answer("", 0, "x")]
-    assert eval.refusal_threshold(rows, answers) == {"refuse_above": -1.5}  # d and e lost for the one refusal
+def test_the_threshold_refuses_as_much_as_an_eighth_of_the_answerable_questions_allows():
+    margins, rows, answers = [-9, 0.5, -8, -7, -6, -5, 2, -4, -3, -2, -1, 0, 1, 3, -9, -9], [], []
+    for margin in margins:
+        rows.append({"target_language": "en", "text": "a"})
+        answers.append(Answer("", margin, "a"))
+    for margin in (-5, 1.5, 4):
+        rows.append({"target_language": "de", "text": REFUSALS["de"]})
+        answers.append(Answer("", margin, "b"))
+    settled = eval.refusal_threshold(rows, [*answers, AudioError("gone")])["refuse_above"]
+    assert settled == 1 and sum(margin > settled for margin in margins) == 2  # 2 of 16 refused, and 1.5 and 4 with them
+    assert eval.refusal_threshold(rows[:7], answers[:7]) == {} == eval.refusal_threshold([], [])  # none to be refused
+    assert eval.refusal_threshold(rows[-3:], answers[-3:]) == {}  # none to be answered
+    few = eval.refusal_threshold(rows[:3] + rows[-1:], answers[:3] + answers[-1:])["refuse_above"]
+    assert few == 0.5  # of three answerable ones none may be lost
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
