@@ -419,7 +419,7 @@ def test_the_kernel_of_cuda_equals_attention_row_by_row(monkeypatch, bucket):
             bias = None if reach is None else torch.randn(len(rows.row), 6, 16)
             torch.testing.assert_close(flexed(q, k, v, rows, bias), model.attend(q, k, v, rows, bias), rtol=1e-5, atol=1e-5)
     speech_lm = tiny_speech_lm("qwen3")
-    batch, plain = speech_batch(speech_lm), model.attend
+    batch = speech_batch(speech_lm)
     loss, _ = speech_lm(*batch)
     monkeypatch.setattr(model, "attend", lambda q, k, v, rows, bias=None, dropout=0.0: flexed(q, k, v, rows, bias))
     torch.testing.assert_close(speech_lm(*batch)[0], loss, rtol=1e-5, atol=1e-4)

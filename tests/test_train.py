@@ -49,6 +49,7 @@ def write_rows(path, *rows):
 
 
 GOOD = {"audio": "a.wav", "text": "Hallo", "task": "asr"}
+FREE = {**GOOD, "licence": "CC0-1.0"}
 
 
 def test_manifest_rows(tmp_path):
@@ -453,12 +454,12 @@ def test_bad_input_is_one_line_and_exit_1(capsys, tiny_project, tmp_path):
     run("st.jsonl': 0 rows of the tasks this phase trains, asr, expected at least 1", data=tmp_path / "st.jsonl")
     (tmp_path / "one.jsonl").write_text((tiny_project / "dev.jsonl").read_text().splitlines()[0])
     run("one.jsonl': 1 rows of the tasks this phase trains, asr, expected at least 2", dev=tmp_path / "one.jsonl")
-    (tmp_path / "fr.jsonl").write_text(json.dumps({**GOOD, "target_language": "tlh"}) + "\n")
+    (tmp_path / "fr.jsonl").write_text(json.dumps({**FREE, "target_language": "tlh"}) + "\n")
     run("--prompt tokens has no token for tlh", data=tmp_path / "fr.jsonl", prompt="tokens")
     run("=0: a manifest of weight 0; leave it out", data=f"{tiny_project / 'train.jsonl'}=0")
-    (tmp_path / "fr.jsonl").write_text(2 * (json.dumps({**GOOD, "task": "st", "target_language": "fr"}) + "\n"))
+    (tmp_path / "fr.jsonl").write_text(2 * (json.dumps({**FREE, "task": "st", "target_language": "fr"}) + "\n"))
     run("fr.jsonl' line 1: prepare/instructions.json has no wording for the language 'fr'", data=tmp_path / "fr.jsonl", phase="ift")
-    (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "text": " "}) + "\n")
+    (tmp_path / "bad.jsonl").write_text(json.dumps(FREE) + "\n" + json.dumps({**FREE, "text": " "}) + "\n")
     run("bad.jsonl' line 2: text is ' ', expected text", data=tmp_path / "bad.jsonl")
     run("none.pt: no such checkpoint; train it first or correct the path", init=tmp_path / "none.pt")
     (tmp_path / "junk.pt").write_bytes(b"junk")
@@ -468,7 +469,7 @@ def test_bad_input_is_one_line_and_exit_1(capsys, tiny_project, tmp_path):
     run("other.pt: not a checkpoint of this project", init=tmp_path / "other.pt")
     run("file: File exists|file/out: Not a directory", out=tmp_path / "file")
     run("step 0|step 1: loss .*; the last checkpoint is untouched", adapter_lr=1e30)
-    rows = "".join(json.dumps({**GOOD, "audio": f"no{i}.wav", "duration": 1}) + "\n" for i in range(40))
+    rows = "".join(json.dumps({**FREE, "audio": f"no{i}.wav", "duration": 1}) + "\n" for i in range(40))
     (tmp_path / "gone.jsonl").write_text(rows)
     for cache in (1, 0):
         run(r"\d+ of \d+ recordings could not be used, more than 1 %", data=tmp_path / "gone.jsonl", cache_gb=cache, workers=0)
