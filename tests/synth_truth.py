@@ -1,8 +1,10 @@
-"""What prepare.synth wrote about the demo's transcripts, against the truth of the grammar; to be run by hand:
+r"""What prepare.synth wrote about the demo's transcripts, against the truth of the grammar; to be run by hand:
 
-    python -m prepare.synth translate demo/train.jsonl out/st.jsonl --llm demo/llm --languages de it zh --no-round-trip
+    python -m prepare.synth translate demo/train.jsonl out/st.jsonl --llm demo/llm --languages de it zh --no-round-trip \
+        --threshold log_p=-0.03
     python tests/synth_truth.py train out/st.all.jsonl
-    python -m prepare.synth questions demo/train.jsonl out/sqa.jsonl --llm demo/llm --questions demo/train.jsonl
+    python -m prepare.synth questions demo/train.jsonl out/sqa.jsonl --llm demo/llm --questions demo/train.jsonl \
+        --unanswerable 0.4
     python tests/synth_truth.py train out/sqa.all.jsonl
 
 The demo's LLM reads English only, so it cannot translate back; nor can it write questions.
