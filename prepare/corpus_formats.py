@@ -197,6 +197,7 @@ def join(parts, path):
     if they cannot be decoded or differ in rate or channels."""
     import numpy as np
     import soundfile
+    from prepare.checkpoint import write_atomically  # needs torch, which the list of corpora does not
     if path.exists():
         return True
     coded = io.BytesIO()
@@ -208,9 +209,7 @@ def join(parts, path):
     except (soundfile.SoundFileError, ValueError):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(coded.getvalue())
-    os.replace(part, path)
+    write_atomically(path, lambda file: file.write(coded.getvalue()))
     return True
 
 

@@ -21,7 +21,8 @@ TEXT = "transcri|transkri|trascri|verschrift|text|wortlaut|testo|文本|文字"
 
 def instruction_of(row, random=None):
     """The instruction of a row: its own, or else the first wording of its task, for sqa in the question's language; a
-    bare transcript is asked for as such. A random generator (random.Random or numpy's) draws any wording, for asr and st in any language."""
+    bare transcript is asked for as such. A random generator (random.Random or numpy's) draws any wording, for asr and
+    st in any language."""
     if row.get("instruction"):
         return row["instruction"]
     task, target, known = row["task"], row["target_language"], list(INSTRUCTIONS["targets"])

@@ -29,11 +29,14 @@ RANKS = [r"CC0-.*|PDDL-.*|LicenseRef-PublicDomain|public domain", r"MIT|Apache-.
 
 def strictest(licences):
     """The licence of a row made from rows of these licences: the strictest; one that is not known is stricter than all
-    that are. Where two bind in different ways (share-alike and non-commercial), both, as "A AND B"."""
+    that are. Where two bind in different ways (share-alike and non-commercial), both, as "A AND B"; of "A OR B" the
+    freer."""
     def rank(licence):
         return next((i for i, known in enumerate(RANKS) if re.fullmatch(known, licence, re.I)), len(RANKS))
 
-    found = sorted({part for licence in licences for part in licence.split(" AND ")}, key=lambda x: (rank(x), x))
+    chosen = [min((choice.split(" AND ") for choice in licence.strip("() ").split(" OR ")),
+                  key=lambda parts: max(map(rank, parts))) for licence in licences]
+    found = sorted({part for parts in chosen for part in parts}, key=lambda x: (rank(x), x))
     if not found:
         return "unknown"
     binding = [licence for licence in found if rank(licence) > 2]

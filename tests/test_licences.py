@@ -36,7 +36,8 @@ def test_a_named_licence_is_taken_and_no_other():
     (["CC0-1.0", "CC0-1.0"], "CC0-1.0"), (["CC0-1.0", "CC-BY-4.0"], "CC-BY-4.0"), (["MIT", "CC0-1.0"], "MIT"),
     (["CC-BY-4.0", "CC-BY-SA-4.0"], "CC-BY-SA-4.0"), (["CC-BY-NC-4.0", "CC-BY-4.0"], "CC-BY-NC-4.0"),
     (["CC-BY-SA-4.0", "CC-BY-NC-4.0"], "CC-BY-SA-4.0 AND CC-BY-NC-4.0"), (["CC-BY-4.0", "unknown"], "unknown"),
-    (["CC-BY-SA-4.0 AND CC-BY-NC-4.0", "MIT"], "CC-BY-SA-4.0 AND CC-BY-NC-4.0"), ([], "unknown")])
+    (["CC-BY-SA-4.0 AND CC-BY-NC-4.0", "MIT"], "CC-BY-SA-4.0 AND CC-BY-NC-4.0"), ([], "unknown"),
+    (["CC-BY-NC-4.0", "GPL-3.0-only OR MIT"], "CC-BY-NC-4.0"), (["GPL-3.0-only OR MIT", "CC0-1.0"], "MIT")])
 def test_derived_rows_inherit_the_strictest_licence(licences, inherited):
     assert strictest(licences) == inherited
     free = bool(licences) and all(map(accepted, licences))
