@@ -93,7 +93,7 @@ PHASES = {
 }
 DEMO_PHASES = {  # for the tiny models of demo/, when nothing else is named
     "align": Phase({"adapter": 2e-3}, ("asr",), 1500, 100, 1500),
-    "ift": Phase({"adapter": 7e-4, "encoder": 4e-4, "llm": 1.5e-4}, ("asr", "st", "sqa"), 300, 30, 3000),
+    "ift": Phase({"adapter": 7e-4, "encoder": 1e-4, "llm": 1.5e-4}, ("asr", "st", "sqa"), 300, 30, 3000),
 }
 
 
