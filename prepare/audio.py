@@ -53,8 +53,12 @@ def load_audio(path, start=0.0, duration=None):
                              f"{most:,}; its header or the duration is wrong, or it is to be cut into parts")
         size = 2**24 // sound.channels  # samples at a time, so that memory stays near that of the mono result
         blocks = [torch.empty(0)]
-        sound.seek(min(first, sound.frames))
-        while left > 0:
+        at = min(first, max(0, sound.frames))
+        # libsndfile crashes when it seeks in a Vorbis file that does not begin to sound; some codecs cannot seek at all
+        if at and not (len(sound.read(1)) and sound.seek(at) == at):
+            raise AudioError(f"{name}: found no way to go to {start:g} s of it, expected intact audio; copy or download it "
+                             "again, or convert it to flac")
+        while left > 0 and sound.frames > 0:
             block = torch.from_numpy(sound.read(min(size, left), dtype="float32", always_2d=True))  # (n, channels)
             blocks.append(block.mean(1))
             left -= len(block)

@@ -205,7 +205,7 @@ def peoples_speech(source, args):
                         yield {"audio": (folder if tar is None else tars[tar]) / name, "text": text, "style": "bare",
                                "speaker": str(item.get("identifier", "")), "licence": own, "stated_s": stated_s,
                                "where": where}
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 yield drop(UNREADABLE, where)
 
 
@@ -238,7 +238,7 @@ def europarl_st(source, args):
                     yield drop(UNREADABLE, where)
                     continue
                 kinds = [path.parents[2] / "audios" / f"{recording}.{kind}" for kind in ("flac", "wav", "ogg", "m4a")]
-                yield {"audio": next(filter(Path.exists, kinds), kinds[-1]), "start": number(start),
+                yield {"audio": next(filter(os.path.exists, kinds), kinds[-1]), "start": number(start),
                        "duration": number(end) - number(start), "text": text, "task": "st", "source_language": spoken,
                        "target_language": written, "speaker": speakers.get(recording), "where": where}
 
@@ -362,7 +362,7 @@ def kaldi(source, args):
             yield drop("wav.scp has a command, which is not run: write the audio to files", where)
         else:
             part = {"start": start, "duration": end - start} if segments else {}
-            yield part | {"audio": next(filter(Path.exists, [source / file, Path(file)]), Path(file)), "text": text,
+            yield part | {"audio": next(filter(os.path.exists, [source / file, Path(file)]), Path(file)), "text": text,
                           "style": style, "source_language": (args.language or ["en"])[0],
                           "speaker": speakers.get(id).get("speaker") if speakers else None,
                           "corpus": source.resolve().name, "licence": args.licence or "unknown", "where": where}

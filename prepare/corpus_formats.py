@@ -318,7 +318,7 @@ def _unusable(row, whole_s, duration_s):
     if not whole_s:
         shard, tar, _ = str(row["audio"]).partition(".tar/")
         file = Path(shard + ".tar" if tar else row["audio"])
-        if not file.exists():
+        if not os.path.exists(file):  # unlike Path.exists, for names that no file can have, too
             return MISSING
         if not file.stat().st_size:
             return "audio of 0 bytes"
