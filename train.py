@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, load_tokenizer, schedule
+from data import LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, schedule
 from eval import quick_figures, refusal_threshold
 from model import SpeechLM, add_lora, merged_state
-from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, read_json, read_lines, restore, write_atomically,
-                                write_text)
+from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, load_tokenizer, read_json, read_lines, restore,
+                                write_atomically, write_text)
 from prepare.draw import draw_curves
 from prepare.encoder_cache import encoder_states
-from prepare.errors import AudioError, CheckpointError, ManifestError
+from prepare.errors import AudioError, CheckpointError, ManifestError, UserError, visible
 from prepare.instructions import instruction_of
 from prepare.licences import check_row, notice, test_fingerprints, used
 from sample import answer_rows, listen
@@ -42,6 +42,7 @@ class TrainConfig:
     llm: str = str(ROOT / "demo/llm")  # Qwen2.5, Qwen3 or Llama checkpoint, directory or Hub id
     data: list[str] = field(default_factory=lambda: [str(ROOT / "demo/train.jsonl")])  # manifests; PATH=2 counts double
     dev: str = str(ROOT / "demo/dev.jsonl")  # manifest for validation
+    trust_paths: bool = False  # take audio from outside a manifest's folder, too, where its rows or links lead there
     allow_licence: list[str] = field(default_factory=list)  # accept data of these licences, too (SPDX)
     out: str = "out"  # directory of checkpoints, log and picture
     init: str = ""  # start from this checkpoint of an earlier phase
@@ -105,10 +106,10 @@ BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **d
 CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
           {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
           {"bleu": "#1f6fb4"}]  # the picture's panels
-MAY_CHANGE = ("resume", "device", "workers")  # on the way; every other option must stay for a run to be resumed
+MAY_CHANGE = ("resume", "device", "workers", "trust_paths")  # on the way; every other option must stay for a run to be resumed
 
 
-class TrainError(ValueError):
+class TrainError(UserError):
     """A run that cannot go on; the message says why and what to do."""
 
 
@@ -288,7 +289,7 @@ def open_manifests(cfg, tasks):
                     test_texts=test_fingerprints([cfg.dev, *(path for path, _ in named)]))
 
     def read(path, least):
-        parts, seconds, window = Manifest(path).split(tasks, cfg.max_seconds, check)
+        parts, seconds, window = Manifest(path, cfg.trust_paths).split(tasks, cfg.max_seconds, check)
         found, languages = sum(map(len, parts.values())), {language for _, language in parts}
         if found < least:
             raise ManifestError(f"{path!r}: {found} rows of the tasks this phase trains, {', '.join(tasks)}, expected at "
@@ -318,9 +319,9 @@ def open_manifests(cfg, tasks):
     weights = [weight * size[group] ** (1 / cfg.temperature - 1) for group, weight in zip(groups, weights)]
     for group in sorted(size):
         share = sum(w for g, w in zip(groups, weights) if g == group) / sum(weights)
-        print(f"data: {group[0]} into {group[1]}: {size[group]:.0f} rows, {100 * share:.1f} % of those drawn")
+        print(f"data: {group[0]} into {visible(group[1])}: {size[group]:.0f} rows, {100 * share:.1f} % of those drawn")
     for (corpus, licence, language), total in sorted(hours.items()):
-        print(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h")
+        print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))
     return manifests, weights, dev, [[*key, round(total)] for key, total in sorted(hours.items())], longest
 
 
@@ -353,8 +354,8 @@ def train(cfg):
     if resumed:
         state = load_checkpoint(resume_path)
         for name, saved in state["config"].items():
-            if name not in MAY_CHANGE and saved != asdict(cfg)[name]:
-                raise TrainError(f"{resume_path}: was trained with {name} {saved!r}, found {asdict(cfg)[name]!r}; give "
+            if name not in MAY_CHANGE and saved != asdict(cfg).get(name):
+                raise TrainError(f"{resume_path}: was trained with {name} {saved!r}, found {asdict(cfg).get(name)!r}; give "
                                  "the same, or start anew without --resume")
         restore(model, state, bases, resume_path)
         optimizer.load_state_dict(state["optimizer"])
@@ -399,7 +400,7 @@ def train(cfg):
             record(step=step, **figures)
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
             for reference, hypothesis in pairs[::max(1, len(pairs) // 4)][:4] if len(tasks) > 1 else pairs[:2]:
-                bar.write(f"  said: {reference}\n  read: {hypothesis}")
+                bar.write(f"  said: {visible(reference)}\n  read: {visible(hypothesis)}")
             save(step, **settle_refusals(cfg, model, examples) if step == cfg.steps and "sqa" in tasks else {})
         if step == cfg.steps:
             break
@@ -442,7 +443,7 @@ def train(cfg):
     bar.close()
     write_text(out / f"{cfg.phase}.svg", draw_curves(read_lines(log_path), CURVES))
     for where, why in bad.items():
-        print(f"left out: {where}: {why}")
+        print(visible(f"left out: {where}: {why}"))
     print(f"{checkpoint_path}: {seen} rows drawn, {len(bad)} recordings left out; curves in {out / cfg.phase}.svg")
 
 
@@ -456,7 +457,7 @@ def main(argv=None):
     except (CheckpointError, ManifestError, AudioError, TrainError) as error:
         sys.exit(f"train.py: {error}")
     except OSError as error:
-        sys.exit(f"train.py: {error.filename or cfg.out}: {error.strerror}; what was saved before is intact: mend this and "
+        sys.exit(f"train.py: {visible(error.filename or cfg.out)}: {error.strerror}; what was saved before is intact: mend this and "
                  "start again with --resume")
 
 

@@ -379,7 +379,8 @@ def test_tasks_and_languages_by_temperature(tiny_project, tmp_path, capsys):
         *[{"task": "sqa", "question": "Who?"}] * 2])]
     write_rows(tmp_path / "m.jsonl", *made)
     for temperature, shares in ((1, [4, 2, 32, 2]), (2, [2, 2**0.5, 32**0.5, 2**0.5]), (1e9, [1, 1, 1, 1])):
-        cfg = train.parse(arguments(tiny_project, tmp_path, data=tmp_path / "m.jsonl", temperature=temperature))
+        cfg = train.parse(arguments(tiny_project, tmp_path, trust_paths=True, data=tmp_path / "m.jsonl",
+                                    temperature=temperature))
         manifests, weights, *_ = train.open_manifests(cfg, ("asr", "st", "sqa"))
         assert [len(manifest) for manifest in manifests] == [4, 2, 32, 2]
         assert np.allclose(np.array(weights) / sum(weights), np.array(shares) / sum(shares))
