@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from signal import SIGINT
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from tqdm import tqdm
 from data import LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, load_tokenizer, schedule
 from eval import quick_figures, refusal_threshold
 from model import SpeechLM, add_lora, merged_state
-from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, read_json, read_lines, restore, write_atomically,
+from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, read_json, read_lines, restore, write_checkpoint,
                                 write_text)
 from prepare.draw import draw_curves
 from prepare.encoder_cache import encoder_states
-from prepare.errors import AudioError, CheckpointError, ManifestError
+from prepare.errors import AudioError, CheckpointError, ManifestError, TrainError
+from prepare.faults import Stop, ignore_signals, keep_rows, next_batch
 from prepare.instructions import instruction_of
 from prepare.licences import check_row, notice, test_fingerprints, used
 from sample import answer_rows, listen
@@ -105,11 +107,9 @@ BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **d
 CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
           {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
           {"bleu": "#1f6fb4"}]  # the picture's panels
+NONFINITE_STEPS = 5  # so many in a row end a run
+REMEDY = "the last checkpoint is untouched: lower the learning rate or leave those rows out"
 MAY_CHANGE = ("resume", "device", "workers")  # on the way; every other option must stay for a run to be resumed
-
-
-class TrainError(ValueError):
-    """A run that cannot go on; the message says why and what to do."""
 
 
 def parse(argv):
@@ -324,13 +324,14 @@ def open_manifests(cfg, tasks):
     return manifests, weights, dev, [[*key, round(total)] for key, total in sorted(hours.items())], longest
 
 
-def train(cfg):
+def train(cfg, stop):
     cfg, rates, tasks = settle(cfg)
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(asdict(cfg), indent=2))
-    checkpoint_path, resume_path, log_path = (out / f"{cfg.phase}{end}" for end in (".pt", ".resume.pt", ".jsonl"))
+    checkpoint_path, resume_path, log_path, rows_path = (
+        out / f"{cfg.phase}{end}" for end in (".pt", ".resume.pt", ".jsonl", ".nonfinite.jsonl"))
     manifests, weights, dev, hours, longest = open_manifests(cfg, tasks)
     model, tokenizer, bases = build(cfg, rates)
     data = used(load_checkpoint(cfg.init)["data"] if cfg.init else [], hours)  # of earlier phases and this one
@@ -350,6 +351,7 @@ def train(cfg):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     first, position, resumed = 0, None, cfg.resume and resume_path.exists()
     seen, bad = 0, {}  # rows drawn; file and line of those that could not be used -> why
+    validated = skipped = 0  # the step of the last validation; steps just left out in a row
     if resumed:
         state = load_checkpoint(resume_path)
         for name, saved in state["config"].items():
@@ -359,17 +361,19 @@ def train(cfg):
         restore(model, state, bases, resume_path)
         optimizer.load_state_dict(state["optimizer"])
         first, position, seen, bad = state["step"], state["position"], state["seen"], state["bad"]
-        if first == cfg.steps:
+        validated, skipped = state.get("validated", first), state.get("skipped", 0)
+        if validated == cfg.steps:
             print(f"{checkpoint_path}: all {first} steps are done")
             return
     kept = [line for line in read_lines(log_path) if resumed and line["step"] <= first]
     write_text(log_path, "".join(json.dumps(line) + "\n" for line in kept))
     if not resumed:
-        resume_path.unlink(missing_ok=True)  # of another run
+        for path in (resume_path, rows_path):  # of another run
+            path.unlink(missing_ok=True)
     order = schedule(manifests, weights, examples.size, cfg.batch_frames, cfg.batch_tokens, cfg.seed, position)
     loader = iter(torch.utils.data.DataLoader(
         examples, sampler=order, batch_size=None, num_workers=0 if states else cfg.workers,
-        pin_memory=cfg.device != "cpu"))
+        pin_memory=cfg.device != "cpu", worker_init_fn=ignore_signals))
     if resumed:  # only now: the loader draws a number of its own
         torch.set_rng_state(state["rng"])
         if cfg.device != "cpu":
@@ -382,9 +386,10 @@ def train(cfg):
                  "window": min(30.0, max(1.0, longest)), "step": step, **settled,
                  "versions": {"torch": str(torch.__version__), "python": sys.version}}
         more = {"optimizer": optimizer.state_dict(), "position": position, "seen": seen, "bad": bad,
+                "validated": validated, "skipped": skipped,
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if cfg.device != "cpu" else None}
-        write_atomically(checkpoint_path, lambda file: torch.save({"model": merged, **state}, file))
-        write_atomically(resume_path, lambda file: torch.save({"model": trained, **state, **more}, file))
+        write_checkpoint(checkpoint_path, {"model": merged, **state})
+        write_checkpoint(resume_path, {"model": trained, **state, **more})
         write_text(out / f"{cfg.phase}.NOTICE", notice(data))
 
     def record(**figures):
@@ -393,27 +398,34 @@ def train(cfg):
 
     bar = tqdm(total=cfg.steps, initial=first, desc=cfg.phase, unit=" steps", dynamic_ncols=True)
     for step in range(first, cfg.steps + 1):
-        # once in a while: validate, show two transcripts, save
-        if step > first and step % cfg.eval_every == 0 or step == cfg.steps:
-            figures, pairs = validate(cfg, model, examples, picks)
+        # once in a while: validate, show two transcripts, save; a signal ends a validation, which --resume makes up for
+        found, stop.waits = None, True
+        if not stop.asked and step > validated and (step % cfg.eval_every == 0 or step == cfg.steps):
+            with stop.at_once():
+                found = *validate(cfg, model, examples, picks), (
+                    settle_refusals(cfg, model, examples) if step == cfg.steps and "sqa" in tasks else {})
+        if found:
+            (figures, pairs, settled), validated = found, step
+            if not math.isfinite(figures["dev_loss"]):
+                raise TrainError(f"step {step}: dev_loss {figures['dev_loss']}; {REMEDY}")
             record(step=step, **figures)
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
             for reference, hypothesis in pairs[::max(1, len(pairs) // 4)][:4] if len(tasks) > 1 else pairs[:2]:
                 bar.write(f"  said: {reference}\n  read: {hypothesis}")
-            save(step, **settle_refusals(cfg, model, examples) if step == cfg.steps and "sqa" in tasks else {})
+            save(step, **settled)
+        if stop.asked:
+            if not found and not skipped:  # weights that give no finite gradient are not worth an older checkpoint
+                save(step)
+            raise KeyboardInterrupt
         if step == cfg.steps:
             break
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * lr_at(step, cfg)
 
         # one step: every batch's summed loss over the target tokens of all its batches
-        start, batches = time.time(), []
+        start, batches, rows = time.time(), [], []
         while len(batches) < cfg.accumulate:
-            try:
-                batch = next(loader)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise TrainError(f"a loader process died ({reason}); start again with --resume") from error
+            batch = next_batch(loader)
             position, seen = batch["position"], seen + len(batch["rows"]) + len(batch["bad"])
             bad |= dict(batch["bad"])
             met = min(seen, sum(map(len, manifests)))  # different recordings, as far as one can tell
@@ -422,6 +434,7 @@ def train(cfg):
                                  + "; ".join(f"{where}: {why}" for where, why in list(bad.items())[-3:]))
             if "ids" in batch:
                 batches.append(on_device(batch, cfg.device))
+                rows += batch["rows"]
         if step == 0 and not cfg.init:
             scale_projection(model, batches[0])
         tokens, total = sum(len(batch["targets"]) for batch in batches), 0.0
@@ -430,29 +443,39 @@ def train(cfg):
             (loss / tokens).backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], cfg.clip).item()
-        if not math.isfinite(norm):
-            raise TrainError(f"step {step}: loss {total / tokens}, gradient norm {norm}; the last checkpoint is "
-                             "untouched: lower the learning rate or start again with --resume")
-        optimizer.step()
+        if math.isfinite(total) and math.isfinite(norm):
+            optimizer.step()
+            figures, skipped = {"loss": total / tokens, "norm": norm}, 0
+        else:  # no update
+            figures, skipped = {"skipped": f"loss {total / tokens}, gradient norm {norm}"}, skipped + 1
+            keep_rows(rows_path, step + 1, rows, seed=cfg.seed, **figures)
+            bar.write(f"step {step + 1}: {figures['skipped']}; left out, its rows are in {rows_path}")
+            if skipped == NONFINITE_STEPS:
+                raise TrainError(f"step {step + 1}: {skipped} steps in a row without a finite gradient, their rows are in "
+                                 f"{rows_path}; {REMEDY}")
         optimizer.zero_grad()
         audio = sum(sum(batch["lengths"]) for batch in batches) / 50  # seconds
-        record(step=step + 1, loss=total / tokens, norm=norm, lr=lr_at(step, cfg), tokens=tokens, audio=audio)
+        record(step=step + 1, **figures, lr=lr_at(step, cfg), tokens=tokens, audio=audio)
         bar.set_postfix(loss=f"{total / tokens:.3f}", audio_s_per_s=f"{audio / (time.time() - start):.0f}")
         bar.update()
     bar.close()
-    write_text(out / f"{cfg.phase}.svg", draw_curves(read_lines(log_path), CURVES))
+    lines = read_lines(log_path)
+    write_text(out / f"{cfg.phase}.svg", draw_curves(lines, CURVES))
     for where, why in bad.items():
         print(f"left out: {where}: {why}")
+    if skips := sum("skipped" in line for line in lines):
+        print(f"left out: {skips} steps without a finite gradient; their rows are in {rows_path}")
     print(f"{checkpoint_path}: {seen} rows drawn, {len(bad)} recordings left out; curves in {out / cfg.phase}.svg")
 
 
 def main(argv=None):
     cfg = parse(argv)
     try:
-        train(cfg)
+        with Stop() as stop:
+            train(cfg, stop)
     except KeyboardInterrupt:
-        print("train.py: stopped; the last checkpoint is intact: start again with --resume", file=sys.stderr)
-        sys.exit(130)
+        print("train.py: stopped; what was saved is intact: go on with --resume", file=sys.stderr)
+        sys.exit(128 + (stop.asked or SIGINT))
     except (CheckpointError, ManifestError, AudioError, TrainError) as error:
         sys.exit(f"train.py: {error}")
     except OSError as error:

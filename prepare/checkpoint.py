@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -310,20 +311,40 @@ def newest_checkpoint():
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def write_atomically(path, save):
-    """save(temporary file), then rename: path is always whole, the old one or the new one."""
+def write_atomically(path, save, check=None):
+    """save(temporary file), check(its path), then rename: path is always whole, the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError):  # torch.save's word for a disk that fills up
             raise OSError(errno.ENOSPC, "could not be written to the end, is the disk full?", str(path)) from error
         raise
+
+
+def write_checkpoint(path, state):
+    """torch.save, which replaces an older file only when the new one is on disk and was read back."""
+    write_atomically(path, lambda file: torch.save(state, file), read_back)
+
+
+def read_back(path):
+    """Raises OSError unless every part of a file of torch.save has the checksum that it was written with."""
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as parts:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+            damaged = parts.testzip()
+    except zipfile.BadZipFile as error:
+        damaged = str(error)
+    if damaged:
+        raise OSError(errno.EIO, f"does not read back as it was written ({damaged}), is the disk sound?", str(path))
 
 
 def write_text(path, text):

@@ -1,4 +1,5 @@
-"""What can be wrong with a user's files. Every message is one line: the file, what was found and expected, the remedy."""
+"""What can be wrong with a user's files or run. Every message is one line: the file, what was found and expected, the
+remedy."""
 
 
 class AudioError(ValueError):
@@ -11,3 +12,7 @@ class CheckpointError(ValueError):
 
 class ManifestError(ValueError):
     """A manifest that cannot be used; the message names the line, too."""
+
+
+class TrainError(ValueError):
+    """A run that cannot go on; the message says why and what to do."""

@@ -56,9 +56,8 @@ def seeded():
 WORDS = "one two three four five six".split()
 
 
-@pytest.fixture(scope="session")
-def tiny_project(tmp_path_factory):
-    """A directory with a random tiny encoder and LLM, a tokenizer, and manifests of tones: each word has its pitch."""
+def make_project(directory):
+    """Writes a random tiny encoder and LLM, a tokenizer, and manifests of tones: each word has its pitch."""
     import json
 
     import numpy as np
@@ -66,7 +65,6 @@ def tiny_project(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     import model
-    directory = tmp_path_factory.mktemp("project")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainers.BpeTrainer(
@@ -86,4 +84,10 @@ def tiny_project(tmp_path_factory):
                 row = {"audio": f"{split}{i}.wav", "duration": len(wave) / 16000, "text": " ".join(WORDS[w] for w in said),
                        "task": "asr", "corpus": "tones", "licence": "CC0-1.0"}
                 manifest.write(json.dumps(row) + "\n")
+
+
+@pytest.fixture(scope="session")
+def tiny_project(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("project")
+    make_project(directory)
     return directory
