@@ -14,7 +14,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from signal import SIGINT
 
 import numpy as np
 import torch
@@ -28,9 +27,10 @@ from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, read_json, 
 from prepare.draw import draw_curves
 from prepare.encoder_cache import encoder_states
 from prepare.errors import AudioError, CheckpointError, ManifestError, TrainError
-from prepare.faults import Stop, ignore_signals, keep_rows, next_batch
+from prepare.faults import Stop, expect_finite, ignore_signals, leave_out, next_batch
 from prepare.instructions import instruction_of
 from prepare.licences import check_row, notice, test_fingerprints, used
+from prepare.plan import dry_run, meta_parts
 from sample import answer_rows, listen
 
 ROOT = Path(__file__).resolve().parent
@@ -48,6 +48,7 @@ class TrainConfig:
     out: str = "out"  # directory of checkpoints, log and picture
     init: str = ""  # start from this checkpoint of an earlier phase
     resume: bool = False  # go on where the last run of this phase stopped
+    dry_run: bool = False  # only print what the run would need: memory, steps, time
     steps: int = 0  # optimizer steps; 0: the phase's own number
     warmup: int = 0  # steps of rising learning rate; 0: the phase's own number
     min_lr: float = 0.1  # the cosine ends at this share of the learning rate
@@ -107,9 +108,7 @@ BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **d
 CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
           {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
           {"bleu": "#1f6fb4"}]  # the picture's panels
-NONFINITE_STEPS = 5  # so many in a row end a run
-REMEDY = "the last checkpoint is untouched: lower the learning rate or leave those rows out"
-MAY_CHANGE = ("resume", "device", "workers")  # on the way; every other option must stay for a run to be resumed
+MAY_CHANGE = ("resume", "dry_run", "device", "workers")  # on the way; every other option must stay for a run to be resumed
 
 
 def parse(argv):
@@ -148,10 +147,10 @@ def settle(cfg):
 # Model, optimizer, schedule
 
 
-def build(cfg, rates):
+def build(cfg, rates, meta=False):
     """The model, its tokenizer and the fingerprints of its two base checkpoints. Trained parts have float32 weights,
-    frozen parts the compute dtype's. An --init checkpoint brings the shape of its adapter with it."""
-    bases = {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
+    frozen parts the compute dtype's. An --init checkpoint brings the shape of its adapter with it. meta: shapes alone."""
+    bases = {} if meta else {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
     init = load_checkpoint(cfg.init) if cfg.init else None
     frozen = sorted({name.split(".")[0] for name in init["model"]} - rates.keys()) if init else []
     if frozen:
@@ -168,9 +167,9 @@ def build(cfg, rates):
         adapter = init["adapter"]
         if bool(adapter["prompt_tokens"]) != (cfg.prompt == "tokens"):
             raise TrainError(f"{cfg.init} was trained with --prompt {init['config']['prompt']}; give the same")
-    model = SpeechLM.from_parts(cfg.encoder, cfg.llm, compute, compute, cfg.device,
-                                rates.keys() - ({"llm"} if cfg.lora_rank else set()), **adapter)
-    if init:
+    model = (meta_parts if meta else SpeechLM.from_parts)(
+        cfg.encoder, cfg.llm, compute, compute, cfg.device, rates.keys() - ({"llm"} if cfg.lora_rank else set()), **adapter)
+    if init and not meta:
         restore(model, init, bases, cfg.init)
     for name, part in model.named_children():
         part.requires_grad_(name in rates).train(name in rates)
@@ -327,6 +326,8 @@ def open_manifests(cfg, tasks):
 def train(cfg, stop):
     cfg, rates, tasks = settle(cfg)
     torch.manual_seed(cfg.seed)
+    if cfg.dry_run:
+        return dry_run(cfg, rates, open_manifests(cfg, tasks), build, parameter_groups, on_device)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(asdict(cfg), indent=2))
@@ -406,8 +407,7 @@ def train(cfg, stop):
                     settle_refusals(cfg, model, examples) if step == cfg.steps and "sqa" in tasks else {})
         if found:
             (figures, pairs, settled), validated = found, step
-            if not math.isfinite(figures["dev_loss"]):
-                raise TrainError(f"step {step}: dev_loss {figures['dev_loss']}; {REMEDY}")
+            expect_finite(step, figures["dev_loss"])
             record(step=step, **figures)
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
             for reference, hypothesis in pairs[::max(1, len(pairs) // 4)][:4] if len(tasks) > 1 else pairs[:2]:
@@ -448,11 +448,7 @@ def train(cfg, stop):
             figures, skipped = {"loss": total / tokens, "norm": norm}, 0
         else:  # no update
             figures, skipped = {"skipped": f"loss {total / tokens}, gradient norm {norm}"}, skipped + 1
-            keep_rows(rows_path, step + 1, rows, seed=cfg.seed, **figures)
-            bar.write(f"step {step + 1}: {figures['skipped']}; left out, its rows are in {rows_path}")
-            if skipped == NONFINITE_STEPS:
-                raise TrainError(f"step {step + 1}: {skipped} steps in a row without a finite gradient, their rows are in "
-                                 f"{rows_path}; {REMEDY}")
+            bar.write(leave_out(rows_path, step + 1, rows, skipped, seed=cfg.seed, **figures))
         optimizer.zero_grad()
         audio = sum(sum(batch["lengths"]) for batch in batches) / 50  # seconds
         record(step=step + 1, **figures, lr=lr_at(step, cfg), tokens=tokens, audio=audio)
@@ -463,9 +459,8 @@ def train(cfg, stop):
     write_text(out / f"{cfg.phase}.svg", draw_curves(lines, CURVES))
     for where, why in bad.items():
         print(f"left out: {where}: {why}")
-    if skips := sum("skipped" in line for line in lines):
-        print(f"left out: {skips} steps without a finite gradient; their rows are in {rows_path}")
-    print(f"{checkpoint_path}: {seen} rows drawn, {len(bad)} recordings left out; curves in {out / cfg.phase}.svg")
+    print(f"{checkpoint_path}: {seen} rows drawn, {sum('skipped' in line for line in lines)} steps and {len(bad)} recordings "
+          f"left out; curves in {out / cfg.phase}.svg")
 
 
 def main(argv=None):
@@ -475,7 +470,7 @@ def main(argv=None):
             train(cfg, stop)
     except KeyboardInterrupt:
         print("train.py: stopped; what was saved is intact: go on with --resume", file=sys.stderr)
-        sys.exit(128 + (stop.asked or SIGINT))
+        sys.exit(128 + stop.asked if stop.asked else 130)
     except (CheckpointError, ManifestError, AudioError, TrainError) as error:
         sys.exit(f"train.py: {error}")
     except OSError as error:

@@ -94,9 +94,9 @@ def divides(where, config, whole, part):
 # Files
 
 
-def fetch(path_or_hub_id):
-    """The local directory of a checkpoint; a Hub id is downloaded, only the files needed, into the Hub's cache
-    (HF_HOME), or taken from there alone (HF_HUB_OFFLINE=1). Raises CheckpointError."""
+def fetch(path_or_hub_id, weights=True):
+    """The local directory of a checkpoint; a Hub id is downloaded, only the files needed, and weights only if they are
+    wanted, into the Hub's cache (HF_HOME), or taken from there alone (HF_HUB_OFFLINE=1). Raises CheckpointError."""
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
@@ -106,8 +106,8 @@ def fetch(path_or_hub_id):
     from huggingface_hub import snapshot_download  # takes half a second, so only when needed
     try:
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[
-            "config.json", "generation_config.json", "tokenizer.json", "model.safetensors",
-            "model.safetensors.index.json", "model-*-of-*.safetensors"]))
+            "config.json", "generation_config.json", "tokenizer.json", *["model.safetensors",
+            "model.safetensors.index.json", "model-*-of-*.safetensors"] * weights]))
     except Exception as error:  # its errors have no common base: network, HTTP status, cache, disk
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise CheckpointError(f"{path}: no such directory here, and the Hub gave no such model ({reason}); check the "

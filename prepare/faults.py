@@ -1,6 +1,7 @@
 """What a training run meets: signals, loader processes that die or hang, steps without a finite gradient."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,8 @@ from prepare.checkpoint import read_lines, write_text
 from prepare.errors import ManifestError, TrainError
 
 LOADER_SECONDS = 600  # so long a loader may take for one batch
+NONFINITE_STEPS = 5  # so many in a row end a run
+REMEDY = "the last checkpoint is untouched: lower the learning rate or leave such rows out"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -81,8 +84,17 @@ def next_batch(loader):
         signal.signal(signal.SIGALRM, before)
 
 
-def keep_rows(path, step, rows, **why):
-    """Writes the rows of a step that was left out behind those of earlier steps, as JSON Lines."""
+def leave_out(path, step, rows, in_a_row, **why):
+    """Writes down the rows of a step that has no finite loss or gradient, behind those of earlier steps, as JSON Lines.
+    Returns what to tell; raises TrainError when NONFINITE_STEPS in a row were like that."""
     lines = [line for line in read_lines(path) if line["step"] < step]  # later ones are those of a run cut off
     lines += [{"step": step, **why, **row} for row in rows]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if in_a_row >= NONFINITE_STEPS:
+        raise TrainError(f"step {step}: {why['skipped']}, as in {in_a_row} steps in a row, whose rows are in {path}; {REMEDY}")
+    return f"step {step}: {why['skipped']}: left out, its rows are in {path}"
+
+
+def expect_finite(step, dev_loss):
+    if not math.isfinite(dev_loss):
+        raise TrainError(f"step {step}: dev_loss {dev_loss}; {REMEDY}")

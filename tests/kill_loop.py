@@ -1,7 +1,7 @@
 """kill -9 at random moments, --resume, and the same weights in the end: python tests/kill_loop.py --kills 50
 
 Trains a tiny run that is left alone, then the same run killed with its loader's processes again and again, each time at
-a moment between its start and twice the time to its first save; saves are frequent, so that many kills hit one. After
+a moment between its start and 1.5 times the time to its first save; saves are frequent, so that many kills hit one. After
 every kill each checkpoint that is there must be whole, and in the end log and weights must be those of the run left
 alone, bit for bit.
 """
@@ -27,7 +27,7 @@ from test_train import arguments, log
 from prepare.checkpoint import read_back
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, EVERY = 600, 5  # of the run, and between saves
+STEPS, EVERY = 400, 5  # of the run, and between saves
 
 
 def start(project, out):
@@ -68,7 +68,7 @@ def main():
         while True:
             run, last = start(place, out), kills == args.kills
             try:
-                run.wait(None if last else random.uniform(0, 2 * startup))
+                run.wait(None if last else random.uniform(0, 1.5 * startup))
             except subprocess.TimeoutExpired:
                 os.killpg(run.pid, signal.SIGKILL)
             if run.wait() == 0:

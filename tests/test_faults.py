@@ -223,8 +223,8 @@ def test_a_step_without_a_finite_gradient_is_left_out(monkeypatch, capsys, tiny_
         patch.setattr(torch.optim.AdamW, "step", lambda self, *args: (moments.append(1), step(self, *args))[1])
         train.main(argv)
     said = capsys.readouterr().out
-    assert "step 3: loss nan, gradient norm nan; left out, its rows are in" in said and len(moments) == 5
-    assert "left out: 3 steps without a finite gradient; their rows are in" in said
+    assert "step 3: loss nan, gradient norm nan: left out, its rows are in" in said and len(moments) == 5
+    assert "3 steps and 0 recordings left out" in said
     lines = [line for line in log(tmp_path) if "lr" in line]
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert [line["step"] for line in lines if "skipped" in line] == [3, 4, 6] and all("tokens" in line for line in lines)
@@ -239,20 +239,19 @@ def test_five_such_steps_in_a_row_end_the_run_and_resuming_counts_on(monkeypatch
     argv = arguments(tiny_project, tmp_path, cache_gb=0, workers=0, steps=20, eval_every=4)
     with monkeypatch.context() as patch:
         broken_at(patch, range(7, 99), float("inf"))
-        refused(capsys, argv, r"step 11: 5 steps in a row without a finite gradient, their rows are in .*align.nonfinite.json"
-                "l; the last checkpoint is untouched: lower the learning rate or leave those rows out")
+        refused(capsys, argv, "step 11: loss inf, gradient norm .*, as in 5 steps in a row, whose rows are in .*align.nonfinite.jsonl; "
+                "the last checkpoint is untouched: lower the learning rate or leave such rows out")
     assert torch.load(tmp_path / "align.resume.pt", weights_only=True)["skipped"] == 2
     with monkeypatch.context() as patch:
         broken_at(patch, range(1, 99))
-        refused(capsys, [*argv, "--resume"], "step 11: 5 steps in a row without a finite gradient")
+        refused(capsys, [*argv, "--resume"], "step 11: loss nan, gradient norm nan, as in 5 steps in a row")
     rows = [json.loads(line) for line in (tmp_path / "align.nonfinite.jsonl").read_text().splitlines()]
     assert sorted({row["step"] for row in rows}) == [7, 8, 9, 10, 11]
 
 
 def test_a_signal_amid_such_steps_keeps_the_older_checkpoint(monkeypatch, tiny_project, tmp_path):
     broken_at(monkeypatch, {6, 7})
-    signal_at(monkeypatch, faults, "keep_rows", 2, signal.SIGTERM)
-    monkeypatch.setattr(train, "keep_rows", faults.keep_rows)
+    signal_at(monkeypatch, train, "leave_out", 2, signal.SIGTERM)
     assert stopped(arguments(tiny_project, tmp_path, cache_gb=0, workers=0)) == 143
     assert torch.load(tmp_path / "align.resume.pt", weights_only=True)["step"] == 4
 
