@@ -155,8 +155,10 @@ def open_weights(file, device="cpu"):
 
 
 def fingerprint(path_or_hub_id):
-    """Where a checkpoint is, and a hash of its config.json and of 64 KB at 16 places of its weights."""
+    """Where a checkpoint is, and a hash of its config.json and of 64 KB at 16 places of its weights. Raises
+    CheckpointError."""
     directory = fetch(path_or_hub_id)
+    read_json(directory / "config.json")  # whose errors say more
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     for file in weight_files(directory):
         size = file.stat().st_size

@@ -4,16 +4,22 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
+from test_ask import run
 from test_train import ROOT, arguments, log, refused
 
+import eval
+import sample
 import train
 from data import Examples
 from model import SpeechLM
@@ -268,3 +274,86 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_older_checkpoint(monkeyp
     refused(capsys, arguments(tiny_project, tmp_path, cache_gb=0, workers=0),
             "step 8: dev_loss nan; the last checkpoint is untouched: lower the learning rate")
     assert torch.load(tmp_path / "align.resume.pt", weights_only=True)["step"] == 4
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def tone(path, samples=16000, **values):
+    wave = 0.3 * np.sin(np.arange(samples) / 5)
+    wave[:len(values.get("start", ()))] = values.get("start", ())
+    soundfile.write(path, wave, values.get("rate", 16000), subtype="FLOAT", format="WAV")
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda path: path.write_bytes(b"<html>"), "x.wav': found content that cannot be decoded"),
+    (lambda path: path.write_bytes(b""), "x.wav': found 0 bytes, expected intact audio"),
+    (lambda path: tone(path, 559), "x.wav': found 34.9 ms of audio, expected at least 35 ms"),
+    (lambda path: tone(path, start=[float("nan")]), "x.wav': found 1 NaN or inf samples, the first at 0.000 s"),
+    (lambda path: tone(path, 999, rate=500), "x.wav': found a sample rate of 500 Hz, expected 1000 to 200000")])
+def test_a_recording_that_cannot_be_used(capsys, whole, tiny_project, tmp_path, make, message):
+    """sample.py names it and ends; eval.py and train.py leave it out, name it and go on."""
+    make(tmp_path / "x.wav")
+    ckpt = ["--ckpt", whole / "align.pt"]
+    assert message in run(sample, tmp_path / "x.wav", "Transcribe.", *ckpt, code=1, capsys=capsys)[1]
+    row = json.loads((tiny_project / "dev.jsonl").read_text().splitlines()[0])
+    rows = [{**row, "duration": None, "audio": str(path)} for path in (tmp_path / "x.wav", tiny_project / "dev0.wav", tiny_project / "dev1.wav")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = run(eval, tmp_path / "m.jsonl", *ckpt, "--out", tmp_path / "e", capsys=capsys)[1]
+    assert "left out: " in said and "m.jsonl' line 1: " in said and message in said
+    argv = arguments(tiny_project, tmp_path, dev=tmp_path / "m.jsonl", steps=1, cache_gb=0, workers=0)
+    said = run(train, *argv, capsys=capsys)[0]
+    assert "m.jsonl' line 1: " in said and message in said and "0 recordings left out" in said
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    assert "m.jsonl: 1 recordings can be used, expected at least 2; mend the files" in run(train, *argv, code=1, capsys=capsys)[1]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"licence": None}, "line 2: the corpus 'tones' has the licence 'unknown', expected CC0-1.0, public domain"),
+    ({"instruction": " "}, "line 2: instruction is ' ', expected text; add it or leave the row out"),
+    ({"duration": -1}, "line 2: duration is -1, expected a number of seconds")])
+def test_a_row_that_cannot_be_trained_on(capsys, tiny_project, tmp_path, row, message):
+    rows = [json.loads(line) for line in (tiny_project / "train.jsonl").read_text().splitlines()[:3]]
+    rows = [{**own, "audio": str(tiny_project / own["audio"])} for own in rows]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(own | row if n == 1 else own) + "\n" for n, own in enumerate(rows)))
+    refused(capsys, arguments(tiny_project, tmp_path, data=tmp_path / "m.jsonl"), re.escape(f"m.jsonl' {message}"))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda place: (place / "llm" / "tokenizer.json").unlink(), "tokenizer.json: .*; copy the LLM's own tokenizer.json there"),
+    (lambda place: (place / "llm" / "config.json").write_text("[1]"), "config.json: found a list, expected a JSON object; copy"),
+    (lambda place: (place / "llm" / "config.json").write_text("{"), "config.json: not readable as JSON .*; copy it from the"),
+    (lambda place: (place / "encoder" / "config.json").unlink(), "encoder/config.json: not found; a checkpoint has config.json"),
+    (lambda place: (place / "encoder" / "model.safetensors").unlink(), "encoder: found no weights, expected model.safetensors"),
+    (lambda place: (place / "encoder" / "model.safetensors").write_bytes(b"x" * 99), "99 bytes that are not a whole safetensors"),
+    (lambda place: shutil.copy(place / "encoder/model.safetensors", place / "llm/model.safetensors"),
+     "llm: .* tensors do not fit config.json: .*the weights and config.json are of different models")])
+def test_base_models_that_cannot_be_used(capsys, tiny_project, tmp_path, change, message):
+    shutil.copytree(tiny_project / "llm", tmp_path / "llm")
+    shutil.copytree(tiny_project / "encoder", tmp_path / "encoder")
+    change(tmp_path)
+    refused(capsys, arguments(tiny_project, tmp_path / "out", encoder=tmp_path / "encoder", llm=tmp_path / "llm"), message)
+
+
+def test_checkpoints_that_cannot_be_used_to_ask(monkeypatch, capsys, whole, tiny_project, tmp_path):
+    wav = tiny_project / "dev0.wav"
+    (tmp_path / "cut.pt").write_bytes((whole / "align.pt").read_bytes()[:5000])
+    state = torch.load(whole / "align.pt", weights_only=True)
+    torch.save({**state, "bases": {**state["bases"], "llm": {**state["bases"]["llm"], "sha256": "0"}}}, tmp_path / "other.pt")
+    torch.save({**state, "config": {**state["config"], "prompt": "tokens"}}, tmp_path / "tokens.pt")
+    for name, message in (("none.pt", "none.pt: no such checkpoint; train it first or correct the path"),
+                          ("cut.pt", "cut.pt: not a checkpoint of this project ("),
+                          ("other.pt", "other.pt: was trained on the llm "),
+                          ("tokens.pt", "tokens.pt: knows <|language|><|task|> prompts only, not instructions in words")):
+        assert message in run(sample, wav, "Transcribe.", "--ckpt", tmp_path / name, code=1, capsys=capsys)[1]
+    xml = ["--xml", tmp_path / "no.xml", "--audio", tmp_path, "--out", tmp_path / "h.xml", "--ckpt", whole / "align.pt"]
+    assert "no.xml: No such file or directory; what was answered is kept" in run(eval, *xml, code=1, capsys=capsys)[1]
+    for text, message in (("<testset/>", "no.xml': found XML without a task element"), ("<testset", "expected XML in UTF-8")):
+        (tmp_path / "no.xml").write_text(text)
+        assert message in run(eval, *xml, code=1, capsys=capsys)[1]
+    assert "give a manifest, or --xml SRC.xml --audio DIR --out HYP.xml" in run(eval, code=2, capsys=capsys)[1]
+    assert "unrecognized arguments: --beam-size" in run(eval, "m.jsonl", "--beam-size", "4", code=2, capsys=capsys)[1]
+    assert "unrecognized arguments: --beam-size" in run(sample, wav, "--beam-size", code=2, capsys=capsys)[1]
+    signal_at(monkeypatch, eval, "answer_rows", 1, signal.SIGINT)
+    argv = [tiny_project / "dev.jsonl", "--ckpt", whole / "align.pt", "--out", tmp_path / "e"]
+    assert "eval.py: stopped; start again to go on from here" in run(eval, *argv, code=130, capsys=capsys)[1]
