@@ -109,9 +109,9 @@ def divides(where, config, whole, part):
 # Files
 
 
-def fetch(path_or_hub_id):
-    """The local directory of a checkpoint; a Hub id is downloaded, only the files needed, into the Hub's cache
-    (HF_HOME), or taken from there alone (HF_HUB_OFFLINE=1). Raises CheckpointError."""
+def fetch(path_or_hub_id, weights=True):
+    """The local directory of a checkpoint; a Hub id is downloaded, only the files needed, and weights only if they are
+    wanted, into the Hub's cache (HF_HOME), or taken from there alone (HF_HUB_OFFLINE=1). Raises CheckpointError."""
     path = Path(path_or_hub_id)
     if os.path.isdir(path):
         return path
@@ -121,8 +121,8 @@ def fetch(path_or_hub_id):
     from huggingface_hub import snapshot_download  # takes half a second, so only when needed
     try:
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[
-            "config.json", "generation_config.json", "tokenizer.json", "model.safetensors",
-            "model.safetensors.index.json", "model-*-of-*.safetensors"]))
+            "config.json", "generation_config.json", "tokenizer.json", *["model.safetensors",
+            "model.safetensors.index.json", "model-*-of-*.safetensors"] * weights]))
     except Exception as error:  # its errors have no common base: network, HTTP status, cache, disk
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"{path}: no such directory here, and the Hub gave no such model ({reason}); check the "
@@ -174,7 +174,8 @@ def open_weights(file, device="cpu"):
 
 
 def fingerprint(path_or_hub_id):
-    """Where a checkpoint is, and a hash of its config.json and of 64 KB at 16 places of its weights."""
+    """Where a checkpoint is, and a hash of its config.json and of 64 KB at 16 places of its weights. Raises
+    CheckpointError."""
     directory = fetch(path_or_hub_id)
     read_json(directory / "config.json")  # says what is wrong with it
     digest = hashlib.sha256(read_bytes(directory / "config.json", LARGEST_JSON))
@@ -406,20 +407,40 @@ def newest_checkpoint():
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def write_atomically(path, save):
-    """save(temporary file), then rename: path is always whole, the old one or the new one."""
+def write_atomically(path, save, check=None):
+    """save(temporary file), check(its path), then rename: path is always whole, the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError):  # torch.save's word for a disk that fills up
             raise OSError(errno.ENOSPC, "could not be written to the end, is the disk full?", str(path)) from error
         raise
+
+
+def write_checkpoint(path, state):
+    """torch.save, which replaces an older file only when the new one is on disk and was read back."""
+    write_atomically(path, lambda file: torch.save(state, file), read_back)
+
+
+def read_back(path):
+    """Raises OSError unless every part of a file of torch.save has the checksum that it was written with."""
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as parts:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+            damaged = parts.testzip()
+    except zipfile.BadZipFile as error:
+        damaged = str(error)
+    if damaged:
+        raise OSError(errno.EIO, f"does not read back as it was written ({damaged}), is the disk sound?", str(path))
 
 
 def write_text(path, text):

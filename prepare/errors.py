@@ -1,6 +1,5 @@
-"""What can be wrong with a user's files. Every message is one line: the file, what was found and expected, the remedy.
-
-Names and texts in them may come from anywhere, so visible() shows what a terminal would obey instead of print.
+"""What can be wrong with a user's files or run. Every message is one line: the file, what was found and expected, the
+remedy. Names and texts in them may come from anywhere, so visible() shows what a terminal would obey instead of print.
 """
 
 import re
@@ -33,3 +32,7 @@ class CheckpointError(UserError):
 
 class ManifestError(UserError):
     """A manifest that cannot be used; the message names the line, too."""
+
+
+class TrainError(UserError):
+    """A run that cannot go on; the message says why and what to do."""

@@ -62,7 +62,7 @@ def tiny_project(tmp_path_factory):
 
 
 def make_project(directory):
-    """A directory with a random tiny encoder and LLM, a tokenizer, and manifests of tones: each word has its pitch."""
+    """Writes a random tiny encoder and LLM, a tokenizer, and manifests of tones: each word has its pitch."""
     import json
 
     import numpy as np
