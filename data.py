@@ -230,8 +230,8 @@ def parse_row(text, where, folder=None):
         if row[name] is not None and (type(row[name]) not in (int, float) or not 0 <= row[name] < 1e6):
             raise ManifestError(f"{where}: {name} is {reprlib.repr(row[name])}, expected a number of seconds")
     if folder is not None and leads_out(folder, row["audio"]):
-        raise ManifestError(f"{where}: audio is {row['audio']!r}, which leads out of the manifest's folder; if you trust "
-                            "whoever wrote it, give --trust-paths")
+        raise ManifestError(f"{where}: audio is {row['audio']!r}, which leads out of the manifest's folder; if you "
+                            "trust whoever wrote it, give --trust-paths")
     return row
 
 

@@ -304,7 +304,7 @@ def main(argv=None):
         print("eval.py: stopped; start again to go on from here", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        sys.exit(f"eval.py: {visible(error.filename or args.out)}: {error.strerror}; what was answered is kept: mend this and start again")
+        sys.exit(visible(f"eval.py: {error.filename or args.out}: {error.strerror}; what was answered is kept: start again"))
 
 
 if __name__ == "__main__":

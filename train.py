@@ -109,7 +109,7 @@ BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **d
 CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
           {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
           {"bleu": "#1f6fb4"}]  # the picture's panels
-# on the way; every other option must stay for a run to be resumed
+# every other option must stay for a run to be resumed
 MAY_CHANGE = ("resume", "dry_run", "device", "workers", "trust_paths")
 
 
@@ -359,8 +359,8 @@ def train(cfg, stop):
         state = load_checkpoint(resume_path)
         for name, saved in state["config"].items():
             if name not in MAY_CHANGE and saved != asdict(cfg).get(name):
-                raise TrainError(f"{resume_path}: was trained with {name} {saved!r}, found {asdict(cfg).get(name)!r}; give "
-                                 "the same, or start anew without --resume")
+                raise TrainError(f"{resume_path}: was trained with {name} {saved!r}, found {asdict(cfg).get(name)!r}; "
+                                 "give the same, or start anew without --resume")
         restore(model, state, bases, resume_path)
         optimizer.load_state_dict(state["optimizer"])
         first, position, seen, bad = state["step"], state["position"], state["seen"], state["bad"]
@@ -476,8 +476,8 @@ def main(argv=None):
     except (CheckpointError, ManifestError, AudioError, TrainError) as error:
         sys.exit(f"train.py: {error}")
     except OSError as error:
-        sys.exit(f"train.py: {visible(error.filename or cfg.out)}: {error.strerror}; what was saved before is intact: mend this and "
-                 "start again with --resume")
+        sys.exit(visible(f"train.py: {error.filename or cfg.out}: {error.strerror}; what was saved before is intact: mend "
+                         "this and start again with --resume"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ SAMPLE_RATE = 16000
 MIN_SAMPLES = 560  # 35 ms: two windows of 25 ms, 10 ms apart, make one 20 ms frame
 # Samples of a recording: so many may be read whatever the file's size; more only at so many a byte, which no codec's
 # speech comes near, and never more than the last.
-FEW_SAMPLES, DENSEST, MOST_SAMPLES = 2**26, 512, 2**30
+FEW_SAMPLES, DENSEST, MOST_SAMPLES = 2**26, 128, 2**30
 
 
 def load_audio(path, start=0.0, duration=None):
@@ -49,15 +49,15 @@ def load_audio(path, start=0.0, duration=None):
             expected = left = round(duration * rate)
         most = min(MOST_SAMPLES, max(FEW_SAMPLES, DENSEST * sound.bytes))
         if expected > most:
-            raise AudioError(f"{name}: found {expected:,} samples to be read from {sound.bytes:,} bytes, expected at most "
-                             f"{most:,}; its header or the duration is wrong, or it is to be cut into parts")
+            raise AudioError(f"{name}: found {expected:,} samples to be read from {sound.bytes:,} bytes, expected at "
+                             f"most {most:,}; its header or the duration is wrong, or it is to be cut into parts")
         size = 2**24 // sound.channels  # samples at a time, so that memory stays near that of the mono result
         blocks = [torch.empty(0)]
         at = min(first, max(0, sound.frames))
         # libsndfile crashes when it seeks in a Vorbis file that does not begin to sound; some codecs cannot seek at all
         if at and not (len(sound.read(1)) and sound.seek(at) == at):
-            raise AudioError(f"{name}: found no way to go to {start:g} s of it, expected intact audio; copy or download it "
-                             "again, or convert it to flac")
+            raise AudioError(f"{name}: found no way to go to {start:g} s of it, expected intact audio; copy or "
+                             "download it again, or convert it to flac")
         while left > 0 and sound.frames > 0:
             block = torch.from_numpy(sound.read(min(size, left), dtype="float32", always_2d=True))  # (n, channels)
             blocks.append(block.mean(1))

@@ -327,8 +327,8 @@ def load_checkpoint(path):
         raise CheckpointError(f"{path}: not a checkpoint of this project (it lacks parts); give an align.pt or ift.pt")
     for name in PARTS.keys() & state.keys():
         if not PARTS[name](state[name]):
-            raise CheckpointError(f"{path}: its part {name} is not what this project writes; it is damaged or of another "
-                                  "version: train it again")
+            raise CheckpointError(f"{path}: its part {name} is not what this project writes; it is damaged or of "
+                                  "another version: train it again")
     return state
 
 
@@ -370,7 +370,8 @@ def stored(tensor):
 
 PARTS = {  # of this project's checkpoints, and whether a value can be one
     "model": lambda part: isinstance(part, dict) and all(type(key) is str and stored(x) for key, x in part.items()),
-    "adapter": lambda part: isinstance(part, dict) and all(type(key) is str and plain(x) for key, x in part.items()) and (
+    "adapter": lambda part: isinstance(part, dict) and (
+        all(type(key) is str and plain(x) for key, x in part.items()) and
         part.get("adapter_act", "relu") in ("swish", "silu", "relu", "gelu") and "prompt_tokens" in part),
     "bases": lambda part: isinstance(part, dict) and part.keys() == {"encoder", "llm"} and all(
         isinstance(base, dict) and [type(base.get(name)) for name in ("path", "sha256")] == [str, str]
@@ -380,6 +381,9 @@ PARTS = {  # of this project's checkpoints, and whether a value can be one
     "window": lambda part: number(part, 0.1, 60),
     "step": lambda part: type(part) is int and number(part, 0),
     "refuse_above": lambda part: part is None or number(part),
+    "data": lambda part: isinstance(part, list) and all(
+        isinstance(entry, list) and [type(x) for x in entry[:3]] == [str] * 3 and list(map(number, entry[3:])) == [True]
+        for entry in part),
 }
 
 

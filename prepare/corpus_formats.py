@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from prepare.errors import UserError, visible
-from prepare.paths import OUTSIDE_REMEDY, leads_out, open_regular, read_bytes
+from prepare.paths import leads_out, open_regular, outside, read_bytes
 from prepare.tars import tar_members as members
 
 UNREADABLE, MISSING = "unreadable line", "audio missing"
@@ -74,8 +74,8 @@ def read_lines(path):
     with open(path, **TEXT) as file:
         for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), ""), 1):
             if len(line) == LONGEST_LINE:
-                raise CorpusError(f"{str(path)!r} line {number}: found more than {LONGEST_LINE:,} characters, expected a "
-                                  "line of text; get the file again")
+                raise CorpusError(f"{str(path)!r} line {number}: found more than {LONGEST_LINE:,} characters, expected "
+                                  "a line of text; get the file again")
             if line.strip():
                 yield f"{str(path)!r} line {number}", line.rstrip("\r\n")
 
@@ -370,7 +370,7 @@ class Tally:
             yield (f"warning: {lost_rows:.0%} of the rows and {lost_hours:.0%} of the hours were left out, mainly for: "
                    f"{dropped[0][0]}")
         if self.outside:
-            yield f"the audio of {self.outside:,} rows is outside the manifest's folder: {OUTSIDE_REMEDY}, or use --shards"
+            yield f"{outside(self.outside)}, or use --shards"
 
 
 def convert(corpus, source, args):

@@ -292,7 +292,7 @@ def batches(clips, size, rng):
 def pretrain_encoder():
     torch.manual_seed(0)
     rng = random.Random(0)
-    clips = [clip for piece in sorted(WORK.glob("clips-*.pt")) for clip in torch.load(piece, weights_only=True)] + corpus_clips("train")
+    clips = [clip for piece in sorted(WORK.glob("clips-*.pt")) for clip in torch.load(piece)] + corpus_clips("train")
     encoder = SpeechEncoder(ENCODER, COMPUTE).train()
     head = torch.nn.Linear(ENCODER.hidden_size, len(CHARACTERS) + 1)
     model = torch.nn.ModuleList([encoder, head])

@@ -18,7 +18,7 @@ from prepare.audio import SAMPLE_RATE, load_audio
 from prepare.checkpoint import write_atomically
 from prepare.errors import AudioError, ManifestError
 from prepare.licences import strictest
-from prepare.paths import note_outside
+from prepare.paths import leads_out, outside
 
 
 def derived(out, manifest, rows, place, **fields):
@@ -85,7 +85,7 @@ def concatenate(path, out, longest, trust_paths=False):
             place = said.setdefault((row["audio"], row["start"], row["duration"]), {})
             place[row["task"], row["target_language"], row.get("instruction")] = row
     places = [min(rows.values(), key=lambda row: row["task"]) for rows in said.values()]  # asr, where there is one
-    groups, bad, audio = [], 0, []
+    groups, bad, away = [], 0, 0
     for some in neighbours(places):
         total = math.inf
         for row in some:
@@ -101,7 +101,7 @@ def concatenate(path, out, longest, trust_paths=False):
                             "s; give another manifest or more --seconds")
 
     def save(file):
-        nonlocal bad
+        nonlocal bad, away
         for rows in tqdm(groups, out.name, unit=" recordings", dynamic_ncols=True):
             try:
                 place = join_audio(out, manifest, rows)
@@ -117,10 +117,10 @@ def concatenate(path, out, longest, trust_paths=False):
                     fields |= {"instruction": instruction} if instruction else {}
                     fields |= {"style": some[0]["style"]} if task == "asr" else {}
                     row = derived(out, manifest, some, place, **fields)
-                    audio.append(row["audio"])
+                    away += leads_out(out.parent, row["audio"])
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, save)
     print(f"{out}: {len(groups) - bad} recordings joined of {sum(map(len, groups))} of the {len(places)} utterances; "
-          f"{bad} left out because their audio cannot be used", *note_outside(out, audio), sep="\n")
+          f"{bad} left out because their audio cannot be used", *[outside(away)] * bool(away), sep="\n")

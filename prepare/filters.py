@@ -14,7 +14,7 @@ from prepare.doctor import looks_like
 from prepare.errors import ManifestError, visible
 from prepare.instructions import INSTRUCTIONS, language_of, task_of
 from prepare.licences import letters
-from prepare.paths import note_outside
+from prepare.paths import leads_out, outside
 
 # Of every score the least, or the most, that is kept
 LEAST = {
@@ -170,12 +170,13 @@ def select(everything, out, thresholds=THRESHOLDS):
                 failed[language]["surplus"] += len(some) - len(kinds[kind])
     ids = {id for kinds in kept.values() for some in kinds.values() for _, id in some}
 
-    audio = []
+    away = 0
 
     def save(file):
+        nonlocal away
         for row in read_rows(everything):
             if row["id"] in ids:
-                audio.append(row.get("audio", ""))
+                away += leads_out(Path(out).parent, row.get("audio", ""))
                 row = {name: value for name, value in row.items() if name not in ("id", "reasons")}
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
@@ -185,7 +186,8 @@ def select(everything, out, thresholds=THRESHOLDS):
         part = ", ".join(f"{len(some)} {kind}" for kind, some in sorted(kinds.items())) or "nothing"
         reasons = ", ".join(f"{name} {n}" for name, n in failed[language].most_common() if n)
         print(visible(f"  {language}: of {total[language]} kept {part}; failed: {reasons or 'none'}"))
-    print("".join(f"{line}\n" for line in note_outside(out, audio)), end="")
+    if away:
+        print(outside(away))
 
 
 def select_wordings(everything, out):

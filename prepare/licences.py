@@ -65,8 +65,8 @@ def test_fingerprints(manifests):
     try:
         return frozenset(line for file in files for line in read_bytes(file, LARGEST).decode().split())
     except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{', '.join(map(str, files))}: {error}, expected what prepare.corpora mcif writes; convert it "
-                            "again or remove it") from error
+        raise ManifestError(f"{', '.join(map(str, files))}: {error}, expected what prepare.corpora mcif writes; "
+                            "convert it again or remove it") from error
 
 
 def check_row(row, allowed, test_texts):

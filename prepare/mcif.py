@@ -68,8 +68,8 @@ def read_source(path, folder=None):
             if place.anchor or ".." in place.parts:
                 raise _error(path, f"audio_path {audio!r} in {where}", "a path below the audio folder", "correct it")
             if folder is not None and leads_out(folder, audio):
-                raise _error(path, f"audio_path {audio!r} in {where}, a link out of {str(folder)!r}", "a recording in that "
-                             "folder", "if you trust the link, give --trust-paths")
+                raise _error(path, f"audio_path {audio!r} in {where}, a link out of {str(folder)!r}",
+                             "a recording in that folder", "if you trust the link, give --trust-paths")
             if id in found:
                 raise _error(path, f"id {id!r} twice in task {key}", "every id once", "remove one of the samples")
             found[id] = Sample(id, audio, instruction)

@@ -3,15 +3,12 @@
 import os
 import stat
 from functools import lru_cache
-from pathlib import Path
-
-OUTSIDE_REMEDY = "train with --trust-paths, or write the manifest into a folder that has the audio in it"
 
 
 def leads_out(folder, audio):
     """Whether a path, relative to a folder, is of a file outside it: by being absolute, by "..", or by a symbolic link.
     Of SHARD.tar/MEMBER it is the shard that counts. A folder's links are looked up once."""
-    shard, tar, _ = str(Path(folder) / audio).partition(".tar/")
+    shard, tar, _ = os.path.join(folder, audio).partition(".tar/")
     directory, name = os.path.split(shard + tar.rstrip("/"))
     try:
         home, _ = _directory(str(folder))
@@ -23,11 +20,10 @@ def leads_out(folder, audio):
     return place != home and not place.startswith(home.rstrip("/") + "/")
 
 
-def note_outside(manifest, audio):
-    """A line for the user if some of these paths, relative to the folder of a manifest that was written, lead out of it;
-    else none."""
-    count = sum(leads_out(Path(manifest).parent, path) for path in audio)
-    return [f"the audio of {count:,} rows is outside the manifest's folder: {OUTSIDE_REMEDY}"] * bool(count)
+def outside(count):
+    """What to tell who writes a manifest of which so many rows lead out of its folder."""
+    return (f"the audio of {count:,} rows is outside the manifest's folder: train with --trust-paths, or write the "
+            "manifest into a folder that has the audio in it")
 
 
 @lru_cache(maxsize=2**16)
@@ -42,13 +38,11 @@ def _directory(path):
 
 
 def read_bytes(path, limit):
-    """The content of a regular file. Raises OSError, also if it is another kind of file or has more than `limit`
-    bytes."""
+    """The content of a regular file of at most `limit` bytes. Raises OSError, also for any other."""
     with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise OSError(f"more than {limit:,} bytes")
-    return content
+        if os.fstat(file.fileno()).st_size > limit:
+            raise OSError(f"more than {limit:,} bytes")
+        return file.read()
 
 
 def open_regular(path):

@@ -333,7 +333,8 @@ def run(args):
         raise ManifestError(f"{args.input!r}: nothing to translate: its transcripts are in the given languages already")
     if args.rows and args.rows < len(items):
         items = [items[i] for i in sorted(random.Random(args.seed).sample(range(len(items)), args.rows))]
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "batch", "threshold", "llm", "trust_paths")}
+    left_out = ("out", "batch", "threshold", "llm", "trust_paths")
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
     settings |= {"model": made_by["sha256"], "prompts": [TRANSLATE, WRITE, ANSWER, REFUSE, PARAPHRASE]}
     for name in ("input", "questions"):
         if settings.get(name):
@@ -364,7 +365,8 @@ def main(argv=None):
         if name in ("translate", "questions"):
             some.add_argument("--bare", action="store_true", help="use transcripts without case and punctuation, too")
         if name in ("translate", "questions", "concatenate"):
-            some.add_argument("--trust-paths", action="store_true", help="take audio from outside the manifest's folder, too")
+            some.add_argument("--trust-paths", action="store_true",
+                              help="take audio from outside the manifest's folder, too")
         if name in ("translate", "questions", "filter"):
             some.add_argument("--threshold", type=threshold, nargs="+", action="extend", metavar="NAME=NUMBER",
                               help="of " + ", ".join(f"{name}={value:g}" for name, value in filters.THRESHOLDS.items()))

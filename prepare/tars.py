@@ -10,8 +10,8 @@ DATA, NO_DATA = b"0\x007", b"123456"  # types of entries: files; links, devices,
 
 
 def tar_members(file):
-    """(name, offset, size) of every file in a tar that is open for reading in binary, from its beginning, where the
-    file then stands at offset; a gzip file will do. Raises ValueError if it is not a tar, is cut or has sparse files."""
+    """(name, offset, size) of every file in a tar that is open for reading in binary, or is unpacked by gzip; it then
+    stands at the offset. Raises ValueError if it is not a tar, is cut or has sparse files."""
     at, name, size = 0, None, None  # the last two: what an entry says of the one behind it
     while head := file.read(BLOCK):
         if len(head) < BLOCK:
@@ -32,8 +32,10 @@ def tar_members(file):
                 name, size = _pax(text, name)
         else:
             length = size if size is not None and kind not in NO_DATA else length
-            if kind == b"S" or length > LARGEST:
-                raise ValueError("a tar with sparse files" if kind == b"S" else f"a tar with {length:,} bytes in a file")
+            if kind == b"S":
+                raise ValueError("a tar with sparse files")
+            if length > LARGEST:
+                raise ValueError(f"a tar with {length:,} bytes in a file")
             if name is None:
                 prefix = head[345:500].partition(b"\0")[0] if head[257:263] == b"ustar\0" else b""
                 name = prefix + b"/" * bool(prefix) + head[:100].partition(b"\0")[0]

@@ -299,9 +299,9 @@ def test_a_recording_that_cannot_be_used(capsys, whole, tiny_project, tmp_path, 
     row = json.loads((tiny_project / "dev.jsonl").read_text().splitlines()[0])
     rows = [{**row, "duration": None, "audio": str(path)} for path in (tmp_path / "x.wav", tiny_project / "dev0.wav", tiny_project / "dev1.wav")]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = run(eval, tmp_path / "m.jsonl", *ckpt, "--out", tmp_path / "e", capsys=capsys)[1]
+    said = run(eval, tmp_path / "m.jsonl", *ckpt, "--out", tmp_path / "e", "--trust-paths", capsys=capsys)[1]
     assert "left out: " in said and "m.jsonl' line 1: " in said and message in said
-    argv = arguments(tiny_project, tmp_path, dev=tmp_path / "m.jsonl", steps=1, cache_gb=0, workers=0)
+    argv = arguments(tiny_project, tmp_path, dev=tmp_path / "m.jsonl", steps=1, cache_gb=0, workers=0, trust_paths=True)
     said = run(train, *argv, capsys=capsys)[0]
     assert "m.jsonl' line 1: " in said and message in said and "0 recordings left out" in said
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))

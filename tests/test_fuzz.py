@@ -407,8 +407,8 @@ def targets(tmp_path_factory):
 def test_no_input_does_more_than_fail_with_one_line(targets, name):
     """A traceback, a hang, a message of many lines or a gigabyte taken for a forged size would be found here."""
     target = targets[name]
-    for seed in target.seeds if name not in ("XML", "other audio", "tar") else ():  # what is not damaged is read
-        target.read(seed)
+    if name != "XML":  # no file is a source, an answer and a reference file at once
+        target.read(target.seeds[0])  # what is not damaged is read
 
     @settings(max_examples=SLOW.get(name, 200), deadline=None, database=None, derandomize=True,
               phases=[Phase.generate], suppress_health_check=list(HealthCheck))
