@@ -316,7 +316,8 @@ def test_a_row_that_cannot_be_trained_on(capsys, tiny_project, tmp_path, row, me
     rows = [json.loads(line) for line in (tiny_project / "train.jsonl").read_text().splitlines()[:3]]
     rows = [{**own, "audio": str(tiny_project / own["audio"])} for own in rows]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(own | row if n == 1 else own) + "\n" for n, own in enumerate(rows)))
-    refused(capsys, arguments(tiny_project, tmp_path, data=tmp_path / "m.jsonl"), re.escape(f"m.jsonl' {message}"))
+    argv = arguments(tiny_project, tmp_path, data=tmp_path / "m.jsonl", trust_paths=True)
+    refused(capsys, argv, re.escape(f"m.jsonl' {message}"))
 
 
 @pytest.mark.parametrize("change, message", [
