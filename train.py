@@ -7,28 +7,34 @@ import argparse
 import copy
 import json
 import math
+import os
 import re
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, load_tokenizer, schedule
+from data import (LANGUAGE_CODES, POOL, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, load_tokenizer,
+                  schedule)
 from eval import quick_figures, refusal_threshold
 from model import SpeechLM, add_lora, merged_state
 from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, read_json, read_lines, restore, write_atomically,
                                 write_text)
+from prepare.distributed import (distribute, full, full_state, last_backward, load_resume, read_resume, remove_shards,
+                                 save_resume, whole)
 from prepare.draw import draw_curves
 from prepare.encoder_cache import encoder_states
-from prepare.errors import AudioError, CheckpointError, ManifestError
+from prepare.errors import AudioError, CheckpointError, ManifestError, RankError
 from prepare.instructions import instruction_of
 from prepare.licences import check_row, notice, test_fingerprints, used
+from prepare.ranks import deal, gather, rank, ranks, seed_for, start, together, world
 from sample import answer_rows, listen
 
 ROOT = Path(__file__).resolve().parent
@@ -58,9 +64,10 @@ class TrainConfig:
     lora_targets: list[str] = field(default_factory=lambda: LINEAR.split())  # the layers of the LLM that they are added to
     weight_decay: float = 0.01  # of matrices; norms and biases have none
     clip: float = 1.0  # gradient norm
-    batch_frames: int = 0  # 20 ms frames in a batch; 0: the phase's own
+    batch_frames: int = 0  # 20 ms frames in a batch, of which each rank has its own; 0: the phase's own
     batch_tokens: int = 4000  # LLM positions in a batch
-    accumulate: int = 1  # batches in a step
+    accumulate: int = 1  # batches of each rank in a step; a resumed run keeps their number over all ranks
+    fsdp: bool = False  # split weights and optimizer among the ranks of torchrun, where one GPU has no room for them
     max_seconds: float = 30.0  # longer recordings are left out and counted as bad
     prompt: str = "text"  # text: instructions in words; tokens: the reference's <|lang|><|task|>
     length_hint: float = 0.0  # with prompt tokens: share of rows told the answer's length (reference: 0.9)
@@ -105,7 +112,7 @@ BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **d
 CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
           {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
           {"bleu": "#1f6fb4"}]  # the picture's panels
-MAY_CHANGE = ("resume", "device", "workers")  # on the way; every other option must stay for a run to be resumed
+MAY_CHANGE = ("resume", "device", "workers", "fsdp")  # on the way; every other option must stay for a run to be resumed
 
 
 class TrainError(ValueError):
@@ -131,6 +138,8 @@ def parse(argv):
             parser.error(f"--{f.name.replace('_', '-')} is {getattr(cfg, f.name)}, expected {low} to {high}")
     if set(cfg.lora_targets) - set(LINEAR.split()) or cfg.lora_rank and "llm" not in PHASES[cfg.phase].rates:
         parser.error(f"--lora-rank is for phase ift, --lora-targets are some of {LINEAR}")
+    if cfg.fsdp and "LOCAL_RANK" not in os.environ:
+        parser.error("--fsdp is for several ranks: torchrun --nproc_per_node=8 train.py --fsdp ...")
     return cfg
 
 
@@ -174,6 +183,9 @@ def build(cfg, rates):
         restore(model, init, bases, cfg.init)
     for name, part in model.named_children():
         part.requires_grad_(name in rates).train(name in rates)
+    spec = model.encoder.config
+    if not (spec.apply_spec_augment and spec.mask_time_prob) and hasattr(model.encoder, "masked_spec_embed"):
+        model.encoder.masked_spec_embed.requires_grad_(False)  # nothing reads it, so it would wait for a gradient
     if cfg.lora_rank and "llm" in rates:
         add_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     model.encoder.checkpointing = model.llm.checkpointing = cfg.checkpointing
@@ -325,11 +337,13 @@ def open_manifests(cfg, tasks):
 
 
 def train(cfg):
+    start(cfg.device)
     cfg, rates, tasks = settle(cfg)
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.json", json.dumps(asdict(cfg), indent=2))
+    if rank() == 0:
+        write_text(out / "config.json", json.dumps(asdict(cfg), indent=2))
     checkpoint_path, resume_path, log_path = (out / f"{cfg.phase}{end}" for end in (".pt", ".resume.pt", ".jsonl"))
     manifests, weights, dev, hours, longest = open_manifests(cfg, tasks)
     model, tokenizer, bases = build(cfg, rates)
@@ -346,101 +360,104 @@ def train(cfg):
                         cfg.prompt, cfg.length_hint, cfg.max_seconds, states, cfg.seed)
     picks = np.random.default_rng(0).permutation(len(dev))[:cfg.eval_rows].tolist()
 
-    groups = parameter_groups(model, rates, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    first, position, resumed = 0, None, cfg.resume and resume_path.exists()
+    first, position, total = 0, None, cfg.accumulate * world()  # total: batches in a step
     seen, bad = 0, {}  # rows drawn; file and line of those that could not be used -> why
+    resumed = gather(cfg.resume and resume_path.exists())[0]
     if resumed:
-        state = load_checkpoint(resume_path)
-        for name, saved in state["config"].items():
-            if name not in MAY_CHANGE and saved != asdict(cfg)[name]:
-                raise TrainError(f"{resume_path}: was trained with {name} {saved!r}, found {asdict(cfg)[name]!r}; give "
-                                 "the same, or start anew without --resume")
+        state = read_resume(resume_path, asdict(cfg), MAY_CHANGE, total)
         restore(model, state, bases, resume_path)
-        optimizer.load_state_dict(state["optimizer"])
-        first, position, seen, bad = state["step"], state["position"], state["seen"], state["bad"]
+        first, position, total, seen, bad = (state[name] for name in ("step", "position", "total", "seen", "bad"))
         if first == cfg.steps:
             print(f"{checkpoint_path}: all {first} steps are done")
             return
-    kept = [line for line in read_lines(log_path) if resumed and line["step"] <= first]
-    write_text(log_path, "".join(json.dumps(line) + "\n" for line in kept))
-    if not resumed:
-        resume_path.unlink(missing_ok=True)  # of another run
-    order = schedule(manifests, weights, examples.size, cfg.batch_frames, cfg.batch_tokens, cfg.seed, position)
+    size = lru_cache(2 * POOL)(examples.size)
+    order = partial(schedule, manifests, weights, size, cfg.batch_frames, cfg.batch_tokens, cfg.seed)
+    if not resumed and not cfg.init:
+        usable = (batch for batch in map(examples.__getitem__, islice(order(), 100)) if batch["rows"])
+        for batch in islice(usable, 1):
+            seed_for(cfg.seed, batch["position"])
+            scale_projection(model, on_device(batch, cfg.device))
+    net = distribute(model, cfg.fsdp, cfg.device)
+    groups = parameter_groups(model, rates, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    if resumed:
+        load_resume(resume_path, state, model, optimizer)
+    if rank() == 0:
+        kept = [line for line in read_lines(log_path) if resumed and line["step"] <= first]
+        write_text(log_path, "".join(json.dumps(line) + "\n" for line in kept))
+        if not resumed:
+            resume_path.unlink(missing_ok=True)  # of another run
+            remove_shards(resume_path)
     loader = iter(torch.utils.data.DataLoader(
-        examples, sampler=order, batch_size=None, num_workers=0 if states else cfg.workers,
+        examples, sampler=deal(order(position), size, total), batch_size=None, num_workers=0 if states else cfg.workers,
         pin_memory=cfg.device != "cpu"))
-    if resumed:  # only now: the loader draws a number of its own
-        torch.set_rng_state(state["rng"])
-        if cfg.device != "cpu":
-            torch.cuda.set_rng_state(state["cuda_rng"])
 
     def save(step, **settled):
-        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        merged = {name: tensor for name, tensor in merged_state(model).items() if name.split(".")[0] in rates}
+        merged = merged_state(model, full_state(model, rates))
         state = {"config": asdict(cfg), "adapter": asdict(model.adapter.config), "bases": bases, "data": data,
                  "window": min(30.0, max(1.0, longest)), "step": step, **settled,
                  "versions": {"torch": str(torch.__version__), "python": sys.version}}
-        more = {"optimizer": optimizer.state_dict(), "position": position, "seen": seen, "bad": bad,
-                "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if cfg.device != "cpu" else None}
-        write_atomically(checkpoint_path, lambda file: torch.save({"model": merged, **state}, file))
-        write_atomically(resume_path, lambda file: torch.save({"model": trained, **state, **more}, file))
-        write_text(out / f"{cfg.phase}.NOTICE", notice(data))
+        if rank() == 0:
+            write_atomically(checkpoint_path, lambda file: torch.save({"model": merged, **state}, file))
+            write_text(out / f"{cfg.phase}.NOTICE", notice(data))
+        save_resume(resume_path, model, optimizer, {**state, "position": position, "total": total, "seen": seen, "bad": bad})
 
     def record(**figures):
-        with open(log_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+        if rank() == 0:
+            with open(log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(figures) + "\n")
 
-    bar = tqdm(total=cfg.steps, initial=first, desc=cfg.phase, unit=" steps", dynamic_ncols=True)
+    bar = tqdm(total=cfg.steps, initial=first, desc=cfg.phase, unit=" steps", dynamic_ncols=True, disable=rank() > 0)
     for step in range(first, cfg.steps + 1):
         # once in a while: validate, show two transcripts, save
         if step > first and step % cfg.eval_every == 0 or step == cfg.steps:
-            figures, pairs = validate(cfg, model, examples, picks)
+            with whole(model):
+                figures, pairs = validate(cfg, model, examples, picks)
+                settled = settle_refusals(cfg, model, examples) if step == cfg.steps and "sqa" in tasks else {}
             record(step=step, **figures)
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
             for reference, hypothesis in pairs[::max(1, len(pairs) // 4)][:4] if len(tasks) > 1 else pairs[:2]:
                 bar.write(f"  said: {reference}\n  read: {hypothesis}")
-            save(step, **settle_refusals(cfg, model, examples) if step == cfg.steps and "sqa" in tasks else {})
+            save(step, **settled)
         if step == cfg.steps:
             break
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * lr_at(step, cfg)
 
-        # one step: every batch's summed loss over the target tokens of all its batches
-        start, batches = time.time(), []
-        while len(batches) < cfg.accumulate:
+        # one step: every batch's summed loss over the target tokens of all its batches, on all ranks
+        began, tokens = time.time(), 0  # of batches that are all bad none is left
+        while not tokens:
             try:
-                batch = next(loader)
+                batches = [next(loader) for _ in range(math.ceil(total / world()))]
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise TrainError(f"a loader process died ({reason}); start again with --resume") from error
-            position, seen = batch["position"], seen + len(batch["rows"]) + len(batch["bad"])
-            bad |= dict(batch["bad"])
+            position, rows, missed, tokens, audio = together(batches)
+            seen, bad = seen + rows, bad | missed
             met = min(seen, sum(map(len, manifests)))  # different recordings, as far as one can tell
             if len(bad) > 0.01 * max(met, 300):
                 raise TrainError(f"{len(bad)} of {met} recordings could not be used, more than 1 %: "
                                  + "; ".join(f"{where}: {why}" for where, why in list(bad.items())[-3:]))
-            if "ids" in batch:
-                batches.append(on_device(batch, cfg.device))
-        if step == 0 and not cfg.init:
-            scale_projection(model, batches[0])
-        tokens, total = sum(len(batch["targets"]) for batch in batches), 0.0
+        loss = 0.0
         for batch in batches:
-            loss, _ = model(**batch)
-            (loss / tokens).backward()
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], cfg.clip).item()
+            seed_for(cfg.seed, batch["position"])
+            with last_backward(net, batch is batches[-1]):
+                part, _ = net(**on_device(batch, cfg.device))
+                (part * world() / tokens).backward()  # the ranks' gradients are averaged
+            loss += part.item()
+        loss = sum(gather(loss)) / tokens
+        norm = full(torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], cfg.clip)).item()
         if not math.isfinite(norm):
-            raise TrainError(f"step {step}: loss {total / tokens}, gradient norm {norm}; the last checkpoint is "
-                             "untouched: lower the learning rate or start again with --resume")
+            raise TrainError(f"step {step}: loss {loss}, gradient norm {norm}; the last checkpoint is untouched: lower "
+                             "the learning rate or start again with --resume")
         optimizer.step()
         optimizer.zero_grad()
-        audio = sum(sum(batch["lengths"]) for batch in batches) / 50  # seconds
-        record(step=step + 1, loss=total / tokens, norm=norm, lr=lr_at(step, cfg), tokens=tokens, audio=audio)
-        bar.set_postfix(loss=f"{total / tokens:.3f}", audio_s_per_s=f"{audio / (time.time() - start):.0f}")
+        record(step=step + 1, loss=loss, norm=norm, lr=lr_at(step, cfg), tokens=tokens, audio=audio)
+        bar.set_postfix(loss=f"{loss:.3f}", audio_s_per_s=f"{audio / (time.time() - began):.0f}")
         bar.update()
     bar.close()
-    write_text(out / f"{cfg.phase}.svg", draw_curves(read_lines(log_path), CURVES))
+    if rank() == 0:
+        write_text(out / f"{cfg.phase}.svg", draw_curves(read_lines(log_path), CURVES))
     for where, why in bad.items():
         print(f"left out: {where}: {why}")
     print(f"{checkpoint_path}: {seen} rows drawn, {len(bad)} recordings left out; curves in {out / cfg.phase}.svg")
@@ -449,11 +466,12 @@ def train(cfg):
 def main(argv=None):
     cfg = parse(argv)
     try:
-        train(cfg)
+        with ranks():
+            train(cfg)
     except KeyboardInterrupt:
         print("train.py: stopped; the last checkpoint is intact: start again with --resume", file=sys.stderr)
         sys.exit(130)
-    except (CheckpointError, ManifestError, AudioError, TrainError) as error:
+    except (CheckpointError, ManifestError, AudioError, RankError, TrainError) as error:
         sys.exit(f"train.py: {error}")
     except OSError as error:
         sys.exit(f"train.py: {error.filename or cfg.out}: {error.strerror}; what was saved before is intact: mend this and "

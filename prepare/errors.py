@@ -11,3 +11,7 @@ class CheckpointError(ValueError):
 
 class ManifestError(ValueError):
     """A manifest that cannot be used; the message names the line, too."""
+
+
+class RankError(RuntimeError):
+    """Several processes that cannot work together, or no longer."""
