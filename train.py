@@ -112,7 +112,7 @@ BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **d
 CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
           {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
           {"bleu": "#1f6fb4"}]  # the picture's panels
-MAY_CHANGE = ("resume", "device", "workers", "fsdp")  # on the way; every other option must stay for a run to be resumed
+MAY_CHANGE = ("resume", "out", "device", "workers", "fsdp")  # on the way; every other option must stay for a run to be resumed
 
 
 class TrainError(ValueError):

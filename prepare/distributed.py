@@ -1,6 +1,7 @@
 """The model on several ranks: replicated or sharded, and what a run of it is resumed from."""
 
 import shutil
+import warnings
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -133,8 +134,10 @@ def load_resume(path, state, model, optimizer):
 
 @contextmanager
 def told(directory, remedy):
+    """What goes wrong with shards on the disk, in one line."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):  # of one process that reads what several wrote
+            yield
     except dcp.CheckpointException as error:  # no Exception
         reasons = {str(reason).splitlines()[0] for reason, _ in error.failures.values()}
         raise CheckpointError(f"{directory}: {'; '.join(sorted(reasons))}; {remedy}") from error
