@@ -112,7 +112,7 @@ BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **d
 CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
           {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
           {"bleu": "#1f6fb4"}]  # the picture's panels
-MAY_CHANGE = ("resume", "out", "device", "workers", "fsdp")  # on the way; every other option must stay for a run to be resumed
+MAY_CHANGE = ("resume", "out", "device", "workers", "fsdp")  # on the way; a run is resumed with all else as it was
 
 
 class TrainError(ValueError):
@@ -425,7 +425,7 @@ def train(cfg):
             group["lr"] = group["rate"] * lr_at(step, cfg)
 
         # one step: every batch's summed loss over the target tokens of all its batches, on all ranks
-        began, tokens = time.time(), 0  # of batches that are all bad none is left
+        began, tokens = time.time(), 0  # again if no row of them can be used
         while not tokens:
             try:
                 batches = [next(loader) for _ in range(math.ceil(total / world()))]

@@ -66,8 +66,8 @@ def full_state(model, parts):
     state = {name: t for name, t in model.state_dict().items() if name.split(".")[0] in parts}
     if not isinstance(model, FSDPModule):
         return state
-    whole = ((name, full(tensor)) for name, tensor in state.items())  # one after the other; every rank takes part
-    return {name: tensor.cpu() for name, tensor in whole if rank() == 0}
+    found = ((name, full(tensor)) for name, tensor in state.items())  # one after the other; every rank takes part
+    return {name: tensor.cpu() for name, tensor in found if rank() == 0}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def save_resume(path, model, optimizer, state):
 
 def remove_shards(path, but=None):
     for directory in path.parent.glob(f"{path.stem}-*"):
-        if directory != but:
+        if directory != but and directory.name.removeprefix(f"{path.stem}-").isdigit():
             shutil.rmtree(directory)
 
 
@@ -107,6 +107,8 @@ def read_resume(path, config, may_change, total):
     """What save_resume wrote, without what is in shards. Raises CheckpointError if this run is not the one that wrote it:
     of another configuration, or of other than its `total` batches a step."""
     state = load_checkpoint(path)
+    if "total" not in state:
+        raise CheckpointError(f"{path}: is of an older version; start anew without --resume")
     for name, saved in state["config"].items():
         same = config[name] == saved or name == "accumulate" and total == state["total"]
         if name not in may_change and not same:

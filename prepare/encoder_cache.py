@@ -17,9 +17,10 @@ from prepare.ranks import gather, rank, world
 
 
 def encoder_states(cfg, encoder, manifests, identity):
-    """Runs the frozen encoder once over the audio of the manifests, into a file of the out directory that later runs find
-    again if encoder, rows and audio files are the same. Returns the function (manifest, row) -> (F, D) states, which
-    raises AudioError for a row that cannot be used; or None if they would not fit on the disk or in cache_gb."""
+    """Runs the frozen encoder once over the audio of the manifests, each rank over a share, into a file of the out
+    directory that later runs find again if encoder, rows and audio files are the same. Returns the function (manifest,
+    row) -> (F, D) states, which raises AudioError for a row that cannot be used; or None if they would not fit on the
+    disk or in cache_gb."""
     clips, numbers = {}, []  # (manifest, audio, start, seconds) -> number; each row's clip
     for m, manifest in enumerate(manifests):
         rows = [(m, row["audio"], row["start"], manifest.seconds(row)) for row in manifest]

@@ -5,6 +5,7 @@ Without torchrun there is one rank and no process group, and every function here
 
 import itertools
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def start(device):
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
     if rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 @contextmanager
@@ -53,11 +54,12 @@ def ranks():
             dist.destroy_process_group()
     except BaseException as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(3)
-        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            reason = str(error).splitlines()[0]
+            time.sleep(10)
+        broken = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo/" in str(error)
+        if dist.is_initialized() and broken:
+            reason = re.sub(r"^\[.*?\] |[.] .*", "", str(error).splitlines()[0])
             raise RankError(f"rank {rank()} of {world()} lost another rank, whose own message says why ({reason}); what "
-                            "was saved is intact: start all again with --resume") from error
+                            "was saved is intact: start all of them again, train.py with --resume") from error
         raise
 
 
