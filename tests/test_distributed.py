@@ -45,7 +45,7 @@ def on_two_ranks(work):
     """Launches this file on two ranks, which do what work.json in that directory says. Returns exit code and output."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__,
                            str(work)], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, timeout=240)
+                          stderr=subprocess.STDOUT, text=True, timeout=580)
     return done.returncode, done.stdout
 
 
