@@ -347,7 +347,8 @@ class Examples(torch.utils.data.Dataset):
     """Scheduled batches made into tensors, in worker processes: audio read, features computed, rows rendered.
 
     states: a function (manifest, row) -> (F, D) encoder outputs, which then take the place of audio and features. A
-    row whose audio cannot be used is left out; the batch's "bad" has its (file and line, reason).
+    row whose audio cannot be used is left out; the batch's "bad" has its (file and line, reason). A batch of which no row
+    is left is silence without targets: its loss and gradients are 0.
     """
 
     def __init__(self, manifests, tokenizer, end_id, adapter, form="text", length_hint=0.0, max_seconds=30.0,
@@ -382,8 +383,10 @@ class Examples(torch.utils.data.Dataset):
                 continue
             examples.append(self.example(row, frames, hinted))
             rows.append(row)
-        out = {"position": position, "rows": rows, "bad": bad}
-        return out | collate(examples) if examples else out
+        if not examples:
+            silence = torch.zeros(1, self.adapter.hidden_size if self.states else 160)
+            examples = [([AUDIO] * adapter_length(1, self.adapter) + [self.end_id], 0, silence)]
+        return {"position": position, "rows": rows, "bad": bad} | collate(examples)
 
     def example(self, row, frames, hinted=False):
         """A row and what is heard of it, frames (F, 160) or (F, D), as collate takes it."""

@@ -25,9 +25,11 @@ from whisper_normalizer.english import EnglishTextNormalizer
 from data import TASKS, Manifest
 from prepare import mcif
 from prepare.audio import SAMPLE_RATE, audio_seconds, load_audio
-from prepare.checkpoint import newest_checkpoint, read_lines, write_text
-from prepare.errors import AudioError, CheckpointError, ManifestError, visible
+from prepare.checkpoint import newest_checkpoint, write_text
+from prepare.errors import AudioError, CheckpointError, ManifestError, RankError, visible
 from prepare.instructions import REFUSALS, instruction_of, task_of
+from prepare.journal import close_journal, open_journal
+from prepare.ranks import rank, ranks, start, world
 from prepare.report import write_report
 from sample import MAX_NEW_TOKENS, answer_rows, expect_words, hear_waves, load_model
 
@@ -159,21 +161,9 @@ def refusal_threshold(rows, answers):
 def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **options):
     """Answers rows, each with an "id", those about one recording together, and appends every answer to `path` (.jsonl)
     as an item; those already there, if made with the same settings, are kept. hear(row) gives the waveform. Returns
-    {id: item} and {id: why it has none}."""
-    items, failed, form, settings_path = {}, {}, state["config"]["prompt"], path.with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if json.loads(settings_path.read_text(encoding="utf-8"))["settings"] == settings:
-            items = {item["id"]: item for item in read_lines(path)}
-    except (OSError, ValueError, KeyError):
-        pass
-    if not items and path.exists() and path.stat().st_size:
-        os.replace(path, path.with_suffix(".old.jsonl"))
-        print(f"{path}: held answers of other settings, now in {path.with_suffix('.old.jsonl')}")
-    write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items.values()))
-    write_text(settings_path, json.dumps({"settings": settings}, ensure_ascii=False))
-    if items:
-        print(f"{path}: {len(items)} answers are there already")
+    {id: item} and {id: why it has none}. Each of several ranks answers a share, and has the answers of all in the end."""
+    failed, form = {}, state["config"]["prompt"]
+    items, journal = open_journal(path, settings)
     recordings = {}
     for row in rows:
         if row["id"] not in items:
@@ -184,8 +174,9 @@ def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **op
         if groups[-1] and (len(groups[-1]) + len(some) > GROUP_ROWS or seconds > GROUP_SECONDS):
             groups, seconds = groups + [[]], some[0]["seconds"]
         groups[-1] += [(row, key) for row in some]
-    bar, audio, began = tqdm(total=sum(map(len, groups)), desc="eval", unit=" rows", dynamic_ncols=True), 0.0, time.time()
-    for group in groups:
+    share, audio, began = groups[rank()::world()], 0.0, time.time()
+    bar = tqdm(total=sum(map(len, share)), desc="eval", unit=" rows", dynamic_ncols=True, disable=rank() > 0)
+    for group in share:
         waves, asked = {}, []
         for row, key in group:
             try:
@@ -197,7 +188,7 @@ def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **op
         heard = dict(zip(waves, hear_waves(model, waves.values(), state["window"])))
         answers = answer_rows(model, tokenizer, [row for row, _ in asked], [heard[key] for _, key in asked],
                               form, state.get("refuse_above"), **options)
-        with open(path, "a", encoding="utf-8") as file:
+        with open(journal, "a", encoding="utf-8") as file:
             for (row, key), answer in zip(asked, answers):
                 if isinstance(answer, AudioError):
                     failed[row["id"]] = str(answer)
@@ -215,7 +206,8 @@ def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **op
         bar.set_postfix(audio_s_per_s=f"{audio / (time.time() - began):.0f}")
         bar.update(len(group))
     bar.close()
-    for row in rows:
+    items, failed = close_journal(path, items, failed, [row["id"] for group in groups for row, _ in group])
+    for row in rows if rank() == 0 else ():
         if row["id"] in failed:
             print(visible(f"left out: {row.get('where') or row['id']}: {failed[row['id']]}"), file=sys.stderr)
     return items, failed
@@ -241,6 +233,8 @@ def evaluate(args, model, tokenizer, state, settings):
     items, failed = decode(model, tokenizer, state, rows, hear, path, settings, num_beams=args.beams)
     if not items:
         raise ManifestError(f"{args.manifest!r}: none of its {len(rows)} rows could be answered")
+    if rank():
+        return
     items = [items[row["id"]] for row in rows if row["id"] in items]
     table, signatures = summarise(items)
     facts = {"checkpoint": f"{ckpt}, phase {state['config']['phase']}, step {state['step']}", "date": str(date.today()),
@@ -267,6 +261,8 @@ def answer_xml(args, model, tokenizer, state, settings):
              "seconds": audio_seconds(Path(args.audio) / sample.audio)} for task in tasks for sample in task.samples]
     items, failed = decode(model, tokenizer, state, rows, lambda row: load_audio(Path(args.audio) / row["audio"]),
                            out.with_suffix(".answers.jsonl"), settings, score=False, num_beams=args.beams)
+    if rank():
+        return
     answers = {}
     for row in rows:
         text = mcif.xml_text(items[row["id"]]["hypothesis"]) if row["id"] in items else ""
@@ -291,14 +287,17 @@ def main(argv=None):
     if bool(args.manifest) == bool(args.xml) or args.xml and not (args.audio and args.out):
         parser.error("give a manifest, or --xml SRC.xml --audio DIR --out HYP.xml")
     try:
-        ckpt = Path(args.ckpt or newest_checkpoint())
-        model, tokenizer, state = load_model(ckpt, "cuda" if torch.cuda.is_available() else "cpu")
-        source = os.stat(args.manifest or args.xml)
-        settings = {"checkpoint": [str(ckpt), ckpt.stat().st_size, ckpt.stat().st_mtime_ns], "beams": args.beams,
-                    "source": [args.manifest or args.xml, source.st_size, source.st_mtime_ns]}
-        if (answer_xml if args.xml else evaluate)(args, model, tokenizer, state, settings):
+        with ranks():
+            start(device := "cuda" if torch.cuda.is_available() else "cpu")
+            ckpt = Path(args.ckpt or newest_checkpoint())
+            model, tokenizer, state = load_model(ckpt, device)
+            source = os.stat(args.manifest or args.xml)
+            settings = {"checkpoint": [str(ckpt), ckpt.stat().st_size, ckpt.stat().st_mtime_ns], "beams": args.beams,
+                        "source": [args.manifest or args.xml, source.st_size, source.st_mtime_ns]}
+            failed = (answer_xml if args.xml else evaluate)(args, model, tokenizer, state, settings)
+        if failed:
             sys.exit(1)
-    except (AudioError, CheckpointError, ManifestError, mcif.FormatError) as error:
+    except (AudioError, CheckpointError, ManifestError, RankError, mcif.FormatError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:
         print("eval.py: stopped; start again to go on from here", file=sys.stderr)

@@ -190,9 +190,9 @@ def add_lora(module, rank, alpha, targets):
             nn.init.kaiming_uniform_(linear.lora_a, 5**0.5)
 
 
-def merged_state(module):
-    """The state dict with every low-rank update added into its layer's weight, in the weight's dtype."""
-    state = module.state_dict()
+def merged_state(module, state=None):
+    """The state dict, or part of it, with every low-rank update added into its layer's weight, in the weight's dtype."""
+    state = module.state_dict() if state is None else state
     for name in [name.removesuffix("lora_a") for name in state if name.endswith(".lora_a")]:
         a, b, weight = state.pop(name + "lora_a"), state.pop(name + "lora_b"), state[name + "weight"]
         scale = module.get_submodule(name[:-1]).lora_scale

@@ -7,30 +7,35 @@ import argparse
 import copy
 import json
 import math
+import os
 import re
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, schedule
+from data import LANGUAGE_CODES, POOL, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, schedule
 from eval import quick_figures, refusal_threshold
 from model import SpeechLM, add_lora, merged_state
 from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, load_tokenizer, read_json, read_lines, restore,
                                 write_checkpoint, write_text)
+from prepare.distributed import (distribute, full, full_state, last_backward, load_resume, read_resume, remove_shards,
+                                 save_resume, whole)
 from prepare.draw import draw_curves
 from prepare.encoder_cache import encoder_states
-from prepare.errors import AudioError, CheckpointError, ManifestError, TrainError, visible
+from prepare.errors import AudioError, CheckpointError, ManifestError, RankError, TrainError, visible
 from prepare.faults import Stop, expect_finite, ignore_signals, leave_out, next_batch
 from prepare.instructions import instruction_of
 from prepare.licences import check_row, notice, test_fingerprints, used
 from prepare.plan import dry_run, meta_parts
+from prepare.ranks import deal, gather, rank, ranks, seed_for, start, together, world
 from sample import answer_rows, listen
 
 ROOT = Path(__file__).resolve().parent
@@ -62,9 +67,10 @@ class TrainConfig:
     lora_targets: list[str] = field(default_factory=lambda: LINEAR.split())  # the layers of the LLM that they are added to
     weight_decay: float = 0.01  # of matrices; norms and biases have none
     clip: float = 1.0  # gradient norm
-    batch_frames: int = 0  # 20 ms frames in a batch; 0: the phase's own
+    batch_frames: int = 0  # 20 ms frames in a batch, of which each rank has its own; 0: the phase's own
     batch_tokens: int = 4000  # LLM positions in a batch
-    accumulate: int = 1  # batches in a step
+    accumulate: int = 1  # batches of each rank in a step; a resumed run keeps their number over all ranks
+    fsdp: bool = False  # split weights and optimizer among the ranks of torchrun, where one GPU has no room for them
     max_seconds: float = 30.0  # longer recordings are left out and counted as bad
     prompt: str = "text"  # text: instructions in words; tokens: the reference's <|lang|><|task|>
     length_hint: float = 0.0  # with prompt tokens: share of rows told the answer's length (reference: 0.9)
@@ -110,7 +116,7 @@ CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"}
           {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
           {"bleu": "#1f6fb4"}]  # the picture's panels
 # every other option must stay for a run to be resumed
-MAY_CHANGE = ("resume", "dry_run", "device", "workers", "trust_paths")
+MAY_CHANGE = ("resume", "dry_run", "out", "device", "workers", "fsdp", "trust_paths")
 
 
 def parse(argv):
@@ -132,6 +138,8 @@ def parse(argv):
             parser.error(f"--{f.name.replace('_', '-')} is {getattr(cfg, f.name)}, expected {low} to {high}")
     if set(cfg.lora_targets) - set(LINEAR.split()) or cfg.lora_rank and "llm" not in PHASES[cfg.phase].rates:
         parser.error(f"--lora-rank is for phase ift, --lora-targets are some of {LINEAR}")
+    if cfg.fsdp and "LOCAL_RANK" not in os.environ:
+        parser.error("--fsdp is for several ranks: torchrun --nproc_per_node=8 train.py --fsdp ...")
     return cfg
 
 
@@ -175,6 +183,9 @@ def build(cfg, rates, meta=False):
         restore(model, init, bases, cfg.init)
     for name, part in model.named_children():
         part.requires_grad_(name in rates).train(name in rates)
+    spec = model.encoder.config
+    if not (spec.apply_spec_augment and spec.mask_time_prob) and hasattr(model.encoder, "masked_spec_embed"):
+        model.encoder.masked_spec_embed.requires_grad_(False)  # nothing reads it, so it would wait for a gradient
     if cfg.lora_rank and "llm" in rates:
         add_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     model.encoder.checkpointing = model.llm.checkpointing = cfg.checkpointing
@@ -326,13 +337,15 @@ def open_manifests(cfg, tasks):
 
 
 def train(cfg, stop):
+    start(cfg.device)
     cfg, rates, tasks = settle(cfg)
     torch.manual_seed(cfg.seed)
     if cfg.dry_run:
         return dry_run(cfg, rates, open_manifests(cfg, tasks), build, parameter_groups, on_device)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.json", json.dumps(asdict(cfg), indent=2))
+    if rank() == 0:
+        write_text(out / "config.json", json.dumps(asdict(cfg), indent=2))
     checkpoint_path, resume_path, log_path, rows_path = (
         out / f"{cfg.phase}{end}" for end in (".pt", ".resume.pt", ".jsonl", ".nonfinite.jsonl"))
     manifests, weights, dev, hours, longest = open_manifests(cfg, tasks)
@@ -350,63 +363,67 @@ def train(cfg, stop):
                         cfg.prompt, cfg.length_hint, cfg.max_seconds, states, cfg.seed)
     picks = np.random.default_rng(0).permutation(len(dev))[:cfg.eval_rows].tolist()
 
-    groups = parameter_groups(model, rates, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    first, position, resumed = 0, None, cfg.resume and resume_path.exists()
+    first, position, total = 0, None, cfg.accumulate * world()  # total: batches in a step
     seen, bad = 0, {}  # rows drawn; file and line of those that could not be used -> why
     validated = skipped = 0  # the step of the last validation; steps just left out in a row
+    resumed = gather(cfg.resume and resume_path.exists())[0]
     if resumed:
-        state = load_checkpoint(resume_path)
-        for name, saved in state["config"].items():
-            if name not in MAY_CHANGE and saved != asdict(cfg).get(name):
-                raise TrainError(f"{resume_path}: was trained with {name} {saved!r}, found {asdict(cfg).get(name)!r}; "
-                                 "give the same, or start anew without --resume")
+        state = read_resume(resume_path, asdict(cfg), MAY_CHANGE, total)
         restore(model, state, bases, resume_path)
-        optimizer.load_state_dict(state["optimizer"])
-        first, position, seen, bad = state["step"], state["position"], state["seen"], state["bad"]
-        validated, skipped = state.get("validated", first), state.get("skipped", 0)
+        first, position, total, seen, bad, validated, skipped = (state[name] for name in (
+            "step", "position", "total", "seen", "bad", "validated", "skipped"))
         if validated == cfg.steps:
             print(f"{checkpoint_path}: all {first} steps are done")
             return
-    kept = [line for line in read_lines(log_path) if resumed and line["step"] <= first]
-    write_text(log_path, "".join(json.dumps(line) + "\n" for line in kept))
-    if not resumed:
-        for path in (resume_path, rows_path):  # of another run
-            path.unlink(missing_ok=True)
-    order = schedule(manifests, weights, examples.size, cfg.batch_frames, cfg.batch_tokens, cfg.seed, position)
+    size = lru_cache(2 * POOL)(examples.size)
+    order = partial(schedule, manifests, weights, size, cfg.batch_frames, cfg.batch_tokens, cfg.seed)
+    if not resumed and not cfg.init:
+        usable = (batch for batch in map(examples.__getitem__, islice(order(), 100)) if batch["rows"])
+        if batch := next_batch(chain(usable, [None])):
+            seed_for(cfg.seed, batch["position"])
+            scale_projection(model, on_device(batch, cfg.device))
+    net = distribute(model, cfg.fsdp, cfg.device)
+    groups = parameter_groups(model, rates, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    if resumed:
+        load_resume(resume_path, state, model, optimizer)
+    if rank() == 0:
+        kept = [line for line in read_lines(log_path) if resumed and line["step"] <= first]
+        write_text(log_path, "".join(json.dumps(line) + "\n" for line in kept))
+        if not resumed:
+            for path in (resume_path, rows_path):  # of another run
+                path.unlink(missing_ok=True)
+            remove_shards(resume_path)
     loader = iter(torch.utils.data.DataLoader(
-        examples, sampler=order, batch_size=None, num_workers=0 if states else cfg.workers,
+        examples, sampler=deal(order(position), size, total), batch_size=None, num_workers=0 if states else cfg.workers,
         pin_memory=cfg.device != "cpu", worker_init_fn=ignore_signals))
-    if resumed:  # only now: the loader draws a number of its own
-        torch.set_rng_state(state["rng"])
-        if cfg.device != "cpu":
-            torch.cuda.set_rng_state(state["cuda_rng"])
 
     def save(step, **settled):
-        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        merged = {name: tensor for name, tensor in merged_state(model).items() if name.split(".")[0] in rates}
+        merged = merged_state(model, full_state(model, rates))
         state = {"config": asdict(cfg), "adapter": asdict(model.adapter.config), "bases": bases, "data": data,
                  "window": min(30.0, max(1.0, longest)), "step": step, **settled,
                  "versions": {"torch": str(torch.__version__), "python": sys.version}}
-        more = {"optimizer": optimizer.state_dict(), "position": position, "seen": seen, "bad": bad,
-                "validated": validated, "skipped": skipped,
-                "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if cfg.device != "cpu" else None}
-        write_checkpoint(checkpoint_path, {"model": merged, **state})
-        write_checkpoint(resume_path, {"model": trained, **state, **more})
-        write_text(out / f"{cfg.phase}.NOTICE", notice(data))
+        if rank() == 0:
+            write_checkpoint(checkpoint_path, {"model": merged, **state})
+            write_text(out / f"{cfg.phase}.NOTICE", notice(data))
+        save_resume(resume_path, model, optimizer, {**state, "position": position, "total": total, "seen": seen,
+                                                    "bad": bad, "validated": validated, "skipped": skipped})
 
     def record(**figures):
-        with open(log_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+        if rank() == 0:
+            with open(log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(figures) + "\n")
 
-    bar = tqdm(total=cfg.steps, initial=first, desc=cfg.phase, unit=" steps", dynamic_ncols=True)
+    bar = tqdm(total=cfg.steps, initial=first, desc=cfg.phase, unit=" steps", dynamic_ncols=True, disable=rank() > 0)
     for step in range(first, cfg.steps + 1):
         # once in a while: validate, show two transcripts, save; a signal ends a validation, which --resume makes up for
         found, stop.waits = None, True
-        if not stop.asked and step > validated and (step % cfg.eval_every == 0 or step == cfg.steps):
-            with stop.at_once():
+        due = step > validated and (step % cfg.eval_every == 0 or step == cfg.steps)
+        if due and not any(gather(stop.asked)):
+            with whole(model), stop.at_once():
                 found = *validate(cfg, model, examples, picks), (
                     settle_refusals(cfg, model, examples) if step == cfg.steps and "sqa" in tasks else {})
+            found = None if any(gather(stop.asked)) else found
         if found:
             (figures, pairs, settled), validated = found, step
             expect_finite(step, figures["dev_loss"])
@@ -415,7 +432,7 @@ def train(cfg, stop):
             for reference, hypothesis in pairs[::max(1, len(pairs) // 4)][:4] if len(tasks) > 1 else pairs[:2]:
                 bar.write(f"  said: {visible(reference)}\n  read: {visible(hypothesis)}")
             save(step, **settled)
-        if stop.asked:
+        if any(gather(stop.asked)):
             if not found and not skipped:  # weights that give no finite gradient are not worth an older checkpoint
                 save(step)
             raise KeyboardInterrupt
@@ -424,41 +441,40 @@ def train(cfg, stop):
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * lr_at(step, cfg)
 
-        # one step: every batch's summed loss over the target tokens of all its batches
-        start, batches, rows = time.time(), [], []
-        while len(batches) < cfg.accumulate:
-            batch = next_batch(loader)
-            position, seen = batch["position"], seen + len(batch["rows"]) + len(batch["bad"])
-            bad |= dict(batch["bad"])
+        # one step: every batch's summed loss over the target tokens of all its batches, on all ranks
+        began, tokens = time.time(), 0  # again if no row of them can be used
+        while not tokens:
+            batches = [next_batch(loader) for _ in range(math.ceil(total / world()))]
+            position, rows, missed, tokens, audio = together(batches)
+            seen, bad = seen + rows, bad | missed
             met = min(seen, sum(map(len, manifests)))  # different recordings, as far as one can tell
             if len(bad) > 0.01 * max(met, 300):
                 raise TrainError(f"{len(bad)} of {met} recordings could not be used, more than 1 %: "
                                  + "; ".join(f"{where}: {why}" for where, why in list(bad.items())[-3:]))
-            if "ids" in batch:
-                batches.append(on_device(batch, cfg.device))
-                rows += batch["rows"]
-        if step == 0 and not cfg.init:
-            scale_projection(model, batches[0])
-        tokens, total = sum(len(batch["targets"]) for batch in batches), 0.0
+        loss = 0.0
         for batch in batches:
-            loss, _ = model(**batch)
-            (loss / tokens).backward()
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], cfg.clip).item()
-        if math.isfinite(total) and math.isfinite(norm):
+            seed_for(cfg.seed, batch["position"])
+            with last_backward(net, batch is batches[-1]):
+                part, _ = net(**on_device(batch, cfg.device))
+                (part * world() / tokens).backward()  # the ranks' gradients are averaged
+            loss += part.item()
+        loss = sum(gather(loss)) / tokens
+        norm = full(torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], cfg.clip)).item()
+        if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
-            figures, skipped = {"loss": total / tokens, "norm": norm}, 0
+            figures, skipped = {"loss": loss, "norm": norm}, 0
         else:  # no update
-            figures, skipped = {"skipped": f"loss {total / tokens}, gradient norm {norm}"}, skipped + 1
+            figures, skipped = {"skipped": f"loss {loss}, gradient norm {norm}"}, skipped + 1
+            rows = sum(gather([row for batch in batches for row in batch["rows"]]), [])
             bar.write(leave_out(rows_path, step + 1, rows, skipped, seed=cfg.seed, **figures))
         optimizer.zero_grad()
-        audio = sum(sum(batch["lengths"]) for batch in batches) / 50  # seconds
         record(step=step + 1, **figures, lr=lr_at(step, cfg), tokens=tokens, audio=audio)
-        bar.set_postfix(loss=f"{total / tokens:.3f}", audio_s_per_s=f"{audio / (time.time() - start):.0f}")
+        bar.set_postfix(loss=f"{loss:.3f}", audio_s_per_s=f"{audio / (time.time() - began):.0f}")
         bar.update()
     bar.close()
     lines = read_lines(log_path)
-    write_text(out / f"{cfg.phase}.svg", draw_curves(lines, CURVES))
+    if rank() == 0:
+        write_text(out / f"{cfg.phase}.svg", draw_curves(lines, CURVES))
     for where, why in bad.items():
         print(visible(f"left out: {where}: {why}"))
     print(f"{checkpoint_path}: {seen} rows drawn, {sum('skipped' in line for line in lines)} steps and {len(bad)} recordings "
@@ -468,12 +484,12 @@ def train(cfg, stop):
 def main(argv=None):
     cfg = parse(argv)
     try:
-        with Stop() as stop:
+        with Stop() as stop, ranks():
             train(cfg, stop)
     except KeyboardInterrupt:
         print("train.py: stopped; what was saved is intact: go on with --resume", file=sys.stderr)
         sys.exit(128 + stop.asked if stop.asked else 130)
-    except (CheckpointError, ManifestError, AudioError, TrainError) as error:
+    except (CheckpointError, ManifestError, AudioError, RankError, TrainError) as error:
         sys.exit(f"train.py: {error}")
     except OSError as error:
         sys.exit(visible(f"train.py: {error.filename or cfg.out}: {error.strerror}; what was saved before is intact: mend "

@@ -13,12 +13,14 @@ from tqdm import tqdm
 from data import cut, fbank, feature_length
 from prepare.checkpoint import write_checkpoint
 from prepare.errors import AudioError
+from prepare.ranks import gather, rank, world
 
 
 def encoder_states(cfg, encoder, manifests, identity):
-    """Runs the frozen encoder once over the audio of the manifests, into a file of the out directory that later runs find
-    again if encoder, rows and audio files are the same. Returns the function (manifest, row) -> (F, D) states, which
-    raises AudioError for a row that cannot be used; or None if they would not fit on the disk or in cache_gb."""
+    """Runs the frozen encoder once over the audio of the manifests, each rank over a share, into a file of the out
+    directory that later runs find again if encoder, rows and audio files are the same. Returns the function (manifest,
+    row) -> (F, D) states, which raises AudioError for a row that cannot be used; or None if they would not fit on the
+    disk or in cache_gb."""
     clips, numbers = {}, []  # (manifest, audio, start, seconds) -> number; each row's clip
     for m, manifest in enumerate(manifests):
         rows = [(m, row["audio"], row["start"], manifest.seconds(row)) for row in manifest]
@@ -35,11 +37,10 @@ def encoder_states(cfg, encoder, manifests, identity):
     stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files if os.path.exists(file)]
     key = json.dumps([identity["sha256"], str(dtype), cfg.batch_frames, stamps, list(clips)])
     path = Path(cfg.out) / f"encoder-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-    try:
-        found = torch.load(path, weights_only=True, mmap=True)
-    except Exception:  # not there yet, or damaged
+    found = stored(path)
+    if not all(gather(found is not None)):
         encoded = encode_clips(cfg, encoder, manifests, clips, sizes)
-        write_checkpoint(path, encoded)
+        write_together(path, encoded, [f"longer than {cfg.max_seconds:g} s"] * len(clips))
         found = torch.load(path, weights_only=True, mmap=True)
 
     def states_of(m, i):
@@ -51,11 +52,18 @@ def encoder_states(cfg, encoder, manifests, identity):
     return states_of
 
 
+def stored(path):
+    try:
+        return torch.load(path, weights_only=True, mmap=True)
+    except Exception:  # not there yet, or damaged
+        return None
+
+
 @torch.no_grad()
 def encode_clips(cfg, encoder, manifests, clips, sizes):
-    """Of each clip the encoder's states (F, D), or why it has none."""
-    found = [f"longer than {cfg.max_seconds:g} s"] * len(clips)
-    for batch in tqdm(cut(sizes, cfg.batch_frames, math.inf), "encoder", unit=" batches"):
+    """The encoder's states (F, D) of this rank's share of the clips, by number, or why a clip has none."""
+    found, batches = {}, cut(sizes, cfg.batch_frames, math.inf)
+    for batch in tqdm(batches[rank()::world()], "encoder", unit=" batches", disable=rank() > 0):
         waves = {}
         for m, audio, start, seconds in batch:
             n = clips[m, audio, start, seconds]
@@ -68,3 +76,22 @@ def encode_clips(cfg, encoder, manifests, clips, sizes):
             for n, states in zip(waves, encoder(features.to(cfg.device), lengths).split(lengths)):
                 found[n] = states.cpu().clone()
     return found
+
+
+def write_together(path, share, found):
+    """Writes the list `found` with every rank's share, {place in the list: value}, filled in. Each rank's travels by a
+    file of its own."""
+    def part(r):
+        return path.with_suffix(f".part{r}")
+
+    if rank():
+        torch.save(share, part(rank()))
+    gather("written")
+    if rank() == 0:
+        for r in range(world()):
+            for n, states in (torch.load(part(r), weights_only=True, mmap=True) if r else share).items():
+                found[n] = states
+        write_checkpoint(path, found)
+        for r in range(1, world()):
+            part(r).unlink()
+    gather("joined")

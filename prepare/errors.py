@@ -36,3 +36,7 @@ class ManifestError(UserError):
 
 class TrainError(UserError):
     """A run that cannot go on; the message says why and what to do."""
+
+
+class RankError(UserError):
+    """Several processes that cannot work together, or no longer."""

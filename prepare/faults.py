@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from prepare.checkpoint import read_lines, write_text
 from prepare.errors import ManifestError, TrainError
+from prepare.ranks import rank
 
 LOADER_SECONDS = 600  # so long a loader may take for one batch
 NONFINITE_STEPS = 5  # so many in a row end a run
@@ -87,9 +88,10 @@ def next_batch(loader):
 def leave_out(path, step, rows, in_a_row, **why):
     """Writes down the rows of a step that has no finite loss or gradient, behind those of earlier steps, as JSON Lines.
     Returns what to tell; raises TrainError when NONFINITE_STEPS in a row were like that."""
-    lines = [line for line in read_lines(path) if line["step"] < step]  # later ones are those of a run cut off
-    lines += [{"step": step, **why, **row} for row in rows]
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if rank() == 0:
+        lines = [line for line in read_lines(path) if line["step"] < step]  # later ones are those of a run cut off
+        lines += [{"step": step, **why, **row} for row in rows]
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     if in_a_row >= NONFINITE_STEPS:
         raise TrainError(f"step {step}: {why['skipped']}, as in {in_a_row} steps in a row, whose rows are in {path}; {REMEDY}")
     return f"step {step}: {why['skipped']}: left out, its rows are in {path}"

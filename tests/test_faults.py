@@ -144,7 +144,9 @@ def test_a_loader_process_that_hangs_ends_the_run(monkeypatch, capsys, tiny_proj
     train.main(arguments(tiny_project, tmp_path, cache_gb=0, workers=0, steps=4, eval_every=4))
     before = weights(tmp_path)
     monkeypatch.setattr(faults, "LOADER_SECONDS", 2)
-    monkeypatch.setattr(Examples, "__getitem__", lambda *_: time.sleep(600))
+    read = Examples.__getitem__
+    monkeypatch.setattr(Examples, "__getitem__", lambda *args: (
+        time.sleep(600) if torch.utils.data.get_worker_info() else read(*args)))
     start = time.time()
     refused(capsys, arguments(tiny_project, tmp_path, cache_gb=0, workers=1, seed=1),
             "the loader has delivered nothing for 2 s, is the disk or network of the audio gone.*mend this and start again")
@@ -155,11 +157,17 @@ def test_a_loader_process_that_dies_ends_the_run(monkeypatch, capsys, tiny_proje
     """Killed, as for want of memory, while the run is elsewhere; and one whose manifest is gone."""
     argv = arguments(tiny_project, tmp_path, cache_gb=0, workers=1)
 
+    read = Examples.__getitem__  # the first batch is read by the run itself
+
     def killed(self, scheduled):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, scheduled)
 
     def gone(self, scheduled):
-        raise FileNotFoundError(2, "No such file or directory", "gone.jsonl")
+        if torch.utils.data.get_worker_info():
+            raise FileNotFoundError(2, "No such file or directory", "gone.jsonl")
+        return read(self, scheduled)
 
     for broken, message in ((killed, r"a loader process died \(DataLoader worker \(pid\(s\) \d+\) exited unexpectedly\)"),
                             (gone, r"a loader process died \(FileNotFoundError: .*'gone.jsonl'\); start again with --res")):
