@@ -24,6 +24,7 @@ import sample
 import train
 from data import Examples, Manifest, ManifestError, collate, cut, load_audio, render, schedule
 from model import AUDIO, AdapterConfig
+from prepare.checkpoint import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -221,7 +222,7 @@ def test_bad_recordings_are_left_out_and_named(tiny_project, tmp_path):
     (tmp_path / "bad.wav").write_text("not audio")
     rows = [{**GOOD, "audio": a, "duration": d} for a, d in [("train0.wav", 0.25), ("bad.wav", 1), ("train1.wav", 99), ("no.wav", 1)]]
     manifest = write_rows(tmp_path / "m.jsonl", *rows)
-    tokenizer = data.load_tokenizer(tiny_project / "llm")
+    tokenizer = load_tokenizer(tiny_project / "llm")
     examples = Examples([manifest], tokenizer, 0, AdapterConfig())
     batch = examples[{"pool": 0, "batch": 0}, [(0, i, 0) for i in range(4)]]
     assert [row["audio"] for row in batch["rows"]] == ["train0.wav"] and len(batch["ids_lengths"]) == 1
@@ -610,7 +611,7 @@ def test_the_encoder_cache_knows_what_it_depends_on(capsys, tiny_project, tmp_pa
 
 def test_length_hints_are_drawn_by_the_seed(tiny_project):
     manifest = Manifest(tiny_project / "train.jsonl")
-    tokenizer = data.load_tokenizer(tiny_project / "llm")
+    tokenizer = load_tokenizer(tiny_project / "llm")
     config = AdapterConfig()
 
     def hinted(seed, share):
