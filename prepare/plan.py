@@ -28,12 +28,13 @@ TIMED = 3  # steps
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make within it: `now`, those alive; `peak`, the most there were."""
+    """Counts the bytes of the tensors that operators make within it: `now`, those alive; `peak`, the most there were.
+    The model's weights do not count."""
 
-    def __init__(self):
+    def __init__(self, model):
         super().__init__()
         self.now = self.peak = 0
-        self.known = set()
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
@@ -102,10 +103,10 @@ def largest(batches, budgets):
 
 def step_memory(model, rows, width, accumulate):
     """Bytes that a training step holds beside weights and optimizer state: when its forward pass is done, and at most."""
-    with Live() as live:
-        parameters, batch = [p for p in model.parameters() if p.requires_grad], fake_batch(rows, width)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with Live(model) as live:
         for _ in range(min(2, accumulate)):  # the second batch finds the gradients of the first
-            before = live.now
+            before, batch = live.now, fake_batch(rows, width)
             loss, count = model(**batch)
             held = live.now - before
             (loss / count).backward()
@@ -120,105 +121,115 @@ def step_memory(model, rows, width, accumulate):
 def encode_memory(model, frames, longest, width):
     """Bytes that encoding so many frames without gradients takes, in windows of the longest row."""
     lengths = [longest] * max(1, frames // longest)
-    with Live() as live:
+    with Live(model) as live:
         model.encode(torch.empty(sum(lengths), width), lengths)
     return live.peak
 
 
+def cache_size(cfg, model, manifests):
+    """Bytes of the encoder's outputs for every recording of the manifests, and whether they will be kept."""
+    clips = {(manifest.path.parent / row["audio"], row["start"], manifest.seconds(row))
+             for manifest in manifests for row in manifest}
+    frames = sum(feature_length(clip[2]) for clip in clips if clip[2] <= cfg.max_seconds)
+    amount = frames * model.encoder.config.hidden_size * model.encoder.compute_dtype.itemsize
+    out = Path(cfg.out).resolve()
+    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    return amount, amount <= min(cfg.cache_gb * GB, 0.9 * free)
+
+
+def read_rows(examples, batch):
+    """(frames, positions, answer tokens) of a scheduled batch's rows, by their manifests."""
+    rows = []
+    for m, i, turn in batch:
+        row, hinted = examples.row(m, i, turn)
+        seconds = examples.manifests[m].seconds(row)
+        if seconds <= examples.max_seconds:
+            frames = feature_length(seconds)
+            ids, answer = render(row, adapter_length(frames, examples.adapter), examples.tokenizer, examples.end_id,
+                                 examples.form, hinted)
+            rows.append((frames, len(ids), answer))
+    return rows
+
+
+def stages_of(cfg, model, drawn, ranks, cache, cached):
+    """The bytes that each stage of a run holds beside Python: {name: bytes}; of its largest batch the bytes held after
+    the forward pass, those held at most, and the rows."""
+    trained, c = [p for p in model.parameters() if p.requires_grad], model.llm.config
+    weights, encoder, dtype = size(model.parameters()), model.encoder, model.llm.compute_dtype
+    kept = weights + 8 * sum(p.numel() for p in trained)  # AdamW's two moments, float32
+    longest, positions = (max(row[i] for rows in drawn for row in rows) for i in (0, 1))
+    stages, width = {}, 160
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        if cached:
+            stages["the encoder cache"] = weights + cache + encode_memory(model, cfg.batch_frames, longest, width)
+            kept, width, model.encoder = kept + cache - size(encoder.parameters()), encoder.config.hidden_size, None
+        listening = encode_memory(model, BATCH_FRAMES, longest, width)
+        held, step, rows = max(((*step_memory(model, rows, width, cfg.accumulate), rows)
+                                for rows in largest(drawn, (cfg.batch_frames, cfg.batch_tokens))), key=lambda found: found[1])
+        model.encoder = encoder
+    step += size(trained) * (ranks > 1)  # what is sent to the other ranks is a copy of the gradients
+    token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize  # its keys and values
+    answering = 2 * min(16, cfg.eval_clips) * (positions + MAX_NEW_TOKENS) * token  # read and copied for the answers
+    stages["a training step"] = kept + step
+    stages["a validation"] = kept + max(listening, answering)
+    stages["saving"] = kept + sum(layer.weight.nbytes for layer in model.llm.modules()
+                                  if getattr(layer, "lora_b", None) is not None)  # merged
+    return stages, held, step, rows
+
+
 def dry_run(cfg, rates, opened, build, parameter_groups, on_device):
-    """Prints what a run would need, and how long it would take if its weights are there. cfg: a settled TrainConfig, with
-    the learning rates of the trained parts; opened: what open_manifests gives; the rest are train.py's functions. Raises
-    CheckpointError."""
-    manifests, weights, dev, *_, seconds = opened
-    cfg = replace(cfg, encoder=str(fetch(cfg.encoder, weights=False)), llm=str(fetch(cfg.llm, weights=False)))
+    """Prints what a run would need and, if its weights are there, how long it would take. cfg: a settled TrainConfig;
+    rates: the learning rates of its trained parts; opened: what open_manifests gives; the rest are train.py's functions.
+    Raises CheckpointError, and TrainError if the run would not fit into memory."""
+    manifests, weights, dev, *_ = opened
     ranks = int(os.environ.get("WORLD_SIZE", 1))
+    cfg = replace(cfg, encoder=str(fetch(cfg.encoder, weights=False)), llm=str(fetch(cfg.llm, weights=False)))
     model, tokenizer, _ = build(cfg, rates, meta=True)
     examples = Examples([*manifests, dev], tokenizer, model.llm.config.eos_token_id[0], model.adapter.config,
                         cfg.prompt, cfg.length_hint, cfg.max_seconds, seed=cfg.seed)
-    baseline = memory_now()
-
-    # the batches of the first pool, as (frames, positions, answer tokens) of each row
-    pool, drawn = [], []
+    pool = []
     for position, batch in schedule(manifests, weights, examples.size, cfg.batch_frames, cfg.batch_tokens, cfg.seed):
         pool.append(batch)
         if position["pool"]:
             break
-    for batch in pool:
-        rows = []
-        for m, i, turn in batch:
-            row, hinted = examples.row(m, i, turn)
-            frames = feature_length(manifests[m].seconds(row))
-            if frames <= feature_length(cfg.max_seconds):
-                ids, answer = render(row, adapter_length(frames, examples.adapter), tokenizer, examples.end_id, cfg.prompt,
-                                     hinted)
-                rows.append((frames, len(ids), answer))
-        if rows:
-            drawn.append(rows)
-    longest = max(row[0] for rows in drawn for row in rows)
-
-    # what is kept all the time, and what the steps add
-    parts = {name: list(part.parameters()) for name, part in model.named_children()}
+    drawn = [rows for rows in (read_rows(examples, batch) for batch in pool) if rows]
+    for name, part in model.named_children():
+        count = sum(p.numel() for p in part.parameters())
+        learned = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        print(f"{name}: {count / 1e6:.2f} M parameters, {learned / 1e6:.2f} M trained, {size(part.parameters()) / GB:.3f} GB")
     trained = [p for p in model.parameters() if p.requires_grad]
-    frames = 0
+    print(f"weights {size(model.parameters()) / GB:.3f} GB, gradients {size(trained) / GB:.3f} GB, optimizer "
+          f"{8 * sum(p.numel() for p in trained) / GB:.3f} GB")
+    cache, cached = 0, False
     if "encoder" not in rates and cfg.cache_gb:
-        clips = {(m, row["audio"], row["start"], manifest.seconds(row))
-                 for m, manifest in enumerate([*manifests, dev]) for row in manifest}
-        frames = sum(feature_length(clip[3]) for clip in clips if clip[3] <= cfg.max_seconds)
-    width, compute = model.encoder.config.hidden_size, model.encoder.compute_dtype
-    cache = frames * width * compute.itemsize
-    place = next(path for path in (Path(cfg.out).resolve(), *Path(cfg.out).resolve().parents) if path.exists())
-    cached = 0 < cache <= min(cfg.cache_gb * GB, 0.9 * shutil.disk_usage(place).free)
-    weights_size, moments, gradients = size(model.parameters()), 8 * sum(p.numel() for p in trained), size(trained)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        encoding = encode_memory(model, cfg.batch_frames, longest, 160) if cached else 0
-        listening = encode_memory(model, BATCH_FRAMES, longest, 160)
-        encoder = model.encoder
-        if cached:
-            model.encoder = None
-        steps = [(*step_memory(model, rows, width if cached else 160, cfg.accumulate), rows)
-                 for rows in largest(drawn, (cfg.batch_frames, cfg.batch_tokens))]
-        model.encoder = encoder
-    held, step, rows = max(steps, key=lambda found: found[1])
-    c = model.llm.config
-    answering = 2 * 16 * (max(row[1] for some in drawn for row in some) + MAX_NEW_TOKENS) * 2 * c.num_hidden_layers * (
-        c.num_key_value_heads * c.head_dim) * compute.itemsize
-    merged = size(parts["llm"]) if cfg.lora_rank else 0
-    kept = weights_size + moments - cached * size(parts["encoder"])
-    stages = {"a training step": kept + step + cached * cache, "a validation": kept + max(listening, answering) + cached * cache,
-              "saving": kept + merged + cached * cache}
-    if cached:
-        stages["the encoder cache"] = weights_size + cache + encoding
-    worst = max(stages, key=stages.get)
-    peak = stages[worst] + (baseline if cfg.device == "cpu" else 0)
-
-    for name, some in parts.items():
-        count = sum(p.numel() for p in some)
-        learns = sum(p.numel() for p in some if p.requires_grad)
-        print(f"{name}: {count / 1e6:.2f} M parameters, {learns / 1e6:.2f} M of them trained, {size(some) / GB:.3f} GB")
-    print(f"memory: weights {weights_size / GB:.3f} GB, gradients {gradients / GB:.3f} GB, optimizer {moments / GB:.3f} GB")
-    print(f"memory: largest batch of {len(rows)} rows, {sum(row[0] for row in rows)} frames and {sum(row[1] for row in rows)} "
-          f"LLM positions: activations {held / GB:.3f} GB, with gradients and temporaries at most {step / GB:.3f} GB")
-    if frames:
-        print(f"memory: encoder outputs {cache / GB:.3f} GB, " + ("kept on disk and in memory" if cached else
-              f"too much for --cache-gb {cfg.cache_gb:g} or the disk: the encoder runs in every step"))
+        cache, cached = cache_size(cfg, model, examples.manifests)
+        print(f"encoder outputs {cache / GB:.3f} GB, " + ("computed once" if cached else "too much for --cache-gb "
+              f"{cfg.cache_gb:g} or the disk: the encoder runs in every step"))
+    baseline = memory_now() if cfg.device == "cpu" else 0
+    stages, held, step, rows = stages_of(cfg, model, drawn, ranks, cache, cached)
+    frames, positions, _ = map(sum, zip(*rows))
+    print(f"largest batch: {len(rows)} rows, {frames} frames, {positions} LLM positions; activations {held / GB:.3f} GB, with "
+          f"gradients and temporaries {step / GB:.3f} GB")
     for name, amount in stages.items():
-        print(f"memory: {name} {amount / GB:.3f} GB")
-    there = memory_there(cfg.device)
-    print(f"memory: peak {peak / GB:.3f} GB on each of {ranks} ranks, in {worst}, {baseline / GB:.3f} GB of it Python and its "
-          f"libraries; {there / GB:.1f} GB are free")
-    total, drawn_rows = sum(map(len, manifests)), cfg.steps * cfg.accumulate * ranks * sum(map(len, drawn)) / len(drawn)
-    print(f"{cfg.steps} steps, {drawn_rows:.0f} rows drawn, {drawn_rows / total:.1f} passes over {total} rows")
-    if not all(weights_there(place) for place in (cfg.encoder, cfg.llm)):
-        print("the weights are not there: no step was timed")
-    elif peak * int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) > there:
-        raise TrainError(f"it does not fit: {peak / GB:.1f} GB are needed on each rank, {there / GB:.1f} GB are free; "
+        print(f"memory in {name}: {(baseline + amount) / GB:.3f} GB")
+    peak, there = baseline + max(stages.values()), memory_there(cfg.device)
+    print(f"peak {peak / GB:.3f} GB on each of {ranks} ranks, in {max(stages, key=stages.get)}"
+          + f", {baseline / GB:.3f} GB of it Python and libraries" * bool(baseline) + f"; {there / GB:.1f} GB are free")
+    count = cfg.steps * cfg.accumulate * ranks * sum(map(len, drawn)) / len(drawn)
+    total = sum(map(len, manifests))
+    print(f"{cfg.steps} steps: {count:.0f} rows drawn, {count / total:.1f} passes over the {total}")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) if cfg.device == "cpu" else 1
+    if here * peak > there:
+        raise TrainError(f"it does not fit: {here} x {peak / GB:.1f} GB are needed, {there / GB:.1f} GB are free; "
                          f"{remedies(cfg, ranks)}")
-    else:
-        taken, audio = timed_steps(cfg, rates, examples, pool, build, parameter_groups, on_device, cached)
-        whole = sum(row[0] for some in drawn for row in some) / len(drawn) / 50  # seconds of audio in a batch
-        print(f"{TIMED} steps of {audio:.0f} s of audio took {taken:.2f} s each: about "
-              f"{taken / audio * whole * cfg.accumulate * cfg.steps / 3600:.2f} h for all, without validation")
+    if not weights_there(cfg.encoder) or not weights_there(cfg.llm):
+        print("no step was timed: the weights are not there")
+        return
+    taken, audio = timed_steps(cfg, rates, examples, pool, build, parameter_groups, on_device, cached)
+    whole = sum(row[0] for rows in drawn for row in rows) / 50 / len(drawn) * cfg.accumulate * cfg.steps  # seconds of audio
+    print(f"{TIMED} steps of {audio:.0f} s of audio took {taken:.2f} s each: about {taken / audio * whole / 3600:.2f} h in all, "
+          "without validation")
 
 
 def weights_there(directory):
@@ -240,7 +251,7 @@ def timed_steps(cfg, rates, examples, pool, build, parameter_groups, on_device, 
     model, *_ = build(cfg, rates)
     groups = parameter_groups(model, rates, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-    batches = islice((batch for batch in (examples[{}, some] for some in pool) if "ids" in batch), TIMED + 1)
+    batches = islice((batch for batch in (examples[{}, some] for some in pool * (TIMED + 1)) if "ids" in batch), TIMED + 1)
     encoder, taken = model.encoder, []
     for batch in batches:
         made, audio = on_device(batch, cfg.device), sum(batch["lengths"]) / 50
@@ -257,5 +268,5 @@ def timed_steps(cfg, rates, examples, pool, build, parameter_groups, on_device, 
         optimizer.zero_grad()
         taken.append((time.time() - start, audio))
     if len(taken) <= 1:
-        raise TrainError("too few batches can be read to time a step; mend the manifests")
+        raise TrainError("no step was timed: no recording of the first batches can be used; run prepare.doctor")
     return (sum(column) / (len(taken) - 1) for column in zip(*taken[1:]))

@@ -27,7 +27,7 @@ from test_train import arguments, log
 from prepare.checkpoint import read_back
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, EVERY = 300, 5  # of the run, and between saves
+STEPS, EVERY = 400, 10  # of the run, and between saves
 
 
 def start(project, out):
@@ -74,7 +74,8 @@ def main():
             except subprocess.TimeoutExpired:
                 while kills % 2 and run.poll() is None and not list(out.glob("*.pt.tmp")):
                     time.sleep(0.001)
-                os.killpg(run.pid, signal.SIGKILL)
+                if run.poll() is None:
+                    os.killpg(run.pid, signal.SIGKILL)
             if run.wait() == 0:
                 break
             if run.returncode != -signal.SIGKILL:
@@ -82,6 +83,8 @@ def main():
             kills, half = kills + 1, bool(list(out.glob("*.pt.tmp")))
             step = check(out)
             saving, early = saving + half, early + (step == 0)
+            for path in out.glob("*.tmp"):
+                path.unlink()  # else the next kill would take it for its own
             print(f"kill {kills}: step {step}" + ", a save was under way" * half, flush=True)
         a, b = (torch.load(path / "align.pt", weights_only=True)["model"] for path in (whole, out))
         if not all(torch.equal(a[name], b[name]) for name in a) or log(out) != wanted:
