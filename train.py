@@ -4,14 +4,12 @@ One config, one table of phases, one loop. python train.py --help lists every op
 """
 
 import argparse
-import copy
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import chain, islice
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import LANGUAGE_CODES, POOL, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, schedule
+from data import POOL, PROMPT_TOKENS, TASKS, Examples, collate, cut, schedule
 from eval import quick_figures, refusal_threshold
 from model import SpeechLM, add_lora, merged_state
 from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, load_tokenizer, read_json, read_lines, restore,
@@ -32,8 +30,8 @@ from prepare.draw import draw_curves
 from prepare.encoder_cache import encoder_states
 from prepare.errors import AudioError, CheckpointError, ManifestError, RankError, TrainError, visible
 from prepare.faults import Stop, expect_finite, ignore_signals, leave_out, next_batch
-from prepare.instructions import instruction_of
-from prepare.licences import check_row, notice, test_fingerprints, used
+from prepare.licences import notice, used
+from prepare.mixture import open_manifests
 from prepare.plan import dry_run, meta_parts
 from prepare.ranks import deal, gather, rank, ranks, seed_for, start, together, world
 from sample import answer_rows, listen
@@ -288,52 +286,6 @@ def settle_refusals(cfg, model, examples):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
-
-
-def open_manifests(cfg, tasks):
-    """The training manifests, one for each task and target language of a file; how often each is to be drawn; the dev
-    manifest; the hours, which are printed; the seconds of the longest row. Only rows of the phase's tasks, all of which
-    must be free to be trained on."""
-    named = [(path, float(weight)) for path, weight in
-             (re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", path).groups("1") for path in cfg.data)]
-    check = partial(check_row, allowed=tuple(cfg.allow_licence),
-                    test_texts=test_fingerprints([cfg.dev, *(path for path, _ in named)]))
-
-    def read(path, least):
-        parts, seconds, window = Manifest(path, cfg.trust_paths).split(tasks, cfg.max_seconds, check)
-        found, languages = sum(map(len, parts.values())), {language for _, language in parts}
-        if found < least:
-            raise ManifestError(f"{path!r}: {found} rows of the tasks this phase trains, {', '.join(tasks)}, expected at "
-                                f"least {least}; give another manifest")
-        if cfg.prompt == "tokens" and not languages <= set(LANGUAGE_CODES):
-            raise ManifestError(f"{path!r}: --prompt tokens has no token for "
-                                f"{', '.join(sorted(languages - set(LANGUAGE_CODES)))}")
-        for part in parts.values() if cfg.prompt == "text" else ():
-            instruction_of(part[0])  # raises if its language has no wordings
-        return parts, seconds, window
-
-    manifests, groups, weights, hours, longest = [], [], [], Counter(), 0.0
-    for path, weight in named:
-        if not weight:
-            raise TrainError(f"{path}=0: a manifest of weight 0; leave it out")
-        parts, seconds, window = read(path, 1)
-        manifests, groups, hours = manifests + list(parts.values()), groups + list(parts), hours + seconds
-        # a file's weight counts per row, so that PATH=2 is the same as naming PATH twice
-        weights += [weight * len(part) for part in parts.values()]
-        longest = max(longest, window)
-    parts, *_ = read(cfg.dev, 2)
-    dev = copy.copy(next(iter(parts.values())))
-    dev.lines = np.sort(np.concatenate([part.lines for part in parts.values()]))
-    size = Counter()
-    for group, weight in zip(groups, weights):
-        size[group] += weight
-    weights = [weight * size[group] ** (1 / cfg.temperature - 1) for group, weight in zip(groups, weights)]
-    for group in sorted(size):
-        share = sum(w for g, w in zip(groups, weights) if g == group) / sum(weights)
-        print(f"data: {group[0]} into {visible(group[1])}: {size[group]:.0f} rows, {100 * share:.1f} % of those drawn")
-    for (corpus, licence, language), total in sorted(hours.items()):
-        print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))
-    return manifests, weights, dev, [[*key, round(total)] for key, total in sorted(hours.items())], longest
 
 
 def train(cfg, stop):
