@@ -11,7 +11,7 @@ def leads_out(folder, audio):
     shard, tar, _ = os.path.join(folder, audio).partition(".tar/")
     directory, name = os.path.split(shard + tar.rstrip("/"))
     try:
-        home, _ = _directory(str(folder))
+        home, _ = _directory(folder)
         place, links = _directory(directory)
         if name in links or name == "..":
             place = os.path.realpath(os.path.join(directory, name))
@@ -30,7 +30,7 @@ def outside(count):
 def _directory(path):
     # where it really is, and which of its entries are symbolic links
     try:
-        with os.scandir(path or ".") as entries:
+        with os.scandir(path) as entries:
             links = frozenset(entry.name for entry in entries if entry.is_symlink())
     except OSError:
         links = frozenset()

@@ -20,6 +20,7 @@ import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from data import schedule  # noqa: E402
 from prepare import journal, ranks  # noqa: E402
+from prepare.faults import Stop  # noqa: E402
 
 
 def run(argv, half=None):
@@ -36,7 +37,8 @@ def run(argv, half=None):
 
     train.validate = copying
     try:
-        train.train(cfg)
+        with Stop() as stop:
+            train.train(cfg, stop)
     finally:
         train.validate = validate
 
@@ -110,7 +112,7 @@ def test_journals_of_a_stopped_run_are_joined(tmp_path, capsys):
 def argv(project, work, name, **options):
     options = dict(phase="ift", encoder=project / "encoder", llm=project / "llm", data=work / "train.jsonl",
                    dev=project / "dev.jsonl", out=work / name, steps=4, eval_every=2, eval_rows=4, eval_clips=1, warmup=2,
-                   adapter_lr=1e-3, encoder_lr=1e-3, llm_lr=1e-3, batch_frames=100, workers=0) | options
+                   adapter_lr=1e-3, encoder_lr=1e-3, llm_lr=1e-3, batch_frames=100, workers=0, trust_paths=True) | options
     return [str(word) for key, value in options.items() if value is not False
             for word in (f"--{key.replace('_', '-')}", *([] if value is True else [value]))]
 

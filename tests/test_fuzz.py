@@ -217,8 +217,8 @@ def make_targets(folder):
         with tarfile.open(fileobj=packed, mode="w", format=kind) as tar:
             for name in ("a.wav", "b" * 150 + ".wav" if kind != tarfile.USTAR_FORMAT else "b.wav"):
                 member = tarfile.TarInfo(name)
-                member.size = 2000
-                tar.addfile(member, io.BytesIO(wav[:2000]))
+                member.size = len(wav)
+                tar.addfile(member, io.BytesIO(wav))
             link = tarfile.TarInfo("c.wav")
             link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
             tar.addfile(link)
