@@ -157,7 +157,7 @@ def settle(cfg):
 
 def build(cfg, rates, meta=False):
     """The model, its tokenizer and the fingerprints of its two base checkpoints. Trained parts have float32 weights,
-    frozen parts the compute dtype's. An --init checkpoint brings the shape of its adapter with it. meta: shapes alone."""
+    frozen parts the compute dtype's. An --init checkpoint brings its adapter's shape with it. meta: shapes alone."""
     bases = {} if meta else {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
     init = load_checkpoint(cfg.init) if cfg.init else None
     frozen = sorted({name.split(".")[0] for name in init["model"]} - rates.keys()) if init else []
@@ -175,8 +175,8 @@ def build(cfg, rates, meta=False):
         adapter = init["adapter"]
         if bool(adapter["prompt_tokens"]) != (cfg.prompt == "tokens"):
             raise TrainError(f"{cfg.init} was trained with --prompt {init['config']['prompt']}; give the same")
-    model = (meta_parts if meta else SpeechLM.from_parts)(
-        cfg.encoder, cfg.llm, compute, compute, cfg.device, rates.keys() - ({"llm"} if cfg.lora_rank else set()), **adapter)
+    join, exact = meta_parts if meta else SpeechLM.from_parts, rates.keys() - ({"llm"} if cfg.lora_rank else set())
+    model = join(cfg.encoder, cfg.llm, compute, compute, cfg.device, exact, **adapter)
     if init and not meta:
         restore(model, init, bases, cfg.init)
     for name, part in model.named_children():
@@ -429,8 +429,8 @@ def train(cfg, stop):
         write_text(out / f"{cfg.phase}.svg", draw_curves(lines, CURVES))
     for where, why in bad.items():
         print(visible(f"left out: {where}: {why}"))
-    print(f"{checkpoint_path}: {seen} rows drawn, {sum('skipped' in line for line in lines)} steps and {len(bad)} recordings "
-          f"left out; curves in {out / cfg.phase}.svg")
+    print(f"{checkpoint_path}: {seen} rows drawn, {sum('skipped' in line for line in lines)} steps and {len(bad)} "
+          f"recordings left out; curves in {out / cfg.phase}.svg")
 
 
 def main(argv=None):

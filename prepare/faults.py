@@ -42,7 +42,8 @@ class Stop:
             signal.signal(each, signal.SIG_DFL)
         if not self.waits:
             raise KeyboardInterrupt
-        os.write(2, b"\ntrain.py: stopping after this step; a second signal stops at once\n")  # print may not be entered twice
+        # print must not be entered twice
+        os.write(2, b"\ntrain.py: stopping after this step; a second signal stops at once\n")
 
     @contextmanager
     def at_once(self):
@@ -75,8 +76,8 @@ def next_batch(loader):
     try:
         return next(loader)
     except TimeoutError as error:
-        raise TrainError(f"the loader has delivered nothing for {LOADER_SECONDS} s, is the disk or network of the audio "
-                         "gone? What was saved is intact: mend this and start again with --resume") from error
+        raise TrainError(f"the loader has delivered nothing for {LOADER_SECONDS} s, is the disk or network of the "
+                         "audio gone? What was saved is intact: mend this and start again with --resume") from error
     except (RuntimeError, OSError, ManifestError) as error:
         reason = str(error).strip().splitlines()[-1]  # of an error in a process, behind its traceback
         raise TrainError(f"a loader process died ({reason}); start again with --resume") from error
@@ -93,7 +94,8 @@ def leave_out(path, step, rows, in_a_row, **why):
         lines += [{"step": step, **why, **row} for row in rows]
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     if in_a_row >= NONFINITE_STEPS:
-        raise TrainError(f"step {step}: {why['skipped']}, as in {in_a_row} steps in a row, whose rows are in {path}; {REMEDY}")
+        raise TrainError(f"step {step}: {why['skipped']}, as in {in_a_row} steps in a row, whose rows are in {path}; "
+                         f"{REMEDY}")
     return f"step {step}: {why['skipped']}: left out, its rows are in {path}"
 
 

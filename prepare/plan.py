@@ -1,7 +1,8 @@
 """What a run needs before it is run: python train.py --dry-run and the run's other options.
 
-One training step, a validation's reading and the encoder cache go through the model operator by operator, on tensors that
-have shapes and no memory; what they would hold is counted as they come and go.
+One training step, a validation's reading and the encoder cache go through the model operator by operator, on tensors
+that have shapes and no memory; what they would hold is counted as they come and go. Attention is counted as on the CPU,
+row by row; on CUDA, where one kernel does all rows, an encoder that is trained takes less.
 """
 
 import os
@@ -25,15 +26,19 @@ from sample import BATCH_FRAMES, MAX_NEW_TOKENS
 
 GB = 1e9
 TIMED = 3  # steps
+# What a process on the CPU takes beside its tensors, as measured (python tests/bench.py plan):
+LIBRARIES = 0.2e9  # bytes of kernels and threads that the libraries load as they begin to compute
+BLOCK = 2**25  # bytes; larger blocks glibc gives back at once (mallopt(3), M_MMAP_THRESHOLD)
+SCATTERED = 0.2  # of the smaller blocks, what lies unused between others
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make within it: `now`, those alive; `peak`, the most there were.
-    The model's weights do not count."""
+    """Counts the bytes of the tensors that operators make within it: `now`, those alive; `peak`, the most there were;
+    `blocks`, the most in blocks under BLOCK. The model's weights do not count."""
 
     def __init__(self, model):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.small = self.blocks = 0
         self.known = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -43,24 +48,29 @@ class Live(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.known:  # else a view
                     self.known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
+                    self.count(storage.nbytes())
                     weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
         return out
 
+    def count(self, size):
+        self.now, self.small = self.now + size, self.small + size * (abs(size) < BLOCK)
+        self.peak, self.blocks = max(self.peak, self.now), max(self.blocks, self.small)
+
     def freed(self, storage, size):
         self.known.discard(storage)
-        self.now -= size
+        self.count(-size)
 
 
 def meta_parts(encoder, llm, dtype, compute_dtype, device, float32=(), **adapter):
     """SpeechLM.from_parts without weights: shapes alone, on the meta device, from the two config.json."""
     raw, directory = read_json(Path(encoder) / "config.json"), Path(llm)
     heard = EncoderConfig.from_dict(raw, Path(encoder) / "config.json")
-    said = LLMConfig.from_dict(read_json(directory / "config.json"), directory / "config.json", read_generation(directory))
+    where = directory / "config.json"
+    said = LLMConfig.from_dict(read_json(where), where, read_generation(directory))
     config = AdapterConfig(**asdict(heard) | {"output_size": said.hidden_size} | adapter)
     with torch.device("meta"):
-        model = SpeechLM(SpeechEncoder(heard, compute_dtype), LengthAdapter(config, compute_dtype), LLM(said, compute_dtype))
+        model = SpeechLM(SpeechEncoder(heard, compute_dtype), LengthAdapter(config, compute_dtype),
+                         LLM(said, compute_dtype))
     for name, part in model.named_children():
         part.to(torch.float32 if name in float32 else dtype)
     return model.eval()
@@ -92,8 +102,8 @@ def fake_batch(rows, width):
 
 
 def largest(batches, budgets):
-    """Of batches of rows (frames, positions, answer tokens) those that may need most memory; the longest row, repeated as
-    often as the budgets of frames and positions allow, stands for a batch that was not seen."""
+    """Of batches of rows (frames, positions, answer tokens) those that may need most memory; the longest row, repeated
+    as often as the budgets of frames and positions allow, stands for a batch that was not seen."""
     chosen = [max(batches, key=lambda batch: sum(row[i] ** power for row in batch)) for i, power in
               ((0, 1), (0, 2), (1, 1), (2, 1))]
     longest = max((row for batch in batches for row in batch))
@@ -102,7 +112,8 @@ def largest(batches, budgets):
 
 
 def step_memory(model, rows, width, accumulate):
-    """Bytes that a training step holds beside weights and optimizer state: when its forward pass is done, and at most."""
+    """Bytes that a training step holds beside weights and optimizer state: when its forward pass is done, and at most;
+    and of that at most in small blocks."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     with Live(model) as live:
         for _ in range(min(2, accumulate)):  # the second batch finds the gradients of the first
@@ -114,7 +125,7 @@ def step_memory(model, rows, width, accumulate):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for p in parameters:
             p.grad = None
-    return held, live.peak
+    return held, live.peak, live.blocks
 
 
 @torch.no_grad()
@@ -165,9 +176,11 @@ def stages_of(cfg, model, drawn, ranks, cache, cached):
             stages["the encoder cache"] = weights + cache + encode_memory(model, cfg.batch_frames, longest, width)
             kept, width, model.encoder = kept + cache - size(encoder.parameters()), encoder.config.hidden_size, None
         listening = encode_memory(model, BATCH_FRAMES, longest, width)
-        held, step, rows = max(((*step_memory(model, rows, width, cfg.accumulate), rows)
-                                for rows in largest(drawn, (cfg.batch_frames, cfg.batch_tokens))), key=lambda found: found[1])
+        held, step, blocks, rows = max(((*step_memory(model, rows, width, cfg.accumulate), rows)
+                                        for rows in largest(drawn, (cfg.batch_frames, cfg.batch_tokens))),
+                                       key=lambda found: found[1])
         model.encoder = encoder
+    step += SCATTERED * blocks * (cfg.device == "cpu")
     step += size(trained) * (ranks > 1)  # what is sent to the other ranks is a copy of the gradients
     token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize  # its keys and values
     answering = 2 * min(16, cfg.eval_clips) * (positions + MAX_NEW_TOKENS) * token  # read and copied for the answers
@@ -180,7 +193,7 @@ def stages_of(cfg, model, drawn, ranks, cache, cached):
 
 def dry_run(cfg, rates, opened, build, parameter_groups, on_device):
     """Prints what a run would need and, if its weights are there, how long it would take. cfg: a settled TrainConfig;
-    rates: the learning rates of its trained parts; opened: what open_manifests gives; the rest are train.py's functions.
+    rates: the learning rates of its trained parts; opened: what open_manifests gives; the rest are functions of train.py.
     Raises CheckpointError, and TrainError if the run would not fit into memory."""
     manifests, weights, dev, *_ = opened
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -197,7 +210,8 @@ def dry_run(cfg, rates, opened, build, parameter_groups, on_device):
     for name, part in model.named_children():
         count = sum(p.numel() for p in part.parameters())
         learned = sum(p.numel() for p in part.parameters() if p.requires_grad)
-        print(f"{name}: {count / 1e6:.2f} M parameters, {learned / 1e6:.2f} M trained, {size(part.parameters()) / GB:.3f} GB")
+        print(f"{name}: {count / 1e6:.2f} M parameters, {learned / 1e6:.2f} M trained, "
+              f"{size(part.parameters()) / GB:.3f} GB")
     trained = [p for p in model.parameters() if p.requires_grad]
     print(f"weights {size(model.parameters()) / GB:.3f} GB, gradients {size(trained) / GB:.3f} GB, optimizer "
           f"{8 * sum(p.numel() for p in trained) / GB:.3f} GB")
@@ -206,11 +220,11 @@ def dry_run(cfg, rates, opened, build, parameter_groups, on_device):
         cache, cached = cache_size(cfg, model, examples.manifests)
         print(f"encoder outputs {cache / GB:.3f} GB, " + ("computed once" if cached else "too much for --cache-gb "
               f"{cfg.cache_gb:g} or the disk: the encoder runs in every step"))
-    baseline = memory_now() if cfg.device == "cpu" else 0
+    baseline = memory_now() + LIBRARIES if cfg.device == "cpu" else 0
     stages, held, step, rows = stages_of(cfg, model, drawn, ranks, cache, cached)
     frames, positions, _ = map(sum, zip(*rows))
-    print(f"largest batch: {len(rows)} rows, {frames} frames, {positions} LLM positions; activations {held / GB:.3f} GB, with "
-          f"gradients and temporaries {step / GB:.3f} GB")
+    print(f"largest batch: {len(rows)} rows, {frames} frames, {positions} LLM positions; activations {held / GB:.3f} "
+          f"GB, with gradients and temporaries {step / GB:.3f} GB")
     for name, amount in stages.items():
         print(f"memory in {name}: {(baseline + amount) / GB:.3f} GB")
     peak, there = baseline + max(stages.values()), memory_there(cfg.device)
@@ -227,9 +241,9 @@ def dry_run(cfg, rates, opened, build, parameter_groups, on_device):
         print("no step was timed: the weights are not there")
         return
     taken, audio = timed_steps(cfg, rates, examples, pool, build, parameter_groups, on_device, cached)
-    whole = sum(row[0] for rows in drawn for row in rows) / 50 / len(drawn) * cfg.accumulate * cfg.steps  # seconds of audio
-    print(f"{TIMED} steps of {audio:.0f} s of audio took {taken:.2f} s each: about {taken / audio * whole / 3600:.2f} h in all, "
-          "without validation")
+    batch = sum(row[0] for rows in drawn for row in rows) / 50 / len(drawn)  # seconds of audio
+    hours = taken / audio * batch * cfg.accumulate * cfg.steps / 3600
+    print(f"{TIMED} steps of {audio:.0f} s of audio took {taken:.2f} s each: about {hours:.2f} h in all, without validation")
 
 
 def weights_there(directory):
@@ -251,7 +265,8 @@ def timed_steps(cfg, rates, examples, pool, build, parameter_groups, on_device, 
     model, *_ = build(cfg, rates)
     groups = parameter_groups(model, rates, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-    batches = islice((batch for batch in (examples[{}, some] for some in pool * (TIMED + 1)) if "ids" in batch), TIMED + 1)
+    read = (examples[{}, some] for some in pool * (TIMED + 1))
+    batches = islice((batch for batch in read if "ids" in batch), TIMED + 1)
     encoder, taken = model.encoder, []
     for batch in batches:
         made, audio = on_device(batch, cfg.device), sum(batch["lengths"]) / 50

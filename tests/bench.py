@@ -1,4 +1,5 @@
-"""Speed: python tests/bench.py features | manifest | loader | corpora | step | decode | plan [--rounds N] [--threads N] [--cpu]
+"""Speed and memory: python tests/bench.py features | manifest | loader | corpora | step | decode | plan
+[--rounds N] [--threads N] [--cpu]
 
 features: ours and transformers' take turns, round by round; printed are medians and their ratio. manifest: a manifest
 of a million rows. loader: how fast the demo's batches are read, against how fast a step without the encoder cache
