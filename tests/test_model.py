@@ -375,6 +375,29 @@ def test_linear_layers_see_no_padding(monkeypatch):
     assert (len(ids),) in seen and all(sum(shape) in (sum(lengths), half, 28, len(ids), 4) for shape in seen)
 
 
+@pytest.mark.parametrize("queries", [1, 7, 192])
+@pytest.mark.parametrize("causal, heads, reach", [(True, 2, None), (False, 6, None), (False, 6, (12, 3)), (False, 6, (0, 0))])
+def test_attention_in_pieces_equals_the_whole(monkeypatch, queries, causal, heads, reach):
+    """However many queries are taken at a time, values and gradients are those of attention with its full bias."""
+    monkeypatch.setattr(model, "QUERIES", queries)
+    lengths = [40, 1, 2, 15]
+    rows, N = model.Rows(lengths, "cpu", causal, reach=reach), sum(lengths)
+    sizes = [(N, 6, 16), (N, heads, 16), (N, heads, 16)] + ([] if reach is None else [(N, 6, sum(reach) + 1)])
+    given, grad = [torch.randn(size, requires_grad=True) for size in sizes], torch.randn(N, 6, 16)
+    whole = []
+    for q, k, v, *bias in zip(*(x.split(lengths) for x in given)):
+        mask = None
+        if bias:
+            at = torch.arange(len(q))
+            far = (at - at[:, None]).clamp(-reach[0], reach[1]) + reach[0]
+            mask = bias[0].transpose(0, 1).gather(-1, far.expand(6, -1, -1))[None]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        whole.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=heads < 6)[0].transpose(0, 1))
+    ours, whole = model.attend(*given[:3], rows, *given[3:]), torch.cat(whole)
+    torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*(torch.autograd.grad(y, given, grad) for y in (ours, whole)), rtol=1e-4, atol=1e-5)
+
+
 def flexed(q, k, v, rows, bias=None):
     """What CUDA computes, by the slow form of flex_attention."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -695,10 +718,8 @@ def test_every_dropout_of_the_peer_is_there_and_in_training_only(monkeypatch, na
     rates = dict.fromkeys([rate for rate, *_ in DROPOUTS], 0.0) | {name: 0.25}
     config = {**ENCODER, **rates, "layerdrop": 0.0, "mask_time_prob": 0.0}
     encoder, adapter = SpeechEncoder(EncoderConfig(**config)), LengthAdapter(AdapterConfig(**config, output_size=48))
-    used, dropout, attention = [], F.dropout, F.scaled_dot_product_attention
+    used, dropout = [], F.dropout
     monkeypatch.setattr(F, "dropout", lambda x, p, training: used.append(p * training) or dropout(x, p, training))
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, mask, p, causal, enable_gqa: used.append(p) or
-                        attention(q, k, v, mask, p, causal))
     for train in (True, False):
         for module, features, count in [(encoder, torch.randn(20, 160), in_encoder), (adapter, torch.randn(20, 32), in_adapter)]:
             used.clear()
