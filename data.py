@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import reprlib
 from array import array
 from collections import Counter
 from functools import lru_cache
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from model import AUDIO, adapter_length
 from prepare.audio import MIN_SAMPLES, SAMPLE_RATE, audio_seconds, load_audio
-from prepare.errors import AudioError, CheckpointError, ManifestError
+from prepare.errors import AudioError, ManifestError
 from prepare.instructions import instruction_of
+from prepare.paths import leads_out
 
 WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms windows every 10 ms
 MIN_HEARD = SAMPLE_RATE // 2  # samples; shorter clips are padded with silence: the model never heard less
@@ -119,19 +120,22 @@ def _mel(hertz):
 # manifests: JSON Lines, one example a row
 
 TASKS = ("asr", "st", "sqa")
+LONGEST_LINE = 2**24  # bytes
 
 
 class Manifest:
     """The rows of a JSON Lines file. Only their places in the file are kept; a row is parsed when it is asked for.
 
-    A row has audio (a path relative to the manifest, or SHARD.tar/MEMBER for a member of an uncompressed tar), text
+    A row has audio (a path relative to the manifest, or SHARD.tar/MEMBER for a member of an uncompressed tar; unless
+    trust_paths is set, neither the path nor a symbolic link may lead out of the manifest's folder), text
     (what is to be said), task (asr, st or sqa), licence (SPDX), and may have start and duration (seconds within the
     audio), source_language, target_language (en), question (sqa), instruction, speaker, corpus, style (of a transcript:
     written, or bare of case and punctuation), sources ([corpus, licence] of what it was derived from), test_only.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, trust_paths=False):
         self.path = Path(path)
+        self.folder = None if trust_paths else self.path.parent
         ends, size = [np.zeros(1, np.int64)], 0
         try:
             with open(path, "rb") as file:
@@ -144,6 +148,9 @@ class Manifest:
         self.lines = np.flatnonzero(np.diff(self.bounds) > 2)  # those that are not empty
         if not len(self.lines):
             raise ManifestError(f"{str(path)!r}: found no rows, expected one JSON object a line")
+        if (size := np.diff(self.bounds)).max() > LONGEST_LINE:
+            raise ManifestError(f"{str(path)!r} line {size.argmax() + 1}: found {size.max():,} bytes, expected at most "
+                                f"{LONGEST_LINE:,}; is this a manifest?")
 
     def __len__(self):
         return len(self.lines)
@@ -154,7 +161,7 @@ class Manifest:
         with open(self.path, "rb") as file:
             file.seek(self.bounds[line])
             text = file.read(self.bounds[line + 1] - self.bounds[line])
-        return parse_row(text, f"{str(self.path)!r} line {line + 1}")
+        return parse_row(text, f"{str(self.path)!r} line {line + 1}", self.folder)
 
     def __iter__(self):
         kept = iter(self.lines.tolist())
@@ -162,7 +169,7 @@ class Manifest:
         with open(self.path, "rb") as file:
             for line, text in enumerate(file):
                 if line == wanted:
-                    yield parse_row(text, f"{str(self.path)!r} line {line + 1}")
+                    yield parse_row(text, f"{str(self.path)!r} line {line + 1}", self.folder)
                     wanted = next(kept, None)
 
     def audio(self, row):
@@ -198,7 +205,7 @@ ROW = {"start": 0.0, "duration": None, "source_language": "en", "target_language
        "corpus": "unknown", "speaker": "unknown", "style": "written", "sources": []}  # of a row that does not say
 
 
-def parse_row(text, where):
+def parse_row(text, where, folder=None):
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -211,17 +218,20 @@ def parse_row(text, where):
     for name in texts + (["instruction"] if "instruction" in row else []):
         value = row.get(name)
         if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
-            raise ManifestError(f"{where}: {name} is {value!r}, expected text; add it or leave the row out")
+            raise ManifestError(f"{where}: {name} is {reprlib.repr(value)}, expected text; add it or leave the row out")
     if row["task"] not in TASKS:
-        raise ManifestError(f"{where}: task is {row['task']!r}, expected one of {', '.join(TASKS)}")
+        raise ManifestError(f"{where}: task is {reprlib.repr(row['task'])}, expected one of {', '.join(TASKS)}")
     if row["style"] not in ("written", "bare"):
-        raise ManifestError(f"{where}: style is {row['style']!r}, expected written or bare")
+        raise ManifestError(f"{where}: style is {reprlib.repr(row['style'])}, expected written or bare")
     if not isinstance(row["sources"], list) or not all(
             isinstance(pair, list) and [type(part) for part in pair] == [str, str] for pair in row["sources"]):
-        raise ManifestError(f"{where}: sources is {row['sources']!r}, expected a list of [corpus, licence]")
+        raise ManifestError(f"{where}: sources is {reprlib.repr(row['sources'])}, expected a list of [corpus, licence]")
     for name in ("start", "duration"):
         if row[name] is not None and (type(row[name]) not in (int, float) or not 0 <= row[name] < 1e6):
-            raise ManifestError(f"{where}: {name} is {row[name]!r}, expected a number of seconds")
+            raise ManifestError(f"{where}: {name} is {reprlib.repr(row[name])}, expected a number of seconds")
+    if folder is not None and leads_out(folder, row["audio"]):
+        raise ManifestError(f"{where}: audio is {row['audio']!r}, which leads out of the manifest's folder; if you "
+                            "trust whoever wrote it, give --trust-paths")
     return row
 
 
@@ -233,15 +243,6 @@ TASK_TOKENS = {"asr": "<|transcribe|>", "st": "<|translate|>", "sum": "<|summari
 LANGUAGE_CODES = ("bg cs da de el en es et fi fr ga hr hu it lt lv mt nl pl pt ro sk sl sv "
                   "sq ast eu br ca fy gl oc rm sc hsb cy zh").split()
 PROMPT_TOKENS = [*TASK_TOKENS.values(), *(f"<|{code}|>" for code in LANGUAGE_CODES)]
-
-
-def load_tokenizer(directory):
-    """The tokenizer.json of an LLM's directory. Raises CheckpointError."""
-    path = Path(directory) / "tokenizer.json"
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{path}: {error}; copy the LLM's own tokenizer.json there") from error
 
 
 def join(texts):

@@ -26,7 +26,7 @@ from data import TASKS, Manifest
 from prepare import mcif
 from prepare.audio import SAMPLE_RATE, audio_seconds, load_audio
 from prepare.checkpoint import newest_checkpoint, read_lines, write_text
-from prepare.errors import AudioError, CheckpointError, ManifestError
+from prepare.errors import AudioError, CheckpointError, ManifestError, visible
 from prepare.instructions import REFUSALS, instruction_of, task_of
 from prepare.report import write_report
 from sample import MAX_NEW_TOKENS, answer_rows, expect_words, hear_waves, load_model
@@ -217,7 +217,7 @@ def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **op
     bar.close()
     for row in rows:
         if row["id"] in failed:
-            print(f"left out: {row.get('where') or row['id']}: {failed[row['id']]}", file=sys.stderr)
+            print(visible(f"left out: {row.get('where') or row['id']}: {failed[row['id']]}"), file=sys.stderr)
     return items, failed
 
 
@@ -226,7 +226,7 @@ def decode(model, tokenizer, state, rows, hear, path, settings, score=True, **op
 
 
 def evaluate(args, model, tokenizer, state, settings):
-    manifest, ckpt = Manifest(args.manifest), Path(settings["checkpoint"][0])
+    manifest, ckpt = Manifest(args.manifest, args.trust_paths), Path(settings["checkpoint"][0])
     rows = [row | {"id": str(i + 1), "seconds": manifest.seconds(row)}
             for i, row in enumerate(manifest) if row["task"] in args.tasks]
     if not rows:
@@ -253,7 +253,7 @@ def evaluate(args, model, tokenizer, state, settings):
         scores = [f"{name} {value:.1f} ({low:.1f}-{high:.1f})" if name in ("BLEU", "chrF2") else
                   f"{name} {100 * value:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
                   for name, (value, low, high) in line["scores"].items()]
-        print(f"{line['task']} {line['language']}, {line['group']}, {line['items']}: {', '.join(scores)}")
+        print(visible(f"{line['task']} {line['language']}, {line['group']}, {line['items']}: {', '.join(scores)}"))
     print(f"{path.with_suffix('.html')}: the report; items and summary are beside it")
 
 
@@ -261,7 +261,7 @@ def answer_xml(args, model, tokenizer, state, settings):
     """Answers an official source file. Every id is answered: one that cannot be heard, by the refusal if it is a
     question, else by nothing."""
     expect_words(state, settings["checkpoint"][0])
-    tasks, out = mcif.read_source(args.xml), Path(args.out)
+    tasks, out = mcif.read_source(args.xml, None if args.trust_paths else args.audio), Path(args.out)
     rows = [{"key": (task.track, task.language, sample.id), "id": f"{task.track} {task.language} {sample.id}", "audio": sample.audio, "instruction": sample.instruction,
              "task": task_of(sample.instruction), "source_language": "en", "target_language": task.language,
              "seconds": audio_seconds(Path(args.audio) / sample.audio)} for task in tasks for sample in task.samples]
@@ -286,6 +286,7 @@ def main(argv=None):
     parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams; 1 is greedy")
     parser.add_argument("--xml", help="IWSLT 2025 or MCIF source file to be answered")
     parser.add_argument("--audio", help="directory of its recordings")
+    parser.add_argument("--trust-paths", action="store_true", help="take audio from outside these folders, too")
     args = parser.parse_args(argv)
     if bool(args.manifest) == bool(args.xml) or args.xml and not (args.audio and args.out):
         parser.error("give a manifest, or --xml SRC.xml --audio DIR --out HYP.xml")
@@ -303,7 +304,7 @@ def main(argv=None):
         print("eval.py: stopped; start again to go on from here", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        sys.exit(f"eval.py: {error.filename or args.out}: {error.strerror}; what was answered is kept: mend this and start again")
+        sys.exit(visible(f"eval.py: {error.filename or args.out}: {error.strerror}; what was answered is kept: start again"))
 
 
 if __name__ == "__main__":

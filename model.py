@@ -64,7 +64,7 @@ class EncoderConfig:
     @classmethod
     def from_dict(cls, raw, where="config.json"):
         expect(raw, where, model_type=["wav2vec2-bert"], position_embeddings_type=["relative_key"],
-               hidden_act=list(ACTIVATIONS))
+               feature_projection_input_dim=[160], hidden_act=list(ACTIVATIONS))
         config = cls(**known_fields(cls, raw, where))
         divides(where, config, "hidden_size", "num_attention_heads")
         return config
@@ -776,7 +776,8 @@ class SpeechLM(nn.Module):
         kept = {part: torch.float32 if part in float32 else dtype for part in ("encoder", "adapter", "llm")}
         encoder = SpeechEncoder.from_pretrained(encoder, kept["encoder"], compute_dtype or dtype, device)
         llm = LLM.from_pretrained(llm, kept["llm"], compute_dtype or dtype, device)
-        config = AdapterConfig(**asdict(encoder.config) | {"output_size": llm.config.hidden_size} | adapter)
+        own = adapter | asdict(encoder.config) | {"output_size": llm.config.hidden_size}
+        config = AdapterConfig(**known_fields(AdapterConfig, own, "the adapter"))
         return cls(encoder, LengthAdapter(config, llm.compute_dtype).to(device, kept["adapter"]), llm).eval()
 
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from data import cut, fbank, join, load_tokenizer, render, windows
+from data import cut, fbank, join, render, windows
 from model import AUDIO, SpeechLM
 from prepare.audio import SAMPLE_RATE, load_audio
-from prepare.checkpoint import fetch, fingerprint, load_checkpoint, newest_checkpoint, restore
-from prepare.errors import AudioError, CheckpointError
+from prepare.checkpoint import fetch, fingerprint, load_checkpoint, load_tokenizer, newest_checkpoint, restore
+from prepare.errors import AudioError, CheckpointError, visible
 from prepare.instructions import INSTRUCTIONS, REFUSALS, language_of, task_of
 
 BATCH_FRAMES = 6000  # 20 ms frames encoded together: two minutes
@@ -223,17 +223,17 @@ def main(argv=None):
         for file, wave in waves.items():
             if file not in heard:
                 heard[file], = hear_waves(model, [wave], state["window"])
-            live = None if args.json else lambda text: print(text, end="", flush=True)
+            live = None if args.json else lambda text: print(visible(text, keep="\n\t"), end="", flush=True)
             if len(files) > 1 and not args.json:
-                print(f"{file}: ", end="")
+                print(visible(f"{file}: "), end="")
             try:
                 task, answer = ask(model, tokenizer, state, heard[file], instruction, live, **options)
             except AudioError as error:
                 failed = True
-                print(f"sample.py: {file}: {error}", file=sys.stderr)
+                print(f"sample.py: {visible(file)}: {error}", file=sys.stderr)
                 continue
-            print(json.dumps({"audio": file, "instruction": instruction, "task": task, "text": answer.text,
-                              "seconds": len(wave) / SAMPLE_RATE}, ensure_ascii=False) if args.json else "")
+            print(visible(json.dumps({"audio": file, "instruction": instruction, "task": task, "text": answer.text,
+                                      "seconds": len(wave) / SAMPLE_RATE}, ensure_ascii=False)) if args.json else "")
     if failed:
         sys.exit(1)
 

@@ -19,16 +19,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, load_tokenizer, schedule
+from data import LANGUAGE_CODES, PROMPT_TOKENS, TASKS, Examples, Manifest, collate, cut, schedule
 from eval import quick_figures, refusal_threshold
 from model import SpeechLM, add_lora, merged_state
-from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, read_json, read_lines, restore, write_atomically,
-                                write_text)
+from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, load_tokenizer, read_json, read_lines, restore,
+                                write_checkpoint, write_text)
 from prepare.draw import draw_curves
 from prepare.encoder_cache import encoder_states
-from prepare.errors import AudioError, CheckpointError, ManifestError
+from prepare.errors import AudioError, CheckpointError, ManifestError, TrainError, visible
+from prepare.faults import Stop, expect_finite, ignore_signals, leave_out, next_batch
 from prepare.instructions import instruction_of
 from prepare.licences import check_row, notice, test_fingerprints, used
+from prepare.plan import dry_run, meta_parts
 from sample import answer_rows, listen
 
 ROOT = Path(__file__).resolve().parent
@@ -42,10 +44,12 @@ class TrainConfig:
     llm: str = str(ROOT / "demo/llm")  # Qwen2.5, Qwen3 or Llama checkpoint, directory or Hub id
     data: list[str] = field(default_factory=lambda: [str(ROOT / "demo/train.jsonl")])  # manifests; PATH=2 counts double
     dev: str = str(ROOT / "demo/dev.jsonl")  # manifest for validation
+    trust_paths: bool = False  # take audio from outside a manifest's folder, too, where its rows or links lead there
     allow_licence: list[str] = field(default_factory=list)  # accept data of these licences, too (SPDX)
     out: str = "out"  # directory of checkpoints, log and picture
     init: str = ""  # start from this checkpoint of an earlier phase
     resume: bool = False  # go on where the last run of this phase stopped
+    dry_run: bool = False  # only print what the run would need: memory, steps, time
     steps: int = 0  # optimizer steps; 0: the phase's own number
     warmup: int = 0  # steps of rising learning rate; 0: the phase's own number
     min_lr: float = 0.1  # the cosine ends at this share of the learning rate
@@ -93,7 +97,7 @@ PHASES = {
 }
 DEMO_PHASES = {  # for the tiny models of demo/, when nothing else is named
     "align": Phase({"adapter": 2e-3}, ("asr",), 1500, 100, 1500),
-    "ift": Phase({"adapter": 7e-4, "encoder": 4e-4, "llm": 1.5e-4}, ("asr", "st", "sqa"), 300, 30, 3000),
+    "ift": Phase({"adapter": 7e-4, "encoder": 1e-4, "llm": 1.5e-4}, ("asr", "st", "sqa"), 300, 30, 3000),
 }
 
 
@@ -105,11 +109,8 @@ BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **d
 CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
           {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
           {"bleu": "#1f6fb4"}]  # the picture's panels
-MAY_CHANGE = ("resume", "device", "workers")  # on the way; every other option must stay for a run to be resumed
-
-
-class TrainError(ValueError):
-    """A run that cannot go on; the message says why and what to do."""
+# every other option must stay for a run to be resumed
+MAY_CHANGE = ("resume", "dry_run", "device", "workers", "trust_paths")
 
 
 def parse(argv):
@@ -148,10 +149,10 @@ def settle(cfg):
 # Model, optimizer, schedule
 
 
-def build(cfg, rates):
+def build(cfg, rates, meta=False):
     """The model, its tokenizer and the fingerprints of its two base checkpoints. Trained parts have float32 weights,
-    frozen parts the compute dtype's. An --init checkpoint brings the shape of its adapter with it."""
-    bases = {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
+    frozen parts the compute dtype's. An --init checkpoint brings the shape of its adapter with it. meta: shapes alone."""
+    bases = {} if meta else {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
     init = load_checkpoint(cfg.init) if cfg.init else None
     frozen = sorted({name.split(".")[0] for name in init["model"]} - rates.keys()) if init else []
     if frozen:
@@ -168,9 +169,9 @@ def build(cfg, rates):
         adapter = init["adapter"]
         if bool(adapter["prompt_tokens"]) != (cfg.prompt == "tokens"):
             raise TrainError(f"{cfg.init} was trained with --prompt {init['config']['prompt']}; give the same")
-    model = SpeechLM.from_parts(cfg.encoder, cfg.llm, compute, compute, cfg.device,
-                                rates.keys() - ({"llm"} if cfg.lora_rank else set()), **adapter)
-    if init:
+    model = (meta_parts if meta else SpeechLM.from_parts)(
+        cfg.encoder, cfg.llm, compute, compute, cfg.device, rates.keys() - ({"llm"} if cfg.lora_rank else set()), **adapter)
+    if init and not meta:
         restore(model, init, bases, cfg.init)
     for name, part in model.named_children():
         part.requires_grad_(name in rates).train(name in rates)
@@ -288,7 +289,7 @@ def open_manifests(cfg, tasks):
                     test_texts=test_fingerprints([cfg.dev, *(path for path, _ in named)]))
 
     def read(path, least):
-        parts, seconds, window = Manifest(path).split(tasks, cfg.max_seconds, check)
+        parts, seconds, window = Manifest(path, cfg.trust_paths).split(tasks, cfg.max_seconds, check)
         found, languages = sum(map(len, parts.values())), {language for _, language in parts}
         if found < least:
             raise ManifestError(f"{path!r}: {found} rows of the tasks this phase trains, {', '.join(tasks)}, expected at "
@@ -318,19 +319,22 @@ def open_manifests(cfg, tasks):
     weights = [weight * size[group] ** (1 / cfg.temperature - 1) for group, weight in zip(groups, weights)]
     for group in sorted(size):
         share = sum(w for g, w in zip(groups, weights) if g == group) / sum(weights)
-        print(f"data: {group[0]} into {group[1]}: {size[group]:.0f} rows, {100 * share:.1f} % of those drawn")
+        print(f"data: {group[0]} into {visible(group[1])}: {size[group]:.0f} rows, {100 * share:.1f} % of those drawn")
     for (corpus, licence, language), total in sorted(hours.items()):
-        print(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h")
+        print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))
     return manifests, weights, dev, [[*key, round(total)] for key, total in sorted(hours.items())], longest
 
 
-def train(cfg):
+def train(cfg, stop):
     cfg, rates, tasks = settle(cfg)
     torch.manual_seed(cfg.seed)
+    if cfg.dry_run:
+        return dry_run(cfg, rates, open_manifests(cfg, tasks), build, parameter_groups, on_device)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(asdict(cfg), indent=2))
-    checkpoint_path, resume_path, log_path = (out / f"{cfg.phase}{end}" for end in (".pt", ".resume.pt", ".jsonl"))
+    checkpoint_path, resume_path, log_path, rows_path = (
+        out / f"{cfg.phase}{end}" for end in (".pt", ".resume.pt", ".jsonl", ".nonfinite.jsonl"))
     manifests, weights, dev, hours, longest = open_manifests(cfg, tasks)
     model, tokenizer, bases = build(cfg, rates)
     data = used(load_checkpoint(cfg.init)["data"] if cfg.init else [], hours)  # of earlier phases and this one
@@ -350,26 +354,29 @@ def train(cfg):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     first, position, resumed = 0, None, cfg.resume and resume_path.exists()
     seen, bad = 0, {}  # rows drawn; file and line of those that could not be used -> why
+    validated = skipped = 0  # the step of the last validation; steps just left out in a row
     if resumed:
         state = load_checkpoint(resume_path)
         for name, saved in state["config"].items():
-            if name not in MAY_CHANGE and saved != asdict(cfg)[name]:
-                raise TrainError(f"{resume_path}: was trained with {name} {saved!r}, found {asdict(cfg)[name]!r}; give "
-                                 "the same, or start anew without --resume")
+            if name not in MAY_CHANGE and saved != asdict(cfg).get(name):
+                raise TrainError(f"{resume_path}: was trained with {name} {saved!r}, found {asdict(cfg).get(name)!r}; "
+                                 "give the same, or start anew without --resume")
         restore(model, state, bases, resume_path)
         optimizer.load_state_dict(state["optimizer"])
         first, position, seen, bad = state["step"], state["position"], state["seen"], state["bad"]
-        if first == cfg.steps:
+        validated, skipped = state.get("validated", first), state.get("skipped", 0)
+        if validated == cfg.steps:
             print(f"{checkpoint_path}: all {first} steps are done")
             return
     kept = [line for line in read_lines(log_path) if resumed and line["step"] <= first]
     write_text(log_path, "".join(json.dumps(line) + "\n" for line in kept))
     if not resumed:
-        resume_path.unlink(missing_ok=True)  # of another run
+        for path in (resume_path, rows_path):  # of another run
+            path.unlink(missing_ok=True)
     order = schedule(manifests, weights, examples.size, cfg.batch_frames, cfg.batch_tokens, cfg.seed, position)
     loader = iter(torch.utils.data.DataLoader(
         examples, sampler=order, batch_size=None, num_workers=0 if states else cfg.workers,
-        pin_memory=cfg.device != "cpu"))
+        pin_memory=cfg.device != "cpu", worker_init_fn=ignore_signals))
     if resumed:  # only now: the loader draws a number of its own
         torch.set_rng_state(state["rng"])
         if cfg.device != "cpu":
@@ -382,9 +389,10 @@ def train(cfg):
                  "window": min(30.0, max(1.0, longest)), "step": step, **settled,
                  "versions": {"torch": str(torch.__version__), "python": sys.version}}
         more = {"optimizer": optimizer.state_dict(), "position": position, "seen": seen, "bad": bad,
+                "validated": validated, "skipped": skipped,
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if cfg.device != "cpu" else None}
-        write_atomically(checkpoint_path, lambda file: torch.save({"model": merged, **state}, file))
-        write_atomically(resume_path, lambda file: torch.save({"model": trained, **state, **more}, file))
+        write_checkpoint(checkpoint_path, {"model": merged, **state})
+        write_checkpoint(resume_path, {"model": trained, **state, **more})
         write_text(out / f"{cfg.phase}.NOTICE", notice(data))
 
     def record(**figures):
@@ -393,27 +401,33 @@ def train(cfg):
 
     bar = tqdm(total=cfg.steps, initial=first, desc=cfg.phase, unit=" steps", dynamic_ncols=True)
     for step in range(first, cfg.steps + 1):
-        # once in a while: validate, show two transcripts, save
-        if step > first and step % cfg.eval_every == 0 or step == cfg.steps:
-            figures, pairs = validate(cfg, model, examples, picks)
+        # once in a while: validate, show two transcripts, save; a signal ends a validation, which --resume makes up for
+        found, stop.waits = None, True
+        if not stop.asked and step > validated and (step % cfg.eval_every == 0 or step == cfg.steps):
+            with stop.at_once():
+                found = *validate(cfg, model, examples, picks), (
+                    settle_refusals(cfg, model, examples) if step == cfg.steps and "sqa" in tasks else {})
+        if found:
+            (figures, pairs, settled), validated = found, step
+            expect_finite(step, figures["dev_loss"])
             record(step=step, **figures)
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
             for reference, hypothesis in pairs[::max(1, len(pairs) // 4)][:4] if len(tasks) > 1 else pairs[:2]:
-                bar.write(f"  said: {reference}\n  read: {hypothesis}")
-            save(step, **settle_refusals(cfg, model, examples) if step == cfg.steps and "sqa" in tasks else {})
+                bar.write(f"  said: {visible(reference)}\n  read: {visible(hypothesis)}")
+            save(step, **settled)
+        if stop.asked:
+            if not found and not skipped:  # weights that give no finite gradient are not worth an older checkpoint
+                save(step)
+            raise KeyboardInterrupt
         if step == cfg.steps:
             break
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * lr_at(step, cfg)
 
         # one step: every batch's summed loss over the target tokens of all its batches
-        start, batches = time.time(), []
+        start, batches, rows = time.time(), [], []
         while len(batches) < cfg.accumulate:
-            try:
-                batch = next(loader)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise TrainError(f"a loader process died ({reason}); start again with --resume") from error
+            batch = next_batch(loader)
             position, seen = batch["position"], seen + len(batch["rows"]) + len(batch["bad"])
             bad |= dict(batch["bad"])
             met = min(seen, sum(map(len, manifests)))  # different recordings, as far as one can tell
@@ -422,6 +436,7 @@ def train(cfg):
                                  + "; ".join(f"{where}: {why}" for where, why in list(bad.items())[-3:]))
             if "ids" in batch:
                 batches.append(on_device(batch, cfg.device))
+                rows += batch["rows"]
         if step == 0 and not cfg.init:
             scale_projection(model, batches[0])
         tokens, total = sum(len(batch["targets"]) for batch in batches), 0.0
@@ -430,34 +445,39 @@ def train(cfg):
             (loss / tokens).backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], cfg.clip).item()
-        if not math.isfinite(norm):
-            raise TrainError(f"step {step}: loss {total / tokens}, gradient norm {norm}; the last checkpoint is "
-                             "untouched: lower the learning rate or start again with --resume")
-        optimizer.step()
+        if math.isfinite(total) and math.isfinite(norm):
+            optimizer.step()
+            figures, skipped = {"loss": total / tokens, "norm": norm}, 0
+        else:  # no update
+            figures, skipped = {"skipped": f"loss {total / tokens}, gradient norm {norm}"}, skipped + 1
+            bar.write(leave_out(rows_path, step + 1, rows, skipped, seed=cfg.seed, **figures))
         optimizer.zero_grad()
         audio = sum(sum(batch["lengths"]) for batch in batches) / 50  # seconds
-        record(step=step + 1, loss=total / tokens, norm=norm, lr=lr_at(step, cfg), tokens=tokens, audio=audio)
+        record(step=step + 1, **figures, lr=lr_at(step, cfg), tokens=tokens, audio=audio)
         bar.set_postfix(loss=f"{total / tokens:.3f}", audio_s_per_s=f"{audio / (time.time() - start):.0f}")
         bar.update()
     bar.close()
-    write_text(out / f"{cfg.phase}.svg", draw_curves(read_lines(log_path), CURVES))
+    lines = read_lines(log_path)
+    write_text(out / f"{cfg.phase}.svg", draw_curves(lines, CURVES))
     for where, why in bad.items():
-        print(f"left out: {where}: {why}")
-    print(f"{checkpoint_path}: {seen} rows drawn, {len(bad)} recordings left out; curves in {out / cfg.phase}.svg")
+        print(visible(f"left out: {where}: {why}"))
+    print(f"{checkpoint_path}: {seen} rows drawn, {sum('skipped' in line for line in lines)} steps and {len(bad)} recordings "
+          f"left out; curves in {out / cfg.phase}.svg")
 
 
 def main(argv=None):
     cfg = parse(argv)
     try:
-        train(cfg)
+        with Stop() as stop:
+            train(cfg, stop)
     except KeyboardInterrupt:
-        print("train.py: stopped; the last checkpoint is intact: start again with --resume", file=sys.stderr)
-        sys.exit(130)
+        print("train.py: stopped; what was saved is intact: go on with --resume", file=sys.stderr)
+        sys.exit(128 + stop.asked if stop.asked else 130)
     except (CheckpointError, ManifestError, AudioError, TrainError) as error:
         sys.exit(f"train.py: {error}")
     except OSError as error:
-        sys.exit(f"train.py: {error.filename or cfg.out}: {error.strerror}; what was saved before is intact: mend this and "
-                 "start again with --resume")
+        sys.exit(visible(f"train.py: {error.filename or cfg.out}: {error.strerror}; what was saved before is intact: mend "
+                         "this and start again with --resume"))
 
 
 if __name__ == "__main__":

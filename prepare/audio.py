@@ -2,8 +2,8 @@
 
 import io
 import math
+import os
 import re
-import tarfile
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -11,9 +11,14 @@ import soundfile
 import torch
 
 from prepare.errors import AudioError
+from prepare.paths import open_regular
+from prepare.tars import tar_members
 
 SAMPLE_RATE = 16000
 MIN_SAMPLES = 560  # 35 ms: two windows of 25 ms, 10 ms apart, make one 20 ms frame
+# Samples of a recording: so many may be read whatever the file's size; more only at so many a byte, which no codec's
+# speech comes near, and never more than the last.
+FEW_SAMPLES, DENSEST, MOST_SAMPLES = 2**26, 128, 2**30
 
 
 def load_audio(path, start=0.0, duration=None):
@@ -27,7 +32,8 @@ def load_audio(path, start=0.0, duration=None):
     Resampling is a Kaiser-windowed sinc whose stopband starts at the lower of the two Nyquist frequencies:
     flat within 0.01 dB up to 0.92 of it, aliases and images below -100 dB.
 
-    Raises AudioError for a file that cannot be opened or decoded, holds no samples, NaN or inf, is shorter than 35 ms,
+    Raises AudioError for a file that cannot be opened or decoded, holds no samples, NaN or inf, is shorter than 35 ms
+    or longer than 18 hours at 16 kHz, promises more samples than its bytes can hold,
     or delivers less than asked for or than its header promises (more than 0.1 s less: mp3 headers also count the
     decoder delay).
     A cut ogg promises nothing and comes back short.
@@ -41,10 +47,18 @@ def load_audio(path, start=0.0, duration=None):
         expected, left = _promised_samples(sound) - first, math.inf
         if duration is not None:
             expected = left = round(duration * rate)
+        most = min(MOST_SAMPLES, max(FEW_SAMPLES, DENSEST * sound.bytes))
+        if expected > most:
+            raise AudioError(f"{name}: found {expected:,} samples to be read from {sound.bytes:,} bytes, expected at "
+                             f"most {most:,}; its header or the duration is wrong, or it is to be cut into parts")
         size = 2**24 // sound.channels  # samples at a time, so that memory stays near that of the mono result
         blocks = [torch.empty(0)]
-        sound.seek(min(first, sound.frames))
-        while left > 0:
+        at = min(first, max(0, sound.frames))
+        # libsndfile crashes when it seeks in a Vorbis file that does not begin to sound; some codecs cannot seek at all
+        if at and not (len(sound.read(1)) and sound.seek(at) == at):
+            raise AudioError(f"{name}: found no way to go to {start:g} s of it, expected intact audio; copy or "
+                             "download it again, or convert it to flac")
+        while left > 0 and sound.frames > 0:
             block = torch.from_numpy(sound.read(min(size, left), dtype="float32", always_2d=True))  # (n, channels)
             blocks.append(block.mean(1))
             left -= len(block)
@@ -95,10 +109,10 @@ def open_sound(path):
     try:
         if tar:
             offset, size = _tar_members(shard + ".tar")[member]
-        file = open(shard + ".tar" if tar else path, "rb")
+        file = open_regular(shard + ".tar" if tar else path)
     except KeyError:
         raise AudioError(f"{name}: found no such member in the tar, expected an audio file; correct the path") from None
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except (OSError, ValueError) as error:
         raise AudioError(f"{name}: {error.args[-1]}, expected an audio file; correct the path") from error
     with file:
         if tar:
@@ -107,6 +121,7 @@ def open_sound(path):
         try:
             # by descriptor, so that libsndfile judges the content and never the name
             with soundfile.SoundFile(file if tar else file.fileno(), closefd=False) as sound:
+                sound.bytes = size if tar else os.fstat(file.fileno()).st_size
                 yield sound
         except soundfile.SoundFileError as error:
             file.seek(0)
@@ -118,14 +133,14 @@ def open_sound(path):
 
 @lru_cache(maxsize=64)
 def _tar_members(shard):
-    with tarfile.open(shard, "r:") as tar:
-        return {m.name.removeprefix("./"): (m.offset_data, m.size) for m in tar if m.isfile()}
+    with open_regular(shard) as file:
+        return {name: (offset, size) for name, offset, size in tar_members(file)}
 
 
 def _promised_samples(sound):
     # libsndfile shows only in its log that a wav was cut; sizes near 2^31 and 2^32 are a stream's, of unknown length
     cut = re.search(r"data : (\d+) \(should be (\d+)\)", sound.extra_info)
-    return sound.frames * int(cut[1]) // int(cut[2]) if cut and int(cut[1]) < 2**31 - 2**16 else sound.frames
+    return sound.frames * int(cut[1]) // int(cut[2]) if cut and 0 < int(cut[1]) < 2**31 - 2**16 else sound.frames
 
 
 OUTPUTS = 80  # output samples computed together from one slice of the input

@@ -7,17 +7,23 @@ Knows files, not layers: model.py says which tensors and fields it wants, and wh
 import errno
 import hashlib
 import json
+import math
 import os
+import pickletools
 import re
+import reprlib
 import shutil
+import zipfile
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from prepare.errors import CheckpointError
+from prepare.paths import open_regular, read_bytes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -25,24 +31,33 @@ from prepare.errors import CheckpointError
 
 MAY_BE_ZERO = ("left_max_position_embeddings", "right_max_position_embeddings", "mask_time_min_masks",
                "mask_feature_min_masks", "max_window_layers", "prompt_tokens")
+# More than any model has. What is left multiplies to sizes that torch can name, and without weights they cost nothing.
+MOST = {"num_hidden_layers": 1000, "num_adapter_layers": 16, "adapter_kernel_size": 64, "adapter_stride": 64,
+        "prompt_tokens": 10_000, "max_position_embeddings": 2**30, "vocab_size": 2**24}
+MOST_OF_OTHERS, MOST_OF_FLOATS = 2**18, 1e12
+LARGEST_JSON, LARGEST_TOKENIZER = 2**24, 2**27  # bytes
 
 
 def expect(raw, where, **allowed):
     """Raises CheckpointError, naming the field, unless each field of raw is absent, null or has an allowed value."""
     for name, values in allowed.items():
         if raw.get(name) not in [*values, None] or name == "model_type" and name not in raw:
-            raise CheckpointError(f"{where}: {name} is {raw.get(name)!r}, expected {' or '.join(map(repr, values))}; "
+            raise CheckpointError(f"{where}: {name} is {reprlib.repr(raw.get(name))}, expected "
+                                  f"{' or '.join(map(repr, values))}; "
                                   "this architecture is not supported: choose another checkpoint")
 
 
 def typed(raw, where, **types):
-    """Raises CheckpointError, naming the field, unless each is absent, null, or of its type and large enough."""
+    """Raises CheckpointError, naming the field, unless each is absent, null, or of its type and within bounds."""
     for name, kind in types.items():
         value, least = raw.get(name), int(kind is int and name not in MAY_BE_ZERO)
+        most = MOST.get(name, MOST_OF_OTHERS) if kind is int else MOST_OF_FLOATS
+        if name.endswith(("dropout", "prob", "layerdrop")):
+            most = 1
         if value is not None and (type(value) not in ((int, float) if kind is float else (kind,)) or
-                                  kind in (int, float) and value < least):
-            at_least = f" of at least {least}" if kind in (int, float) else ""
-            raise CheckpointError(f"{where}: {name} is {value!r}, expected {kind.__name__}{at_least}; "
+                                  kind in (int, float) and not least <= value <= most):
+            bounds = f" of at least {least} and at most {most:,}" if kind in (int, float) else ""
+            raise CheckpointError(f"{where}: {name} is {reprlib.repr(value)}, expected {kind.__name__}{bounds}; "
                                   "copy the checkpoint's own config.json again")
 
 
@@ -72,13 +87,14 @@ def llm_fields(cls, raw, where, generation):
     rope = {"rope_theta": values.get("rope_theta", 10000.0), "rope_type": rope.get("type", "default"), **rope}
     expect(rope, where, rope_type=["default", "llama3"], partial_rotary_factor=[1.0])
     for name in ["rope_theta"] + LLAMA3_FIELDS * (rope["rope_type"] == "llama3"):
-        if type(rope.get(name)) not in (int, float) or rope[name] <= 0:
-            raise CheckpointError(f"{where}: {name} of the RoPE is {rope.get(name)!r}, expected a positive number; "
-                                  "copy the checkpoint's own config.json again")
+        if type(rope.get(name)) not in (int, float) or not 0 < rope[name] <= MOST_OF_FLOATS:
+            raise CheckpointError(f"{where}: {name} of the RoPE is {reprlib.repr(rope.get(name))}, expected a positive "
+                                  "number; copy the checkpoint's own config.json again")
     eos = generation.get("eos_token_id", raw.get("eos_token_id"))
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(type(token) is int for token in eos):
-        raise CheckpointError(f"{where}: eos_token_id is {eos}, expected integers; copy the config files again")
+    if not eos or not all(type(token) is int and 0 <= token < values["vocab_size"] for token in eos):
+        raise CheckpointError(f"{where}: eos_token_id is {reprlib.repr(eos)}, expected integers below the vocab_size, "
+                              f"{values['vocab_size']}; copy the config files again")
     return values | {"rope_theta": rope["rope_theta"], "eos_token_id": eos,
                      "rope_scaling": rope if rope["rope_type"] == "llama3" else None}
 
@@ -93,11 +109,11 @@ def divides(where, config, whole, part):
 # Files
 
 
-def fetch(path_or_hub_id):
-    """The local directory of a checkpoint; a Hub id is downloaded, only the files needed, into the Hub's cache
-    (HF_HOME), or taken from there alone (HF_HUB_OFFLINE=1). Raises CheckpointError."""
+def fetch(path_or_hub_id, weights=True):
+    """The local directory of a checkpoint; a Hub id is downloaded, only the files needed, and weights only if they are
+    wanted, into the Hub's cache (HF_HOME), or taken from there alone (HF_HUB_OFFLINE=1). Raises CheckpointError."""
     path = Path(path_or_hub_id)
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
         raise CheckpointError(f"{path}: no such directory; give the directory of a checkpoint (config.json and "
@@ -105,17 +121,21 @@ def fetch(path_or_hub_id):
     from huggingface_hub import snapshot_download  # takes half a second, so only when needed
     try:
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[
-            "config.json", "generation_config.json", "tokenizer.json", "model.safetensors",
-            "model.safetensors.index.json", "model-*-of-*.safetensors"]))
+            "config.json", "generation_config.json", "tokenizer.json", *["model.safetensors",
+            "model.safetensors.index.json", "model-*-of-*.safetensors"] * weights]))
     except Exception as error:  # its errors have no common base: network, HTTP status, cache, disk
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"{path}: no such directory here, and the Hub gave no such model ({reason}); check the "
                               "name, the network and HF_HUB_OFFLINE") from error
 
 
+def first_line(error):
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def read_json(path):
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_bytes(path, LARGEST_JSON))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; a checkpoint has config.json and model.safetensors") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -128,7 +148,7 @@ def read_json(path):
 def weight_files(directory):
     """The safetensors files of a checkpoint directory, single or sharded."""
     index = directory / "model.safetensors.index.json"
-    if (directory / "model.safetensors").exists():
+    if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
     if not index.exists():
         others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5"))
@@ -154,9 +174,11 @@ def open_weights(file, device="cpu"):
 
 
 def fingerprint(path_or_hub_id):
-    """Where a checkpoint is, and a hash of its config.json and of 64 KB at 16 places of its weights."""
+    """Where a checkpoint is, and a hash of its config.json and of 64 KB at 16 places of its weights. Raises
+    CheckpointError."""
     directory = fetch(path_or_hub_id)
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    read_json(directory / "config.json")  # says what is wrong with it
+    digest = hashlib.sha256(read_bytes(directory / "config.json", LARGEST_JSON))
     for file in weight_files(directory):
         size = file.stat().st_size
         with open(file, "rb") as f:
@@ -182,6 +204,27 @@ def check_tied(config, directory, prefix=""):
     if len(found) == 2 and not torch.equal(*found):
         raise CheckpointError(f"{directory}: tie_word_embeddings is true in config.json, but lm_head.weight differs "
                               "from the embedding; set it to false to use both")
+
+
+def load_tokenizer(directory):
+    """The tokenizer.json of an LLM's directory. Raises CheckpointError."""
+    path = Path(directory) / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_buffer(read_bytes(path, LARGEST_TOKENIZER))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.decode(tokenizer.encode("A b. 1\n中").ids)
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+    except BaseException as error:  # tokenizers raises bare Exception, and where it panics not even that
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise CheckpointError(f"{path}: {first_line(error)}; copy the LLM's own tokenizer.json there") from error
+    config = path.with_name("config.json")
+    size = read_json(config).get("vocab_size") if config.exists() else None
+    if not 0 <= largest < (size if type(size) is int else math.inf):
+        raise CheckpointError(f"{path}: has tokens up to {largest}, expected them below the vocab_size of config.json, "
+                              f"{size}; copy both from the same LLM")
+    return tokenizer
 
 
 ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
@@ -272,18 +315,76 @@ def save(directory, config, state, eos_token_id=None):
 
 
 def load_checkpoint(path):
-    """A checkpoint as a dict. Raises CheckpointError."""
+    """A checkpoint as a dict, whose parts are what they should be. Raises CheckpointError."""
     try:
+        check_pickle(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        whole = {"model", "adapter", "bases", "config", "window", "step"} <= state.keys()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; train it first or correct the path") from None
-    except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, ...
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: not a checkpoint of this project ({reason})") from error
-    if not whole:
+    except Exception as error:  # zipfile and torch.load raise RuntimeError, UnpicklingError, EOFError, ...
+        raise CheckpointError(f"{path}: not a checkpoint of this project ({first_line(error)})") from error
+    if not isinstance(state, dict) or not PARTS.keys() - {"refuse_above"} <= state.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this project (it lacks parts); give an align.pt or ift.pt")
+    for name in PARTS.keys() & state.keys():
+        if not PARTS[name](state[name]):
+            raise CheckpointError(f"{path}: its part {name} is not what this project writes; it is damaged or of "
+                                  "another version: train it again")
     return state
+
+
+PICKLED = re.compile(r"torch [A-Z]\w+Storage|torch[._]*utils _rebuild_tensor_v2|collections OrderedDict")
+LARGEST_PICKLE = 2**26  # bytes
+
+
+def check_pickle(path):
+    """Raises ValueError or another Exception if what torch.load would unpickle names anything but tensors, or if the
+    file promises more than it holds."""
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        whole = sum(entry.file_size for entry in entries) <= os.path.getsize(path)
+        if not whole or any(entry.compress_type for entry in entries):
+            raise ValueError("it has compressed or overlapping parts")
+        pickled = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        if len(pickled) != 1 or pickled[0].file_size > LARGEST_PICKLE:
+            raise ValueError("it has no pickle, several, or a large one")
+        for code, value, _ in pickletools.genops(archive.read(pickled[0])):
+            if code.name == "GLOBAL" and not PICKLED.fullmatch(value):
+                raise ValueError(f"it names {value[:80]!r}, expected tensors alone")
+
+
+def number(value, low=-1e12, high=1e12):
+    return type(value) in (int, float) and low <= value <= high
+
+
+def plain(value):
+    """Whether a value is one that json.dumps can write and has at most one level of lists."""
+    return value is None or type(value) in (bool, str) or number(value) or (
+        type(value) is list and all(type(x) in (bool, str) or number(x) for x in value))
+
+
+def stored(tensor):
+    """Whether a tensor is an array that the file holds in full."""
+    return isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and tensor.layout == torch.strided and (
+        tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and tensor.is_contiguous())
+
+
+PARTS = {  # of this project's checkpoints, and whether a value can be one
+    "model": lambda part: isinstance(part, dict) and all(type(key) is str and stored(x) for key, x in part.items()),
+    "adapter": lambda part: isinstance(part, dict) and (
+        all(type(key) is str and plain(x) for key, x in part.items()) and
+        part.get("adapter_act", "relu") in ("swish", "silu", "relu", "gelu") and "prompt_tokens" in part),
+    "bases": lambda part: isinstance(part, dict) and part.keys() == {"encoder", "llm"} and all(
+        isinstance(base, dict) and [type(base.get(name)) for name in ("path", "sha256")] == [str, str]
+        for base in part.values()),
+    "config": lambda part: isinstance(part, dict) and all(map(plain, part.values())) and (
+        part.get("prompt") in ("text", "tokens") and type(part.get("phase")) is str),
+    "window": lambda part: number(part, 0.1, 60),
+    "step": lambda part: type(part) is int and number(part, 0),
+    "refuse_above": lambda part: part is None or number(part),
+    "data": lambda part: isinstance(part, list) and all(
+        isinstance(entry, list) and [type(x) for x in entry[:3]] == [str] * 3 and list(map(number, entry[3:])) == [True]
+        for entry in part),
+}
 
 
 def restore(model, state, bases, path):
@@ -310,20 +411,40 @@ def newest_checkpoint():
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def write_atomically(path, save):
-    """save(temporary file), then rename: path is always whole, the old one or the new one."""
+def write_atomically(path, save, check=None):
+    """save(temporary file), check(its path), then rename: path is always whole, the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError):  # torch.save's word for a disk that fills up
             raise OSError(errno.ENOSPC, "could not be written to the end, is the disk full?", str(path)) from error
         raise
+
+
+def write_checkpoint(path, state):
+    """torch.save, which replaces an older file only when the new one is on disk and was read back."""
+    write_atomically(path, lambda file: torch.save(state, file), read_back)
+
+
+def read_back(path):
+    """Raises OSError unless every part of a file of torch.save has the checksum that it was written with."""
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as parts:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+            damaged = parts.testzip()
+    except zipfile.BadZipFile as error:
+        damaged = str(error)
+    if damaged:
+        raise OSError(errno.EIO, f"does not read back as it was written ({damaged}), is the disk sound?", str(path))
 
 
 def write_text(path, text):

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from prepare.corpus_formats import (MISSING, TEXT, UNREADABLE, CorpusError, Index, Lines, convert, drop, find, join,
                                     read_json, read_lines, select, table, tar_members, unpack)
+from prepare.errors import visible
 from prepare.mcif import FormatError, read_references, read_source
 
 # -----------------------------------------------------------------------------
@@ -39,7 +40,7 @@ def code(name):
 
 def number(text, unit=1):
     """A field as a number of seconds, of which `unit` are one; None if it is none."""
-    return float(text) / unit if re.fullmatch(r"\d+(\.\d+)?", str(text)) else None
+    return float(text) / unit if re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", str(text)) else None
 
 
 def librispeech(source, args):
@@ -204,7 +205,7 @@ def peoples_speech(source, args):
                         yield {"audio": (folder if tar is None else tars[tar]) / name, "text": text, "style": "bare",
                                "speaker": str(item.get("identifier", "")), "licence": own, "stated_s": stated_s,
                                "where": where}
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 yield drop(UNREADABLE, where)
 
 
@@ -237,7 +238,7 @@ def europarl_st(source, args):
                     yield drop(UNREADABLE, where)
                     continue
                 kinds = [path.parents[2] / "audios" / f"{recording}.{kind}" for kind in ("flac", "wav", "ogg", "m4a")]
-                yield {"audio": next(filter(Path.exists, kinds), kinds[-1]), "start": number(start),
+                yield {"audio": next(filter(os.path.exists, kinds), kinds[-1]), "start": number(start),
                        "duration": number(end) - number(start), "text": text, "task": "st", "source_language": spoken,
                        "target_language": written, "speaker": speakers.get(recording), "where": where}
 
@@ -361,7 +362,7 @@ def kaldi(source, args):
             yield drop("wav.scp has a command, which is not run: write the audio to files", where)
         else:
             part = {"start": start, "duration": end - start} if segments else {}
-            yield part | {"audio": next(filter(Path.exists, [source / file, Path(file)]), Path(file)), "text": text,
+            yield part | {"audio": next(filter(os.path.exists, [source / file, Path(file)]), Path(file)), "text": text,
                           "style": style, "source_language": (args.language or ["en"])[0],
                           "speaker": speakers.get(id).get("speaker") if speakers else None,
                           "corpus": source.resolve().name, "licence": args.licence or "unknown", "where": where}
@@ -429,6 +430,8 @@ def main(argv=None):
     parser.add_argument("--squad", type=Path, metavar="JSON", help="for spoken-squad: SQuAD's train-v1.1.json (test: "
                         "dev-v1.1.json), whose answers are as printed")
     parser.add_argument("--licence", metavar="SPDX", help="for kaldi; default: unknown, which training refuses")
+    parser.add_argument("--trust-paths", action="store_true", help="take audio from outside the corpus's directory, too, "
+                        "where its tables or symbolic links lead there")
     args = parser.parse_args(argv)
     if args.name is None:
         for corpus in CORPORA.values():
@@ -447,10 +450,10 @@ def main(argv=None):
     except (CorpusError, FormatError) as error:
         sys.exit(f"corpora: {corpus.name}: {error}")
     except OSError as error:
-        sys.exit(f"corpora: {error}; what was converted is kept, run the same command again to go on")
+        sys.exit(f"corpora: {visible(error)}; what was converted is kept, run the same command again to go on")
     except KeyboardInterrupt:
         sys.exit("corpora: stopped; what was converted is kept, run the same command again to go on")
-    print(*tally.report(corpus.name), sep="\n")
+    print(visible("\n".join(tally.report(corpus.name)), keep="\n"))
     if not tally.kept:
         sys.exit(f"corpora: {corpus.name}: no row of {str(args.source)!r} could be used, no manifest was written")
     if MISSING in tally.dropped:

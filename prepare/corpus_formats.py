@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import shutil
 import tarfile
 import zlib
 from array import array
@@ -23,11 +22,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from prepare.errors import UserError, visible
+from prepare.paths import leads_out, open_regular, outside, read_bytes
+from prepare.tars import tar_members as members
+
 UNREADABLE, MISSING = "unreadable line", "audio missing"
+OUTSIDE = "audio outside the corpus's directory, which --trust-paths takes"
+LONGEST_LINE, LARGEST_JSON = 2**24, 2**30  # bytes
 TEXT = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
 
 
-class CorpusError(ValueError):
+class CorpusError(UserError):
     """A corpus or a command that cannot be used; one line with what was found, what was expected and the remedy."""
 
 
@@ -67,7 +72,10 @@ def select(found, wanted, key, what):
 def read_lines(path):
     """(where it stands, line) of each line of a text file that is not empty."""
     with open(path, **TEXT) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), ""), 1):
+            if len(line) == LONGEST_LINE:
+                raise CorpusError(f"{str(path)!r} line {number}: found more than {LONGEST_LINE:,} characters, expected "
+                                  "a line of text; get the file again")
             if line.strip():
                 yield f"{str(path)!r} line {number}", line.rstrip("\r\n")
 
@@ -77,7 +85,8 @@ def table(path, need, columns=None, delimiter="\t", quoting=csv.QUOTE_NONE, esca
     fields than columns. need: columns without which it is no use. columns: for a file that does not begin with them.
     Raises CorpusError."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="", **TEXT) as file:
-        rows = csv.reader(file, delimiter=delimiter, quoting=quoting, escapechar=escape)
+        lines = iter(partial(file.readline, LONGEST_LINE), "")
+        rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, escapechar=escape)
         columns = columns or next(rows, [])
         _need(path, columns, need)
         while True:
@@ -103,8 +112,8 @@ def _need(path, columns, need):
 def read_json(path):
     """The content of a JSON file. Raises CorpusError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_bytes(path, LARGEST_JSON))
+    except (OSError, ValueError, RecursionError) as error:
         raise CorpusError(f"{str(path)!r}: {error.args[-1]}, expected JSON; get the file again") from error
 
 
@@ -138,7 +147,7 @@ class Lines:
 
     def _places(self):
         at = self.file.tell()
-        for line in self.file:
+        for line in iter(partial(self.file.readline, LONGEST_LINE), b""):
             yield self._row(line).get(self.column), at
             at += len(line)
 
@@ -152,7 +161,7 @@ class Lines:
         if at is None:
             return {}
         self.file.seek(at)
-        row = self._row(self.file.readline())
+        row = self._row(self.file.readline(LONGEST_LINE))
         return row if row.get(self.column) == name else {}
 
 
@@ -167,13 +176,16 @@ def unpack(archives, folder):
     for archive in archives if not folder.exists() else ():
         part.mkdir(parents=True, exist_ok=True)
         try:
-            with tarfile.open(archive) as tar:
-                for member in tqdm(tar, desc=f"unpacking {archive.name}", unit=" files", leave=False):
-                    target = part / Path(member.name).name
-                    if member.isfile() and not (target.exists() and target.stat().st_size == member.size):
-                        with open(target, "wb") as file:
-                            shutil.copyfileobj(tar.extractfile(member), file)
-        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            with gzip.open(archive) as tar:
+                files = tqdm(members(tar), f"unpacking {visible(archive.name)}", unit=" files", leave=False)
+                for name, _, left in files:
+                    target = part / Path(name).name
+                    if target.exists() and target.stat().st_size == left:
+                        continue
+                    with open(target, "wb") as file:
+                        while block := tar.read(min(2**20, left)):
+                            left -= file.write(block)
+        except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise CorpusError(f"{str(archive)!r}: {error}; it is cut or damaged, get it again") from error
     if part.exists() and not folder.exists():
         os.replace(part, folder)
@@ -184,9 +196,9 @@ def tar_members(tars):
     """(name, number of the tar) of all files in uncompressed tars; a tar that is cut or damaged is passed over."""
     for number, path in enumerate(tqdm(tars, desc="reading tars", leave=False)):
         try:
-            with tarfile.open(path, "r:") as tar:
-                names = [member.name.removeprefix("./") for member in tar if member.isfile()]
-        except tarfile.TarError as error:
+            with open_regular(path) as tar:
+                names = [name for name, *_ in members(tar)]
+        except ValueError as error:
             tqdm.write(f"{str(path)!r}: {error}; it is cut or damaged, get it again")
             continue
         yield from ((name, number) for name in names)
@@ -269,9 +281,12 @@ def in_order(function, items, workers=8, batch=32):
 SPACES = re.compile("(?<=[\u3000-\u9fff\uff00-\uffef]) (?=[\u3000-\u9fff\uff00-\uffef])")
 
 
-def check(row, corpus, seconds_of):
+def check(row, corpus, seconds_of, folders):
     """A reader's row as {"row": the manifest's row, "off": whether the stated duration is wrong}, or what drop() makes
-    of it. seconds_of(path) is how long a recording is by its header, 0 if that cannot be read."""
+    of it. seconds_of(path) is how long a recording is by its header, 0 if that cannot be read. folders: where the audio
+    may lie; None is anywhere."""
+    if "audio" in row and folders and all(leads_out(folder, Path.cwd() / row["audio"]) for folder in folders):
+        return drop(OUTSIDE, row["where"], count=row.get("count", 1))
     if "drop" in row:
         heard_s = row.get("duration") or seconds_of(row["audio"]) if "audio" in row else 0.0
         return drop(row["drop"], row["where"], row["seconds"] or heard_s, row["count"])
@@ -303,7 +318,7 @@ def _unusable(row, whole_s, duration_s):
     if not whole_s:
         shard, tar, _ = str(row["audio"]).partition(".tar/")
         file = Path(shard + ".tar" if tar else row["audio"])
-        if not file.exists():
+        if not os.path.exists(file):  # unlike Path.exists, for names that no file can have, too
             return MISSING
         if not file.stat().st_size:
             return "audio of 0 bytes"
@@ -323,6 +338,7 @@ class Tally:
     kept: int = 0
     kept_s: float = 0.0
     off: int = 0
+    outside: int = 0  # rows of which the manifest's folder does not have the audio
     dropped: dict = field(default_factory=dict)  # reason: [rows, seconds, the first places]
 
     def add(self, entry):
@@ -330,6 +346,7 @@ class Tally:
             self.kept += 1
             self.kept_s += entry["row"]["duration"]
             self.off += entry["off"]
+            self.outside += entry.get("outside", 0)
         else:
             lost = self.dropped.setdefault(entry["drop"], [0, 0.0, []])
             lost[0] += entry["count"]
@@ -352,6 +369,8 @@ class Tally:
         if dropped and max(lost_rows, lost_hours) > 0.2:
             yield (f"warning: {lost_rows:.0%} of the rows and {lost_hours:.0%} of the hours were left out, mainly for: "
                    f"{dropped[0][0]}")
+        if self.outside:
+            yield f"{outside(self.outside)}, or use --shards"
 
 
 def convert(corpus, source, args):
@@ -373,7 +392,9 @@ def convert(corpus, source, args):
 
     done = _resume(journal, {name: str(value) for name, value in vars(args).items()}, tally,
                    lambda audio: not shards or finished(audio.partition(".tar/")[0]))
-    checked = partial(check, corpus=corpus, seconds_of=lru_cache(maxsize=1024)(audio_seconds))
+    folders = [Path.cwd() / path for path in (source, out.parent, args.common_voice, args.librispeech) if path]
+    checked = partial(check, corpus=corpus, seconds_of=lru_cache(maxsize=1024)(audio_seconds),
+                      folders=None if args.trust_paths else folders)
     rows = islice(corpus.read(source, args), done, None)
     bar = tqdm(desc=corpus.name, unit=" rows", initial=done, delay=1)
     try:
@@ -383,7 +404,8 @@ def convert(corpus, source, args):
                     audio = Path(entry["row"]["audio"])
                     if shards and ".tar/" not in str(audio):
                         audio = shards.add(audio, _member(audio, source, out.parent))
-                    entry["row"]["audio"] = os.path.relpath(audio, out.parent)
+                    audio = entry["row"]["audio"] = os.path.relpath(audio, out.parent)
+                    entry["outside"] = leads_out(os.path.abspath(out.parent), audio)
                 file.write(json.dumps(entry, ensure_ascii="drop" in entry) + "\n")
                 tally.add(entry)
                 bar.update()

@@ -18,6 +18,7 @@ from prepare.audio import SAMPLE_RATE, load_audio
 from prepare.checkpoint import write_atomically
 from prepare.errors import AudioError, ManifestError
 from prepare.licences import strictest
+from prepare.paths import leads_out, outside
 
 
 def derived(out, manifest, rows, place, **fields):
@@ -75,16 +76,16 @@ def changed(path):
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
-def concatenate(path, out, longest):
+def concatenate(path, out, longest, trust_paths=False):
     """Joins neighbouring utterances of the manifest `path` into rows of at most `longest` seconds, one of each task and
     language that all of them have, and writes those to the manifest `out`. Raises ManifestError."""
-    manifest, said = Manifest(path), {}  # place -> (task, language, instruction) -> row
+    manifest, said = Manifest(path, trust_paths), {}  # place -> (task, language, instruction) -> row
     for row in manifest:
         if row["task"] != "sqa":
             place = said.setdefault((row["audio"], row["start"], row["duration"]), {})
             place[row["task"], row["target_language"], row.get("instruction")] = row
     places = [min(rows.values(), key=lambda row: row["task"]) for rows in said.values()]  # asr, where there is one
-    groups, bad = [], 0
+    groups, bad, away = [], 0, 0
     for some in neighbours(places):
         total = math.inf
         for row in some:
@@ -100,7 +101,7 @@ def concatenate(path, out, longest):
                             "s; give another manifest or more --seconds")
 
     def save(file):
-        nonlocal bad
+        nonlocal bad, away
         for rows in tqdm(groups, out.name, unit=" recordings", dynamic_ncols=True):
             try:
                 place = join_audio(out, manifest, rows)
@@ -115,10 +116,11 @@ def concatenate(path, out, longest):
                     fields = {"text": join([row["text"] for row in some]), "task": task, "target_language": language}
                     fields |= {"instruction": instruction} if instruction else {}
                     fields |= {"style": some[0]["style"]} if task == "asr" else {}
-                    line = json.dumps(derived(out, manifest, some, place, **fields), ensure_ascii=False)
-                    file.write(line.encode() + b"\n")
+                    row = derived(out, manifest, some, place, **fields)
+                    away += leads_out(out.parent, row["audio"])
+                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, save)
     print(f"{out}: {len(groups) - bad} recordings joined of {sum(map(len, groups))} of the {len(places)} utterances; "
-          f"{bad} left out because their audio cannot be used")
+          f"{bad} left out because their audio cannot be used", *[outside(away)] * bool(away), sep="\n")

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import TASKS, Manifest, load_tokenizer
+from data import TASKS, Manifest
 from prepare.audio import SAMPLE_RATE, audio_seconds, load_audio, open_sound
-from prepare.checkpoint import fetch, write_text
+from prepare.checkpoint import fetch, load_tokenizer, write_text
 from prepare.draw import draw_histograms
-from prepare.errors import AudioError, CheckpointError, ManifestError
+from prepare.errors import AudioError, CheckpointError, ManifestError, visible
 from prepare.instructions import REFUSALS
 from prepare.licences import accepted, check_row, fingerprint, letter_count, letters, test_fingerprints
 
@@ -605,10 +605,11 @@ def draw(rows, groups, recording, seconds, sounds, most=12):
     return draw_histograms(columns, panels, f"The {most} largest of {len(groups)} groups." * (len(groups) > most))
 
 
-def look_over(paths, tests, tokenizer, allowed, sample):
+def look_over(paths, tests, tokenizer, allowed, sample, trust_paths=False):
     """The report as a dict, and the picture as SVG. Raises ManifestError for a manifest that cannot be read or has no
     row that can be used."""
-    manifests, count, findings, aside = [Manifest(path) for path in [*paths, *tests]], len(paths), {}, {}
+    manifests = [Manifest(path, trust_paths) for path in [*paths, *tests]]
+    count, findings, aside = len(paths), {}, {}
     rows, groups, licences = read_rows(manifests, range(count), findings, tokenizer, allowed, test_fingerprints(paths))
     if not groups:
         place = min(place for found in findings.values() for place in found["places"])
@@ -653,13 +654,14 @@ def main(argv=None):
     parser.add_argument("--sample", type=int, help="decode only so many recordings, drawn at random, and with 0 none")
     parser.add_argument("--allow-licence", nargs="+", default=[], metavar="SPDX",
                         help="licences that training is to accept, too")
+    parser.add_argument("--trust-paths", action="store_true", help="take audio from outside a manifest's folder, too")
     args = parser.parse_args(argv)
     if args.sample is not None and args.sample < 0:
         parser.error(f"--sample {args.sample}: expected 0 or more")
     began, stem = time.time(), Path(args.out) / Path(args.manifests[0]).stem
     try:
         report, picture = look_over(args.manifests, args.against, load_tokenizer(fetch(args.tokenizer)),
-                                    tuple(args.allow_licence), args.sample)
+                                    tuple(args.allow_licence), args.sample, args.trust_paths)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         write_text(Path(f"{stem}.json"), json.dumps(report, ensure_ascii=False))
         write_text(Path(f"{stem}.svg"), picture)
@@ -673,14 +675,14 @@ def main(argv=None):
         print("doctor: stopped", file=sys.stderr)
         sys.exit(130)
     print(f"three numbers: the 1st percentile, the median, the 99th percentile; tokens: of {args.tokenizer}")
-    print("\n".join(figure_lines(report["figures"])))
+    print(visible("\n".join(figure_lines(report["figures"])), keep="\n"))
     rates = "".join(f"; {count:,} of {rate} Hz" for rate, count in report["sample_rates"].items())
     print(f"audio: {report['decoded']:,} of {report['recordings']:,} recordings decoded{rates}; "
           f"{in_words(report['level_dbfs'])} dBFS")
     for name, some in report["outliers"].items():
-        print(f"{name}: {some['text']}")
+        print(visible(f"{name}: {some['text']}"))
     for finding in report["findings"]:
-        print(finding["text"])
+        print(visible(finding["text"]))
     serious = sum(finding["serious"] for finding in report["findings"])
     print(f"{serious} serious findings, {len(report['findings']) - serious} notes, {time.time() - began:.0f} s; "
           f"{stem}.json has all of it, {stem}.svg the distributions")

@@ -5,6 +5,8 @@ from html import escape
 
 import numpy as np
 
+from prepare.errors import visible
+
 
 def draw_curves(lines, panels):
     """One SVG of a training log. lines: its dicts, each with a step; panels: {curve name: colour} each, drawn one below
@@ -40,7 +42,7 @@ def draw_histograms(columns, rows, note=""):
     scales, parts = [], []
 
     def write(x, y, text, more=""):
-        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escape(text)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escape(visible(text))}</text>')
 
     for c, title in enumerate(columns):
         values = np.concatenate([np.asarray(arrays[c], float) for arrays in rows.values()])

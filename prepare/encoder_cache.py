@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from data import cut, fbank, feature_length
-from prepare.checkpoint import write_atomically
+from prepare.checkpoint import write_checkpoint
 from prepare.errors import AudioError
 
 
@@ -39,7 +39,7 @@ def encoder_states(cfg, encoder, manifests, identity):
         found = torch.load(path, weights_only=True, mmap=True)
     except Exception:  # not there yet, or damaged
         encoded = encode_clips(cfg, encoder, manifests, clips, sizes)
-        write_atomically(path, lambda file: torch.save(encoded, file))
+        write_checkpoint(path, encoded)
         found = torch.load(path, weights_only=True, mmap=True)
 
     def states_of(m, i):

@@ -11,9 +11,10 @@ from eval import normalise
 from model import looped
 from prepare.checkpoint import write_atomically, write_text
 from prepare.doctor import looks_like
-from prepare.errors import ManifestError
+from prepare.errors import ManifestError, visible
 from prepare.instructions import INSTRUCTIONS, language_of, task_of
 from prepare.licences import letters
+from prepare.paths import leads_out, outside
 
 # Of every score the least, or the most, that is kept
 LEAST = {
@@ -169,9 +170,13 @@ def select(everything, out, thresholds=THRESHOLDS):
                 failed[language]["surplus"] += len(some) - len(kinds[kind])
     ids = {id for kinds in kept.values() for some in kinds.values() for _, id in some}
 
+    away = 0
+
     def save(file):
+        nonlocal away
         for row in read_rows(everything):
             if row["id"] in ids:
+                away += leads_out(Path(out).parent, row.get("audio", ""))
                 row = {name: value for name, value in row.items() if name not in ("id", "reasons")}
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
@@ -180,7 +185,9 @@ def select(everything, out, thresholds=THRESHOLDS):
     for language, kinds in sorted(kept.items()):
         part = ", ".join(f"{len(some)} {kind}" for kind, some in sorted(kinds.items())) or "nothing"
         reasons = ", ".join(f"{name} {n}" for name, n in failed[language].most_common() if n)
-        print(f"  {language}: of {total[language]} kept {part}; failed: {reasons or 'none'}")
+        print(visible(f"  {language}: of {total[language]} kept {part}; failed: {reasons or 'none'}"))
+    if away:
+        print(outside(away))
 
 
 def select_wordings(everything, out):
@@ -199,7 +206,7 @@ def select_wordings(everything, out):
     write_text(out, json.dumps(new | {"made_by": made_by}, ensure_ascii=False, indent=1) + "\n")
     count, total = failed.pop(None, 0), failed.total()
     print(f"{out}: {count} new wordings of {count + total}; failed: "
-          f"{', '.join(f'{name} {n}' for name, n in failed.most_common()) or 'none'}")
+          f"{visible(', '.join(f'{name} {n}' for name, n in failed.most_common())) or 'none'}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ REFUSALS = {"en": "Not answerable.", "de": "Nicht zu beantworten.", "it": "Non �
 # Words that tell the task of an instruction that is none of the wordings
 QUESTION = "question|frage|domanda|问题|summar|zusammen|riassu|总结|概括|摘要"  # a summary hears the whole recording too
 TRANSLATE, TRANSCRIBE = "translat|übersetz|übertrag|tradu[czt]|译", "transcribe|transkribier|trascriv|转写|转录|听写"
-TEXT = "transcri|transkri|trascri|verschrift|text|wortlaut|testo|文本|文字"
+TEXT = ("transcri|transkri|trascri|verschrift|text|testo|文本|文字|write|wording|dictat|caption|schreib|wortlaut|notier|"
+        "untertitel|scriv|iscritto|dettatura|sottotitol|写|字幕")
+POLITE = "(can|could|would|will) (you|i)|(kannst|könntest|würdest) du|kann ich|puoi|potresti|posso|[你可]?[能以]"  # no question
 
 
 def instruction_of(row, random=None):
@@ -49,7 +51,7 @@ def wordings(task):
 def task_of(instruction):
     """The task an instruction in words asks for. One of the wordings is known exactly; of others, what stands before a
     colon decides: one that speaks of a question is sqa, one that translates or names a language to write in ("In German,
-    please") st, one that transcribes or speaks of text asr; the rest, and all that asks otherwise, is sqa."""
+    please") st, one that transcribes or speaks of text or writing asr; the rest, and all that asks otherwise, is sqa."""
     text = instruction.strip()
     for _, wording in wordings("sqa"):
         before, after = wording.split("{question}")
@@ -62,7 +64,7 @@ def task_of(instruction):
     head = re.split("[:：]", text.lower())[0]
     named = any(form.lower() in head for targets in INSTRUCTIONS["targets"].values() for forms in targets.values()
                 for form in forms.values())
-    asks = re.search("[?？]", head)
+    asks = len(re.findall("[?？]", head)) > bool(re.match(POLITE, head))
     if re.search(QUESTION, head):
         return "sqa"
     if re.search(TRANSLATE, head) and (named or not asks):

@@ -7,7 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from prepare.errors import ManifestError
+from prepare.paths import read_bytes
 
+LARGEST = 2**27  # bytes of a file of fingerprints
 FREE = re.compile(r"CC0-1\.0|PDDL-1\.0|LicenseRef-PublicDomain|public domain|MIT|Apache-2\.0"
                   r"|CC-BY(-[1-4]\.\d(-(?!NC|ND|SA)[A-Z]{2,3})?)?", re.I)
 
@@ -60,7 +62,11 @@ def fingerprint(text):
 def test_fingerprints(manifests):
     """The fingerprints of test-only texts: the lines of all *.fingerprints files beside the given manifests."""
     files = {file for manifest in manifests for file in Path(manifest).parent.glob("*.fingerprints")}
-    return frozenset(line for file in files for line in file.read_text(encoding="utf-8").split())
+    try:
+        return frozenset(line for file in files for line in read_bytes(file, LARGEST).decode().split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{', '.join(map(str, files))}: {error}, expected what prepare.corpora mcif writes; "
+                            "convert it again or remove it") from error
 
 
 def check_row(row, allowed, test_texts):

@@ -15,12 +15,15 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-LIMIT = 50_000_000  # bytes, unpacked
+from prepare.errors import UserError
+from prepare.paths import leads_out, open_regular
+
+LIMIT, TAGS = 50_000_000, 2_000_000  # bytes, unpacked; tags, an element of which takes many times its bytes
 NOT_XML = re.compile("[^\\s\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # all of \s stays, for split() to see
 NAMES_OF_2025 = {"ST": "TRANS", "SQA": "QA", "SSUM": "SUM"}
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
     """A file that cannot be used; the message names what was found, what was expected and the remedy."""
 
 
@@ -45,8 +48,9 @@ class Reference(NamedTuple):
     transcript: list[str]  # of TRANS: the English of each line
 
 
-def read_source(path):
-    """The list of Tasks of a source file, in file order.
+def read_source(path, folder=None):
+    """The list of Tasks of a source file, in file order. folder: that of the recordings, out of which no symbolic link
+    may lead.
 
     Raises FormatError for a file that cannot be read or has no task, a sample whose id, audio_path or instruction is
     missing or empty, an audio_path that is absolute or has a "..", an id that occurs twice in its task, and a task that
@@ -63,6 +67,9 @@ def read_source(path):
             place = PureWindowsPath(audio)  # knows both slashes and drives
             if place.anchor or ".." in place.parts:
                 raise _error(path, f"audio_path {audio!r} in {where}", "a path below the audio folder", "correct it")
+            if folder is not None and leads_out(folder, audio):
+                raise _error(path, f"audio_path {audio!r} in {where}, a link out of {str(folder)!r}",
+                             "a recording in that folder", "if you trust the link, give --trust-paths")
             if id in found:
                 raise _error(path, f"id {id!r} twice in task {key}", "every id once", "remove one of the samples")
             found[id] = Sample(id, audio, instruction)
@@ -154,12 +161,14 @@ def _need(path, value, what, where):
 def _tasks(path):
     # ((track, language), [(id, where it stands, element) of each sample]) of each task element; both at any depth
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             gzipped = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             data = (gzip.GzipFile(fileobj=file) if gzipped else file).read(LIMIT + 1)
         if len(data) > LIMIT:
             raise _error(path, f"more than {LIMIT} bytes", "an official file, far smaller", "correct the path")
+        if data.count(b"<") > TAGS:
+            raise _error(path, f"more than {TAGS} tags", "an official file, far smaller", "correct the path")
         if b"<!DOCTYPE" in data:
             raise _error(path, "a DOCTYPE", "none, as in official files", "remove it or correct the path")
         tasks = list(ElementTree.fromstring(data.decode()).iter("task"))

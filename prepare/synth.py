@@ -66,7 +66,7 @@ def usable(manifest, bare):
 
 
 def translate(args, writer, made_by):
-    manifest = Manifest(args.input)
+    manifest = Manifest(args.input, args.trust_paths)
     items = [(f"{i + 1} {language}", i, language) for i, row in usable(manifest, args.bare)
              for language in args.languages if language != row["source_language"]]
 
@@ -137,7 +137,7 @@ def read_questions(args, manifest, passages):
         return os.path.abspath(folder / row["audio"]), round(row["start"], 3), round(row["duration"] or 0, 3)
 
     where = {place(manifest.path.parent, row): p for p, passage in enumerate(passages) for row in passage.rows}
-    given = Manifest(args.questions)
+    given = Manifest(args.questions, args.trust_paths)
     found = [Question(i, where.get(place(given.path.parent, row)), row["target_language"], row["question"], row["text"],
                       row) for i, row in enumerate(given) if row["task"] == "sqa" and
              row["target_language"] in args.languages and row["text"] not in REFUSALS.values()]
@@ -150,7 +150,7 @@ def read_questions(args, manifest, passages):
 
 
 def questions(args, writer, made_by):
-    manifest = Manifest(args.input)
+    manifest = Manifest(args.input, args.trust_paths)
     passages = read_passages(args, manifest)
     asked = read_questions(args, manifest, passages) if args.questions else [
         Question(p, p, language) for p in range(len(passages)) for language in args.languages]
@@ -321,7 +321,7 @@ def threshold(text):
 
 def run(args):
     if args.command == "concatenate":
-        return concatenate(args.input, args.out, args.seconds)
+        return concatenate(args.input, args.out, args.seconds, args.trust_paths)
     thresholds = filters.THRESHOLDS | dict(getattr(args, "threshold", None) or [])
     if args.command == "filter":
         return filters.select(args.input, args.out, thresholds)
@@ -333,7 +333,8 @@ def run(args):
         raise ManifestError(f"{args.input!r}: nothing to translate: its transcripts are in the given languages already")
     if args.rows and args.rows < len(items):
         items = [items[i] for i in sorted(random.Random(args.seed).sample(range(len(items)), args.rows))]
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "batch", "threshold", "llm")}
+    left_out = ("out", "batch", "threshold", "llm", "trust_paths")
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
     settings |= {"model": made_by["sha256"], "prompts": [TRANSLATE, WRITE, ANSWER, REFUSE, PARAPHRASE]}
     for name in ("input", "questions"):
         if settings.get(name):
@@ -363,6 +364,9 @@ def main(argv=None):
             some.add_argument("--batch", type=int, default=32, help="rows that the LLM works on together")
         if name in ("translate", "questions"):
             some.add_argument("--bare", action="store_true", help="use transcripts without case and punctuation, too")
+        if name in ("translate", "questions", "concatenate"):
+            some.add_argument("--trust-paths", action="store_true",
+                              help="take audio from outside the manifest's folder, too")
         if name in ("translate", "questions", "filter"):
             some.add_argument("--threshold", type=threshold, nargs="+", action="extend", metavar="NAME=NUMBER",
                               help="of " + ", ".join(f"{name}={value:g}" for name, value in filters.THRESHOLDS.items()))

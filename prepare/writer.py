@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from data import cut, load_tokenizer
+from data import cut
 from model import LLM, Prefix, SpeechLM
-from prepare.checkpoint import fetch, write_text
+from prepare.checkpoint import fetch, load_tokenizer, write_text
 from prepare.errors import CheckpointError
 from sample import BATCH_POSITIONS, pack
 

@@ -1,16 +1,17 @@
-"""Speed: python tests/bench.py features | manifest | loader | corpora | step | decode [--rounds N] [--threads N] [--cpu]
+"""Speed: python tests/bench.py features | manifest | loader | corpora | step | decode | plan [--rounds N] [--threads N] [--cpu]
 
 features: ours and transformers' take turns, round by round; printed are medians and their ratio. manifest: a manifest
 of a million rows. loader: how fast the demo's batches are read, against how fast a step without the encoder cache
 uses them. corpora: 100,000 tiny clips in the layout of Common Voice made into a manifest. step, decode: training steps and answers of a mid-size pair (encoder 512 x 8 layers, LLM 768 x 8 layers,
 vocabulary 151,936), 8 rows, on random bfloat16 weights that transformers has too; the table is left in out/bench/ as
-JSON.
+JSON. plan: what train.py --dry-run says of the peak memory of runs of that size, against what they then take.
 """
 
 import argparse
 import gc
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -321,8 +322,48 @@ def corpora(_rounds, count=100_000):
         print(f"{int(count):,} clips in {time.perf_counter() - start:.1f} s, peak {memory('VmHWM') / 2**20:.0f} MB")
 
 
+PLANS = {"align": [], "align, no encoder cache": ["--cache-gb", "0"], "ift": ["--phase", "ift"],
+         "ift, --checkpointing": ["--phase", "ift", "--checkpointing"],
+         "ift, --lora-rank 16": ["--phase", "ift", "--lora-rank", "16"]}
+
+
+def plan(_rounds):
+    import os
+
+    import numpy as np
+    import soundfile
+    from conftest import make_project
+    from model import LLM as Ours, EncoderConfig, LLMConfig, SpeechEncoder
+    with tempfile.TemporaryDirectory() as place:
+        place, random = Path(place), np.random.default_rng(0)
+        make_project(place)
+        tokenizer = (place / "llm" / "tokenizer.json").read_bytes()
+        SpeechEncoder(EncoderConfig(**ENCODER)).save_pretrained(place / "encoder")
+        Ours(LLMConfig.from_dict({"model_type": "qwen2", **LLM, "eos_token_id": 0})).bfloat16().save_pretrained(place / "llm")
+        (place / "llm" / "tokenizer.json").write_bytes(tokenizer)
+        for split in ("train", "dev"):
+            rows = []
+            for i, seconds in enumerate(2 * SECONDS["ragged"]):
+                soundfile.write(place / f"{split}{i}.wav", 0.1 * random.standard_normal(int(16000 * seconds)), 16000)
+                rows.append({"audio": f"{split}{i}.wav", "duration": seconds, "text": "one two " * int(seconds),
+                             "task": "asr", "corpus": "noise", "licence": "CC0-1.0"})
+            (place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        own = [sys.executable, ROOT / "train.py", "--encoder", place / "encoder", "--llm", place / "llm", "--data",
+               place / "train.jsonl", "--dev", place / "dev.jsonl", "--out", place / "out", "--steps", "2", "--eval-rows",
+               "2", "--eval-clips", "1", "--workers", "0"]
+        print(f"{'peak memory of a run':34}{'planned GB':>11}{'measured GB':>12}{'ratio':>7}")
+        for name, options in PLANS.items():
+            said = subprocess.run([*own, *options, "--dry-run"], capture_output=True, text=True, check=True).stdout
+            planned = float(re.search(r"peak ([\d.]+) GB", said)[1])
+            run = subprocess.Popen([*own, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            _, status, used = os.wait4(run.pid, 0)
+            run.returncode = os.waitstatus_to_exitcode(status)
+            measured = used.ru_maxrss * 1024 / 1e9
+            print(f"{name:34}{planned:11.2f}{measured:12.2f}{planned / measured:7.2f}" + " failed" * bool(status), flush=True)
+
+
 if __name__ == "__main__":
-    runs = {f.__name__: f for f in (features, manifest, loader, corpora, step, decode, peak)}
+    runs = {f.__name__: f for f in (features, manifest, loader, corpora, step, decode, peak, plan)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", default="features", choices=runs)
     parser.add_argument("--rounds", type=int, default=7, help="of which the medians are taken")

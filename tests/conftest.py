@@ -58,7 +58,11 @@ WORDS = "one two three four five six".split()
 
 @pytest.fixture(scope="session")
 def tiny_project(tmp_path_factory):
-    """A directory with a random tiny encoder and LLM, a tokenizer, and manifests of tones: each word has its pitch."""
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+def make_project(directory):
+    """Writes a random tiny encoder and LLM, a tokenizer, and manifests of tones: each word has its pitch."""
     import json
 
     import numpy as np
@@ -66,7 +70,6 @@ def tiny_project(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     import model
-    directory = tmp_path_factory.mktemp("project")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainers.BpeTrainer(

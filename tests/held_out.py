@@ -58,7 +58,7 @@ def main():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps({**row, "audio": str(ROOT / "demo" / row["audio"])}) + "\n" for row in some))
         print(f"--- {name}: {len(some)} rows")
-        eval.main([str(path), "--out", args.out, *(["--ckpt", args.ckpt] if args.ckpt else [])])
+        eval.main([str(path), "--trust-paths", "--out", args.out, *(["--ckpt", args.ckpt] if args.ckpt else [])])
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ def project(tiny_project, tmp_path_factory):
                  {**row, "task": "sqa", "question": "Which?", "text": row["text"] if i % 3 else REFUSALS["en"]}]
     (out / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     train.main(arguments(tiny_project, out, steps=12, eval_every=6))
-    train.main(arguments(tiny_project, out, phase="ift", init=out / "align.pt", steps=12, eval_every=6, adapter_lr=1e-3,
+    train.main(arguments(tiny_project, out, phase="ift", init=out / "align.pt", steps=12, eval_every=6, adapter_lr=1e-3, trust_paths=True,
                          encoder_lr=1e-3, llm_lr=1e-3, data=out / "all.jsonl", dev=out / "all.jsonl", eval_rows=30))
-    return types.SimpleNamespace(path=out, tones=tiny_project, rows=list(Manifest(out / "all.jsonl")))
+    return types.SimpleNamespace(path=out, tones=tiny_project, rows=list(Manifest(out / "all.jsonl", trust_paths=True)))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def heard_of(model, waves, longest=math.inf):
 def test_together_is_alone(project, trained):
     """Rows of all tasks that share recordings, in batches, against each row by itself without any cache shared."""
     model, tokenizer, _ = trained
-    manifest = Manifest(project.path / "all.jsonl")
+    manifest = Manifest(project.path / "all.jsonl", trust_paths=True)
     rows = [manifest[i] for i in range(24)]
     waves = [load_audio(row["audio"]) for row in rows]
     recordings = heard_of(model, waves[::3])
@@ -123,7 +123,7 @@ def test_training_evaluation_and_sampling_build_the_same_ids(project, trained, m
     seen, read, generate = [], model.read, model.generate
     monkeypatch.setattr(model, "read", lambda ids, sizes, heard: seen.append(ids) or read(ids, sizes, heard=heard))
     monkeypatch.setattr(model, "generate", lambda ids, *rest, **options: seen.append(ids) or generate(ids, *rest, **options))
-    manifest = Manifest(project.path / "all.jsonl")
+    manifest = Manifest(project.path / "all.jsonl", trust_paths=True)
     examples = data.Examples([manifest], tokenizer, 0, model.adapter.config)
     for i, row in enumerate(project.rows[:3]):
         frames = examples.frames(0, i, row)
@@ -349,7 +349,7 @@ def run(program, *argv, code=0, capsys=None):
 def test_evaluating_a_manifest(project, tmp_path, capsys, monkeypatch):
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in project.rows[:30]) + json.dumps(
         {**project.rows[0], "audio": "none.wav"}) + "\n")
-    argv = [tmp_path / "m.jsonl", "--ckpt", project.path / "ift.pt", "--out", tmp_path / "e"]
+    argv = [tmp_path / "m.jsonl", "--ckpt", project.path / "ift.pt", "--out", tmp_path / "e", "--trust-paths"]
     out, err = run(eval, *argv, capsys=capsys)
     assert "asr en, all, 10: WER " in out and "st de, all, 10: BLEU " in out and "refusal recall " in out
     assert "left out: " in err and "m.jsonl' line 31: " in err

@@ -65,13 +65,14 @@ def test_one_refused_row_stops_a_run_before_any_weight_is_loaded(tiny_project, t
     bad = copy_rows(tiny_project, tmp_path / "bad.jsonl", **changes)
     for where in ({"data": bad}, {"dev": bad}):
         with pytest.raises(SystemExit) as stop:
-            train.main(arguments(tiny_project, tmp_path / "out", **where))
+            train.main(arguments(tiny_project, tmp_path / "out", trust_paths=True, **where))
         assert re.search(message, str(stop.value)) and "bad.jsonl" in str(stop.value)
     assert not list((tmp_path / "out").glob("*.pt"))
 
 
 def test_rows_of_other_tasks_are_not_looked_at(tiny_project, tmp_path):
-    bad = Manifest(copy_rows(tiny_project, tmp_path / "bad.jsonl", task="st", target_language="de", licence="unknown"))
+    bad = Manifest(copy_rows(tiny_project, tmp_path / "bad.jsonl", task="st", target_language="de", licence="unknown"),
+                   trust_paths=True)
     bad.split(["asr"], 30, lambda row: check_row(row, (), frozenset()))
     with pytest.raises(ManifestError, match="unknown"):
         bad.split(["asr", "st"], 30, lambda row: check_row(row, (), frozenset()))
@@ -97,19 +98,19 @@ def test_texts_of_test_only_corpora_are_refused_by_their_fingerprints(tiny_proje
     assert refused(task="sqa", question="What is it?", text=secret) is None  # of a question, the question is looked at
     bad = copy_rows(tiny_project, tmp_path / "bad.jsonl", text=secret.upper())
     with pytest.raises(SystemExit, match="line 40: 'WE PRESENT"):
-        train.main(arguments(tiny_project, tmp_path / "out", data=bad))
+        train.main(arguments(tiny_project, tmp_path / "out", trust_paths=True, data=bad))
 
 
 def test_the_notice_lists_every_corpus_of_every_phase(tiny_project, tmp_path):
     data = copy_rows(tiny_project, tmp_path / "data.jsonl", corpus="librispeech", licence="CC-BY-4.0")
-    train.main(arguments(tiny_project, tmp_path, data=data, steps=2))
+    train.main(arguments(tiny_project, tmp_path, trust_paths=True, data=data, steps=2))
     text = (tmp_path / "align.NOTICE").read_text(encoding="utf-8")
     assert "tones, CC0-1.0: 0.01 h into en\n  needs no attribution" in text and "librispeech, CC-BY-4.0: 0.00 h" in text
     assert "Panayotov" in text
     other = copy_rows(tiny_project, tmp_path / "other.jsonl", corpus="mine", licence="CC-BY-SA-4.0", task="st",
                       target_language="de")
     train.main([*arguments(tiny_project, tmp_path, phase="ift", init=tmp_path / "align.pt", data=other, steps=2),
-                "--allow-licence", "CC-BY-SA-4.0"])
+                "--trust-paths", "--allow-licence", "CC-BY-SA-4.0"])
     text = (tmp_path / "ift.NOTICE").read_text(encoding="utf-8")
     assert "librispeech, CC-BY-4.0" in text and "mine, CC-BY-SA-4.0: 0.00 h into de\n  no attribution is on record" in text
     state = torch.load(tmp_path / "ift.pt", weights_only=True)

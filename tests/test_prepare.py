@@ -9,6 +9,7 @@ import pytest
 from data import Manifest
 from prepare.demo_grammar import LANGUAGES, REFUSALS, count_sentences, example, split_of
 from prepare.errors import ManifestError
+from held_out import HELD_OUT
 from prepare.instructions import INSTRUCTIONS, instruction_of, language_of, task_of
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
@@ -64,6 +65,18 @@ def test_ten_instructions_a_task_and_language():
     ("根据所给的英文内容，简要回答以下问题：谁在睡觉？", "sqa", "zh"), ("Summarise the talk.", "sqa", "en"), ("xyzzy", "sqa", None)])
 def test_what_an_instruction_asks_for(text, task, language):
     assert task_of(text) == task and language_of(text) == language
+
+
+@pytest.mark.parametrize("language", INSTRUCTIONS["targets"])
+@pytest.mark.parametrize("task", HELD_OUT)
+def test_wordings_that_no_training_saw_are_told_too(task, language):
+    known = {wording for key, table in INSTRUCTIONS.items() if key != "targets" for some in table.values() for wording in some}
+    question = {"en": "Does Anna write the text?", "de": "Was schreibt Anna?", "it": "Che cosa scrive Anna?", "zh": "安娜写什么？"}[language]
+    own = [wording for wording in HELD_OUT[task] if language_of(wording) == language]
+    assert len(own) == 2 and not known & set(own)
+    for wording in own:
+        assert task_of(wording.format(question=question, **INSTRUCTIONS["targets"][language]["it"])) == task
+    assert task_of(question) == "sqa"
 
 
 @pytest.fixture(scope="module")

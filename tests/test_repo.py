@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TOP = [p for p in (ROOT / name for name in ("model.py", "data.py", "sample.py", "eval.py", "train.py")) if p.exists()]
 RUNTIME = {"torch", "safetensors", "tokenizers", "numpy", "soundfile", "tqdm", "huggingface_hub"}
-FORMATS = ("audio", "checkpoint", "draw", "errors", "instructions", "mcif")  # what the five files use of prepare/
+FORMATS = ("audio", "checkpoint", "draw", "errors", "instructions", "mcif", "paths", "tars")  # what the five files use of prepare/
 SCORERS = {"sacrebleu", "jiwer", "whisper_normalizer"}
 
 

@@ -82,9 +82,10 @@ def test_translations_of_a_random_llm_are_rows_with_scores(llm, manifest, tmp_pa
         assert row["duration"] == 1 + SENTENCES.index(made_by["transcript"]) and row["target_language"] in ("de", "zh")
         assert row["sources"] == [["c", "CC-BY-4.0"]] and row["licence"] == "CC-BY-4.0"
         assert row["reasons"] == (["empty"] if not row["text"] else [])
-    kept = list(Manifest(out))  # each of them a valid row
+    kept = list(Manifest(out, trust_paths=True))  # each of them a valid row
     assert [row["text"] for row in kept] == [row["text"] for row in rows if row["text"]]
-    assert f"kept {len(kept)} of 12 rows" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"kept {len(kept)} of 12 rows" in shown and "is outside the manifest's folder: train with --trust-paths" in shown
 
 
 def test_filtering_again_equals_a_run_with_those_thresholds(llm, manifest, tmp_path):
@@ -301,7 +302,7 @@ def test_right_answers_are_kept_and_hallucinated_ones_are_not(tmp_path):
         said, asked = demo_questions(tmp_path, change)
         out = tmp_path / f"{name}.jsonl"
         synth.main(["questions", said, str(out), "--llm", str(DEMO / "llm"), "--questions", asked,
-                    "--unanswerable", "0"])
+                    "--unanswerable", "0", "--trust-paths"])
         share[name] = len(read(out)) / 16
         assert {row["text"] for row in read(out)} <= {row["text"] for row in read(asked)}
         for row in read(out.with_suffix(".all.jsonl")):
@@ -313,7 +314,7 @@ def test_right_answers_are_kept_and_hallucinated_ones_are_not(tmp_path):
 
 def test_unanswerable_questions_are_refused_and_those_with_an_answer_are_found_out(tmp_path, monkeypatch):
     said, asked = demo_questions(tmp_path, lambda row, asked: row)
-    common = ["--llm", str(DEMO / "llm"), "--questions", asked, "--unanswerable", "1"]
+    common = ["--llm", str(DEMO / "llm"), "--questions", asked, "--unanswerable", "1", "--trust-paths"]
     synth.main(["questions", said, str(tmp_path / "sqa.jsonl"), *common])
     rows, kept = read(tmp_path / "sqa.all.jsonl"), read(tmp_path / "sqa.jsonl")
     asked_of = {row["question"]: row["audio"] for row in read(asked)}
@@ -448,7 +449,7 @@ def test_joined_utterances_are_exact(tmp_path):
     cut = found["asr", "From 0.0. From 3.25. From 7.75."]
     assert cut["audio"] == "../talk.wav" and "start" not in cut and cut["duration"] == 9.75, "contiguous: no new audio"
     assert cut["licence"] == "CC-BY-SA-4.0" and cut["sources"] == [["talks", "CC-BY-SA-4.0"]]
-    manifest = Manifest(out)
+    manifest = Manifest(out, trust_paths=True)
     waves = {row["text"]: manifest.audio(row) for row in manifest}
     assert len(waves["From 0.0. From 3.25. From 7.75."]) == 9.75 * 16000
     assert all(row["duration"] <= 12 and row["style"] == "written" for row in read(out) if row["task"] == "asr")
