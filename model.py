@@ -9,8 +9,8 @@ Precision is two choices, each float32 or bfloat16: the dtype the weights are ke
 activations flow and matrix products run. Norms, softmax and loss are computed in float32 whichever they are.
 """
 
+import os
 from dataclasses import asdict, dataclass, field
-from functools import cache as once
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -21,9 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from prepare.checkpoint import (check_tied, divides, encoder_name, expect, fetch, known_fields, llm_fields, llm_name,
                                 load, read_generation, read_json, save)
+from prepare.flex import attend_flex, compiled_flex, document_mask
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors on pages of 2 MB: getting a small one takes longer than filling it
 AUDIO = -1  # placeholder id: this position of a row holds the recording's next audio frame
-BUCKET = 512  # the attention kernel of CUDA is compiled for every multiple of so many positions
+QUERIES = 192  # of a row that attend at once on CPU: few enough for their scores to stay in its caches
 LOSS_CHUNK = 256  # answer positions whose logits exist at once: 256 x 151,936 float32 is 156 MB
 ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
@@ -230,49 +232,29 @@ def attend(q, k, v, rows, bias=None, dropout=0.0):
     relative keys add to a query's scores. On CUDA one kernel does all rows; it has no dropout."""
     if rows.mask is not None and not dropout:
         return attend_flex(compiled_flex(), q, k, v, rows, rows.mask, bias)
-    biases, found = bias.split(rows.lengths) if bias is not None else rows.lengths, []
-    for q, k, v, bias in zip(*(x.split(rows.lengths) for x in (q, k, v)), biases):
-        mask = None
-        if rows.reach is not None:
-            relative = rows.relative[:len(q), :len(q)]
-            mask = bias.transpose(0, 1).gather(-1, relative.expand(q.shape[1], -1, -1))[None]  # (1, H, n, n)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, n, d)
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, rows.causal, enable_gqa=q.shape[1] != k.shape[1])
-        found.append(y[0].transpose(0, 1))
+    biases = bias.split(rows.lengths) if bias is not None else rows.lengths
+    parts = zip(*(x.split(rows.lengths) for x in (q * q.shape[-1] ** -0.5, k, v)), biases)
+    return torch.cat([attend_row(*part, rows, dropout) for part in parts])
+
+
+def attend_row(q, k, v, bias, rows, dropout):
+    """The same of one row, whose queries are scaled, by plain products, QUERIES of them at a time: on CPU these are faster
+    than scaled_dot_product_attention, above all backward."""
+    (n, H, d), G, found = q.shape, k.shape[1], []
+    q, k, v = q.view(n, G, -1, d), k.permute(1, 2, 0), v.transpose(0, 1)  # G groups of queries share a key
+    for i in range(0, n, QUERIES):
+        m = min(QUERIES, n - i)
+        x, end = q[i:i + m].permute(1, 2, 0, 3).reshape(G, -1, d), i + m if rows.causal else n
+        added = x.new_zeros(1, 1, 1)
+        if rows.causal:
+            added = x.new_full((m, end), -torch.inf).triu(i + 1).repeat(H // G, 1)
+        elif rows.reach is not None:  # keys out of reach are all alike
+            first, last, b = max(0, i - rows.reach[0]), min(n, i + m + rows.reach[1]), bias[i:i + m].transpose(0, 1)
+            near = b.gather(-1, rows.relative[i:i + m, first:last].expand(H, -1, -1))
+            added = torch.cat([b[..., :1].expand(-1, -1, first), near, b[..., -1:].expand(-1, -1, n - last)], -1)
+        p = F.dropout(torch.baddbmm(added, x, k[..., :end]).softmax(-1), dropout, dropout > 0)  # (G, H / G * m, end)
+        found.append((p @ v[:, :end]).view(G, -1, m, d).permute(2, 0, 1, 3).reshape(m, H, d))
     return torch.cat(found)
-
-
-def attend_flex(flex_attention, q, k, v, rows, mask, bias=None):
-    """The same by flex_attention (arXiv 2412.05496), which looks the bias up itself. The batch is filled up to a multiple
-    of BUCKET positions, for which it is compiled once."""
-    spare = -len(q) % BUCKET
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, spare)).transpose(0, 1)[None] for x in (q, k, v))  # (1, H, N', d)
-    score = None
-    if bias is not None:
-        bias, (left, right) = F.pad(bias, (0, 0, 0, 0, 0, spare)), rows.reach
-
-        def score(score, b, head, i, j):
-            return score + bias[i, head, (j - i).clamp(-left, right) + left]
-
-    y = flex_attention(q, k, v, score, mask, enable_gqa=q.shape[1] != k.shape[1])
-    return y[0].transpose(0, 1)[:len(rows.row)]
-
-
-def document_mask(row, causal):
-    """The block mask of flex_attention: a position sees its own row (N,), up to itself if causal."""
-    from torch.nn.attention.flex_attention import create_block_mask
-    row = F.pad(row, (0, -len(row) % BUCKET), value=-1)
-
-    def sees(b, head, i, j):
-        return (row[i] == row[j]) & (j <= i) if causal else row[i] == row[j]
-
-    return create_block_mask(sees, None, None, len(row), len(row), row.device)
-
-
-@once
-def compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 def attend_cache(q, keys, values, rows, mask):
@@ -597,6 +579,7 @@ class LLM(nn.Module):
     def __init__(self, config, compute_dtype=torch.float32):
         super().__init__()
         self.config, self.compute_dtype, self.checkpointing = config, compute_dtype, False
+        self.fast = None  # takes decode_step's place in generation, see prepare/fast_decode.py
         self.model = nn.ModuleDict({
             "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
@@ -632,7 +615,8 @@ class LLM(nn.Module):
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight  # (V, D)
 
     def logits(self, hidden):
-        return F.linear(hidden, self.head.to(hidden.dtype)).float()  # (N, D) -> (N, V)
+        head = self.lm_head if hasattr(self, "lm_head") else lambda x: F.linear(x, self.head.to(x.dtype))
+        return head(hidden).float()  # (N, D) -> (N, V)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, dtype=torch.float32, compute_dtype=None, device="cpu"):
@@ -778,7 +762,7 @@ class Prefix(NamedTuple):
 
 def new_cache(llm, batch, size):
     """One (keys, values) pair a layer, each (B, Hkv, S, head_dim), zeros in the compute dtype."""
-    c, weight = llm.config, llm.model.embed_tokens.weight
+    c, weight, size = llm.config, llm.model.embed_tokens.weight, llm.fast.room(size) if llm.fast else size
     shape = (batch, c.num_key_value_heads, size, c.head_dim)
     return [tuple(torch.zeros(shape, dtype=llm.compute_dtype, device=weight.device) for _ in range(2))
             for _ in range(c.num_hidden_layers)]
@@ -872,11 +856,13 @@ def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.
                 done[row], answers[row] = True, answers[row][:-extra]
         if all(done) or step == max_new_tokens - 1:
             return answers
-        going = [i for i, row in enumerate(rows) if not done[row]]
-        if len(going) <= 0.75 * len(rows):  # those that are done leave the batch
-            rows, ids, positions = [rows[i] for i in going], ids[going], positions[going]
-            cache = [tuple(store[going] for store in layer) for layer in cache]
-        logits = decode_step(llm, ids, positions + step, filled(cache, max(whole[row] for row in rows) + step + 1))
+        order = sorted(range(len(rows)), key=lambda i: done[rows[i]])
+        kept = 1 << (len(rows) - sum(done[row] for row in rows) - 1).bit_length()
+        if kept < len(rows):  # those that are done leave the batch, which shrinks to a power of two
+            order = order[:kept]
+            rows, ids, positions = [rows[i] for i in order], ids[order], positions[order]
+            cache = [tuple(store[order] for store in layer) for layer in cache]
+        logits = (llm.fast or decode_step)(llm, ids, positions + step, filled(cache, max(whole[row] for row in rows) + step + 1))
 
 
 def looped(ids):
@@ -931,4 +917,4 @@ def beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length
         for layer in cache:
             for store in layer:
                 store[:, :, :size + step - 1] = store[rows, :, :size + step - 1]
-        logits = decode_step(llm, ids, positions + step - 1, filled(cache, size + step))
+        logits = (llm.fast or decode_step)(llm, ids, positions + step - 1, filled(cache, size + step))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import POOL, PROMPT_TOKENS, TASKS, Examples, collate, cut, schedule
 from eval import quick_figures, refusal_threshold
 from model import SpeechLM, add_lora, merged_state
-from prepare.checkpoint import (fetch, fingerprint, load_checkpoint, load_tokenizer, read_json, read_lines, restore,
+from prepare.checkpoint import (fast_dtype, fetch, fingerprint, load_checkpoint, load_tokenizer, read_lines, restore,
                                 write_checkpoint, write_text)
 from prepare.distributed import (distribute, full, full_state, last_backward, load_resume, read_resume, remove_shards,
                                  save_resume, whole)
@@ -165,10 +165,8 @@ def build(cfg, rates, meta=False):
         raise TrainError(f"{cfg.init} holds a trained {' and '.join(frozen)}, which phase {cfg.phase} would freeze and not "
                          "save; start this phase from the base models, or from a checkpoint of phase align")
     directory = fetch(cfg.llm)
-    tokenizer, width = load_tokenizer(directory), read_json(directory / "config.json").get("hidden_size", 0)
-    fast = cfg.device != "cpu" or torch.cpu._is_avx512_bf16_supported() and width >= 512
-    precision = cfg.precision if cfg.precision != "auto" else "bfloat16" if fast else "float32"
-    compute = getattr(torch, precision)
+    tokenizer = load_tokenizer(directory)
+    compute = fast_dtype(directory, cfg.device) if cfg.precision == "auto" else getattr(torch, cfg.precision)
     adapter = {"num_adapter_layers": cfg.adapter_layers, "adapter_kernel_size": cfg.adapter_kernel,
                "adapter_stride": cfg.adapter_stride, "prompt_tokens": len(PROMPT_TOKENS) * (cfg.prompt == "tokens")}
     if init:
