@@ -107,9 +107,9 @@ DEMO_PHASES = {  # for the tiny models of demo/, when nothing else is named
 
 CHOICES = {"phase": PHASES, "prompt": ("text", "tokens"), "precision": ("auto", "float32", "bfloat16"),
            "device": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)}
-BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **dict.fromkeys(
+BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, 1e12), **dict.fromkeys(
     ["temperature", "batch_tokens", "accumulate", "adapter_layers", "adapter_kernel", "adapter_stride", "eval_every",
-     "max_seconds"], (1, math.inf)), "eval_rows": (2, math.inf)}  # other numbers: at least 0
+     "max_seconds"], (1, 1e12)), "eval_rows": (2, 1e12)}  # other numbers: at least 0
 CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
           {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
           {"bleu": "#1f6fb4"}]  # the picture's panels
@@ -131,7 +131,7 @@ def parse(argv):
         if getattr(cfg, name) not in allowed:
             parser.error(f"--{name} is {getattr(cfg, name)!r}, expected {' or '.join(allowed)}")
     for f in fields(TrainConfig):
-        low, high = BOUNDS.get(f.name, (0, math.inf))
+        low, high = BOUNDS.get(f.name, (0, 1e12))
         if f.type in (int, float) and not low <= getattr(cfg, f.name) <= high:
             parser.error(f"--{f.name.replace('_', '-')} is {getattr(cfg, f.name)}, expected {low} to {high}")
     if set(cfg.lora_targets) - set(LINEAR.split()) or cfg.lora_rank and "llm" not in PHASES[cfg.phase].rates:
@@ -353,7 +353,7 @@ def train(cfg, stop):
         state = {"config": asdict(cfg), "adapter": asdict(model.adapter.config), "bases": bases, "data": data,
                  "window": min(30.0, max(1.0, longest)), "step": step, **settled,
                  "versions": {"torch": str(torch.__version__), "python": sys.version}}
-        if rank() == 0:
+        if rank() == 0 and validated:  # a run stopped before that leaves the result of an earlier one
             write_checkpoint(checkpoint_path, {"model": merged, **state})
             write_text(out / f"{cfg.phase}.NOTICE", notice(data))
         save_resume(resume_path, model, optimizer, {**state, "position": position, "total": total, "seen": seen,
@@ -375,16 +375,18 @@ def train(cfg, stop):
                     settle_refusals(cfg, model, examples) if step == cfg.steps and "sqa" in tasks else {})
             found = None if any(gather(stop.asked)) else found
         if found:
-            (figures, pairs, settled), validated = found, step
+            figures, pairs, settled = found
             expect_finite(step, figures["dev_loss"])
+            validated = step
             record(step=step, **figures)
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
             for reference, hypothesis in pairs[::max(1, len(pairs) // 4)][:4] if len(tasks) > 1 else pairs[:2]:
                 bar.write(f"  said: {visible(reference)}\n  read: {visible(hypothesis)}")
             save(step, **settled)
         if any(gather(stop.asked)):
-            if not found and not skipped:  # weights that give no finite gradient are not worth an older checkpoint
+            if not found and not skipped and step > first:  # weights that give no finite gradient are not worth an older checkpoint
                 save(step)
+            gather("saved")  # torchrun ends the others when one ends
             raise KeyboardInterrupt
         if step == cfg.steps:
             break
@@ -392,13 +394,14 @@ def train(cfg, stop):
             group["lr"] = group["rate"] * lr_at(step, cfg)
 
         # one step: every batch's summed loss over the target tokens of all its batches, on all ranks
-        began, tokens = time.time(), 0  # again if no row of them can be used
+        began, tokens, tries = time.time(), 0, 0  # again if no row of them can be used
         while not tokens:
+            tries += 1
             batches = [next_batch(loader) for _ in range(math.ceil(total / world()))]
-            position, rows, missed, tokens, audio = together(batches)
-            seen, bad = seen + rows, bad | missed
+            position, drawn, missed, tokens, audio = together(batches)
+            seen, bad = seen + drawn, bad | missed
             met = min(seen, sum(map(len, manifests)))  # different recordings, as far as one can tell
-            if len(bad) > 0.01 * max(met, 300):
+            if len(bad) > 0.01 * max(met, 300) or not tokens and tries == 100:
                 raise TrainError(f"{len(bad)} of {met} recordings could not be used, more than 1 %: "
                                  + "; ".join(f"{where}: {why}" for where, why in list(bad.items())[-3:]))
         loss = 0.0
@@ -434,10 +437,10 @@ def train(cfg, stop):
 def main(argv=None):
     cfg = parse(argv)
     try:
-        with Stop() as stop, ranks():
+        with ranks(), Stop() as stop:
             train(cfg, stop)
     except KeyboardInterrupt:
-        print("train.py: stopped; what was saved is intact: go on with --resume", file=sys.stderr)
+        print("train.py: stopped" + "; what was saved is intact: go on with --resume" * (not cfg.dry_run), file=sys.stderr)
         sys.exit(128 + stop.asked if stop.asked else 130)
     except (CheckpointError, ManifestError, AudioError, RankError, TrainError) as error:
         sys.exit(f"train.py: {error}")

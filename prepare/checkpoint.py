@@ -174,7 +174,7 @@ def weight_files(directory):
 
 def open_weights(file, device="cpu"):
     try:
-        return safe_open(file, framework="pt", device=str(torch.device(device)))
+        return safe_open(file, framework="pt", device=str(torch.empty(0, device=device).device))  # "cuda" were GPU 0
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes that are not a whole safetensors file ({error}); "
                               "it is truncated or damaged: download it again") from error

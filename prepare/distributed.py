@@ -1,4 +1,7 @@
-"""The model on several ranks: replicated or sharded, and what a run of it is resumed from."""
+"""The model on several ranks: replicated or sharded, and what a run of it is resumed from.
+
+torch's modules for sharding take a second to import, so that is done where they are needed.
+"""
 
 import shutil
 import warnings
@@ -6,9 +9,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from prepare.checkpoint import load_checkpoint, write_checkpoint
@@ -28,6 +28,7 @@ def distribute(model, sharded, device):
     if not sharded:
         devices = None if device == "cpu" else [torch.cuda.current_device()]
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     options = {"mesh": dist.init_device_mesh(device, (world(),)), "mp_policy": MixedPrecisionPolicy(
         param_dtype=model.llm.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)}
     for layer in [*(model.encoder.encoder.layers if model.encoder is not None else []), *model.llm.model.layers]:
@@ -35,9 +36,13 @@ def distribute(model, sharded, device):
     return fully_shard(model, **options)
 
 
+def is_sharded(module):
+    return hasattr(module, "unshard")
+
+
 def last_backward(net, last):
     """A context for a batch of a step: only after the last one are the gradients brought together."""
-    if isinstance(net, FSDPModule):
+    if is_sharded(net):
         net.set_requires_gradient_sync(last)
     return net.no_sync() if isinstance(net, DistributedDataParallel) and not last else nullcontext()
 
@@ -46,7 +51,7 @@ def last_backward(net, last):
 def whole(model):
     """Inside, a sharded model is whole on every rank, so that its methods can be called like those of any other, without
     talking to the other ranks."""
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    shards = [module for module in model.modules() if is_sharded(module)]
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -58,13 +63,13 @@ def whole(model):
 
 def full(tensor):
     """The whole of a tensor that may be sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def full_state(model, parts):
     """The state dict of these parts of the model. If it is sharded, rank 0 gets it, in CPU memory; the others nothing."""
     state = {name: t for name, t in model.state_dict().items() if name.split(".")[0] in parts}
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         return state
     found = ((name, full(tensor)) for name, tensor in state.items())  # one after the other; every rank takes part
     return {name: tensor.cpu() for name, tensor in found if rank() == 0}
@@ -77,8 +82,9 @@ def full_state(model, parts):
 def save_resume(path, model, optimizer, state):
     """Writes what a run is resumed from. Every rank must take part; a state saved before is removed at the end."""
     directory = None
-    if isinstance(model, FSDPModule):
-        directory = path.with_name(f"{path.stem}-{state['step']}")
+    if is_sharded(model):
+        import torch.distributed.checkpoint as dcp
+        directory = path.with_name(f"{path.stem}-{state['step']}-{state['validated']}")
         with told(directory, "what was saved before is intact: mend this and start again with --resume"):
             dcp.save(live_tensors(model, optimizer), checkpoint_id=directory)
         state = {**state, "model": {}, "shards": directory.name}
@@ -92,7 +98,7 @@ def save_resume(path, model, optimizer, state):
 
 def remove_shards(path, but=None):
     for directory in path.parent.glob(f"{path.stem}-*"):
-        if directory != but and directory.name.removeprefix(f"{path.stem}-").isdigit():
+        if directory != but and directory.name.removeprefix(f"{path.stem}-").replace("-", "").isdigit():
             shutil.rmtree(directory)
 
 
@@ -126,27 +132,30 @@ def load_resume(path, state, model, optimizer):
                    for i, found in state["optimizer"]["state"].items()}
         optimizer.load_state_dict({**state["optimizer"], "state": moments})
         return
+    import torch.distributed.checkpoint as dcp
     moments = {i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
                for i, p in enumerate(parameters)}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     directory = path.with_name(state["shards"])
     with told(directory, f"{path.name} needs this directory beside it, as it was written"):
-        dcp.load(live_tensors(model, optimizer), checkpoint_id=directory, no_dist=not isinstance(model, FSDPModule))
+        dcp.load(live_tensors(model, optimizer), checkpoint_id=directory, no_dist=not is_sharded(model))
 
 
 @contextmanager
 def told(directory, remedy):
     """What goes wrong with shards on the disk, in one line."""
+    from torch.distributed.checkpoint import CheckpointException
     try:
         with warnings.catch_warnings(action="ignore"):  # of one process that reads what several wrote
             yield
-    except dcp.CheckpointException as error:  # no Exception
+    except CheckpointException as error:  # no Exception
         reasons = {str(reason).splitlines()[0] for reason, _ in error.failures.values()}
         raise CheckpointError(f"{directory}: {'; '.join(sorted(reasons))}; {remedy}") from error
 
 
 def share(tensor, parameter):
     """This rank's share of a tensor that all ranks have, split as the parameter is."""
-    if not isinstance(parameter, DTensor) or tensor.ndim == 0:
+    if not hasattr(parameter, "full_tensor") or tensor.ndim == 0:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -27,7 +27,7 @@ def encoder_states(cfg, encoder, manifests, identity):
         numbers.append([clips.setdefault(clip, len(clips)) for clip in rows])
     sizes = sorted((feature_length(clip[3]), 0, clip) for clip in clips if clip[3] <= cfg.max_seconds)
     frames, width, dtype = sum(size for size, *_ in sizes), encoder.config.hidden_size, encoder.compute_dtype
-    size, free = frames * width * dtype.itemsize, shutil.disk_usage(cfg.out).free
+    size, free = frames * width * dtype.itemsize, gather(shutil.disk_usage(cfg.out).free)[0]
     print(f"encoder outputs: {frames / 180000:.2f} h, {size / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free)")
     if size > min(cfg.cache_gb * 1e9, 0.9 * free):
         print(f"they do not fit in --cache-gb {cfg.cache_gb:g} or on the disk: the encoder runs in every step")
@@ -92,6 +92,6 @@ def write_together(path, share, found):
             for n, states in (torch.load(part(r), weights_only=True, mmap=True) if r else share).items():
                 found[n] = states
         write_checkpoint(path, found)
-        for r in range(1, world()):
-            part(r).unlink()
+        for file in path.parent.glob(f"{path.stem}.part*"):  # and those of a run cut off
+            file.unlink()
     gather("joined")

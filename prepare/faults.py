@@ -79,7 +79,7 @@ def next_batch(loader):
         raise TrainError(f"the loader has delivered nothing for {LOADER_SECONDS} s, is the disk or network of the "
                          "audio gone? What was saved is intact: mend this and start again with --resume") from error
     except (RuntimeError, OSError, ManifestError) as error:
-        reason = str(error).strip().splitlines()[-1]  # of an error in a process, behind its traceback
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of an error in a process, behind its traceback
         raise TrainError(f"a loader process died ({reason}); start again with --resume") from error
     finally:
         signal.alarm(0)

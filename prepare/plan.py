@@ -181,11 +181,18 @@ def stages_of(cfg, model, drawn, ranks, cache, cached):
                                        key=lambda found: found[1])
         model.encoder = encoder
     step += SCATTERED * blocks * (cfg.device == "cpu")
-    step += size(trained) * (ranks > 1)  # what is sent to the other ranks is a copy of the gradients
+    whole = 0
+    if cfg.fsdp:  # a share of everything, and the parts or, to validate, the whole in the compute dtype
+        layers = {p for part in (encoder.encoder.layers, model.llm.model.layers) for p in part.parameters()}
+        kept, step = kept / ranks, step - size(trained) * (1 - 1 / ranks)
+        step += dtype.itemsize * sum(p.numel() for p in model.parameters() if p not in layers)
+        whole = dtype.itemsize * sum(p.numel() for p in model.parameters())
+    else:
+        step += size(trained) * (ranks > 1)  # what is sent to the other ranks is a copy of the gradients
     token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize  # its keys and values
     answering = 2 * min(16, cfg.eval_clips) * (positions + MAX_NEW_TOKENS) * token  # read and copied for the answers
     stages["a training step"] = kept + step
-    stages["a validation"] = kept + max(listening, answering)
+    stages["a validation"] = kept + whole + max(listening, answering)
     stages["saving"] = kept + sum(layer.weight.nbytes for layer in model.llm.modules()
                                   if getattr(layer, "lora_b", None) is not None)  # merged
     return stages, held, step, rows
@@ -195,6 +202,8 @@ def dry_run(cfg, rates, opened, build, parameter_groups, on_device):
     """Prints what a run would need and, if its weights are there, how long it would take. cfg: a settled TrainConfig;
     rates: the learning rates of its trained parts; opened: what open_manifests gives; the rest are functions of train.py.
     Raises CheckpointError, and TrainError if the run would not fit into memory."""
+    if not os.path.exists("/proc/self/statm"):
+        raise TrainError("--dry-run reads /proc, which only Linux has; run it there")
     manifests, weights, dev, *_ = opened
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     cfg = replace(cfg, encoder=str(fetch(cfg.encoder, weights=False)), llm=str(fetch(cfg.llm, weights=False)))
@@ -207,6 +216,8 @@ def dry_run(cfg, rates, opened, build, parameter_groups, on_device):
         if position["pool"]:
             break
     drawn = [rows for rows in (read_rows(examples, batch) for batch in pool) if rows]
+    if not drawn:
+        raise TrainError(f"no row is as short as --max-seconds {cfg.max_seconds:g}; raise it")
     for name, part in model.named_children():
         count = sum(p.numel() for p in part.parameters())
         learned = sum(p.numel() for p in part.parameters() if p.requires_grad)
@@ -256,7 +267,7 @@ def weights_there(directory):
 def remedies(cfg, ranks):
     """The options that would make a run smaller."""
     some = ["--checkpointing"] * (not cfg.checkpointing) + ["a smaller --batch-frames"]
-    some += ["--lora-rank 16"] * (cfg.phase == "ift" and not cfg.lora_rank) + ["--fsdp"] * (ranks > 1)
+    some += ["--lora-rank 16"] * (cfg.phase == "ift" and not cfg.lora_rank) + ["--fsdp"] * (ranks > 1 and not cfg.fsdp)
     return f"give {', '.join(some[:-1])} or {some[-1]}"
 
 
@@ -266,7 +277,7 @@ def timed_steps(cfg, rates, examples, pool, build, parameter_groups, on_device, 
     groups = parameter_groups(model, rates, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     read = (examples[{}, some] for some in pool * (TIMED + 1))
-    batches = islice((batch for batch in read if "ids" in batch), TIMED + 1)
+    batches = islice((batch for batch in read if batch["rows"]), TIMED + 1)
     encoder, taken = model.encoder, []
     for batch in batches:
         made, audio = on_device(batch, cfg.device), sum(batch["lengths"]) / 50

@@ -171,7 +171,7 @@ def test_ranks_do_what_one_process_does(work, name, same):
     assert list(mine) == list(one) and all(type(tensor) is torch.Tensor for tensor in mine.values())
     for part in mine:  # a key's bias has no effect: its gradient is rounding, which AdamW takes for a direction
         assert part.endswith(("linear_k.bias", "k_proj.bias")) or torch.allclose(mine[part], one[part], atol=1e-4), part
-    assert (work / name / "ift.resume-4").exists() == name.endswith("fsdp")  # and no older shards
+    assert (work / name / "ift.resume-4-4").exists() == name.endswith("fsdp")  # and no older shards
     assert len(list((work / name).glob("ift.resume*"))) == 1 + name.endswith("fsdp")
     states = [torch.load(work / out / "ift.resume.pt", weights_only=True) for out in (name, same)]
     assert states[0]["bad"] == states[1]["bad"] != {} and states[0]["seen"] == states[1]["seen"]
@@ -203,11 +203,11 @@ def test_runs_that_cannot_go_on_say_why(work, tiny_project, tmp_path):
     shutil.copytree(work / "fsdp-half", tmp_path / "half")
     for change, message in [
             (dict(accumulate=3), "was trained with accumulate 2, found 3; give the same, or start anew without --resume"),
-            (dict(accumulate=2), "ift.resume-2: .*; ift.resume.pt needs this directory beside it, as it was written")]:
+            (dict(accumulate=2), "ift.resume-2-2: .*; ift.resume.pt needs this directory beside it, as it was written")]:
         with pytest.raises(train.CheckpointError, match=message) as error:
             run(argv(tiny_project, work, tmp_path / "half", resume=True, checkpointing=True, **change))
         assert "\n" not in str(error.value)
-        shutil.rmtree(tmp_path / "half" / "ift.resume-2", ignore_errors=True)
+        shutil.rmtree(tmp_path / "half" / "ift.resume-2-2", ignore_errors=True)
 
 
 def test_a_lost_rank_ends_the_run_and_nothing_is_lost(work, tiny_project):
