@@ -1,14 +1,23 @@
-"""Speed: python tests/bench.py features | manifest | loader | corpora | step | decode | plan [--rounds N] [--threads N] [--cpu]
+"""Speed: python tests/bench.py WHAT [PART] [--rounds N] [--threads N] [--cpu]
 
-features: ours and transformers' take turns, round by round; printed are medians and their ratio. manifest: a manifest
-of a million rows. loader: how fast the demo's batches are read, against how fast a step without the encoder cache
-uses them. corpora: 100,000 tiny clips in the layout of Common Voice made into a manifest. step, decode: training steps and answers of a mid-size pair (encoder 512 x 8 layers, LLM 768 x 8 layers,
-vocabulary 151,936), 8 rows, on random bfloat16 weights that transformers has too; the table is left in out/bench/ as
-JSON. plan: what train.py --dry-run says of the peak memory of runs of that size, against what they then take.
+features       ours and transformers' take turns, round by round; printed are medians and their ratio
+manifest       a manifest of a million rows
+loader         how fast the demo's batches are read, against how fast a step without the encoder cache uses them
+corpora        100,000 tiny clips in the layout of Common Voice made into a manifest
+start          from starting sample.py to the first letter of its answer
+step           training steps of a mid-size pair (encoder 512 x 8 layers, LLM 768 x 8 layers, vocabulary 151,936) of random
+               bfloat16 weights that transformers has too, 8 rows; part align (the adapter is trained: loss and gradients)
+               or full (everything is: loss, gradients and fused AdamW)
+decode         answers of that pair; part bfloat16 or int8
+growth         how a step's seconds and memory grow, as pictures
+plan           what train.py --dry-run says of the peak memory of runs of that size, against what they then take
+
+In step, decode and growth each side is a process of its own; they take turns, the first round of every shape warms up. Peak
+memory is above that of libraries and weights. The floor is ours: its products at the speed of a large one, or its weights
+at the speed of reading, both measured in the same run. Tables are left in out/bench/ as JSON.
 """
 
 import argparse
-import gc
 import itertools
 import json
 import re
@@ -17,16 +26,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from conftest import randomise
 from full_size import memory
+from mid_size import ENCODER, GROUPED, LLM, RAGGED, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from prepare.draw import draw_curves  # noqa: E402
 
 CLOCK = time.perf_counter  # or process_time, see --cpu
 
@@ -97,208 +107,130 @@ def loader(_):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The mid-size pair
-
-ENCODER = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=2048, layerdrop=0.0,
-               mask_time_prob=0.0, conformer_conv_dropout=0.0)
-LLM = dict(vocab_size=151936, hidden_size=768, intermediate_size=4480, num_hidden_layers=8, num_attention_heads=12,
-           num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=None)
-SECONDS = {"grouped": [11.0, 11.2, 11.3, 11.4, 11.4, 11.5, 11.6, 11.6],  # 91 s of audio each
-           "ragged": [18.6, 17.0, 14.5, 12.5, 10.5, 8.0, 6.0, 3.9]}
-INSTRUCTION = 8  # ids
-SAID = 3.2  # ids of the answer a second
+# The mid-size pair of mid_size.py
 
 
-def rows_of(kind):
-    """Of each row its features (F, 160), audio frames after the adapter, instruction and answer (ids)."""
-    from model import AdapterConfig, adapter_length
-    random, made = torch.Generator().manual_seed(0), []
-    for seconds in SECONDS[kind]:
-        x = torch.randn(int(50 * seconds), 160, generator=random)
-        ids = torch.randint(1000, 150000, (INSTRUCTION + int(SAID * seconds) + 1,), generator=random)
-        made.append((x, adapter_length(len(x), AdapterConfig()), ids[:INSTRUCTION], ids[INSTRUCTION:]))
-    return made
+def turns(rounds, runs):
+    """runs: {name: function that returns a worker's reply}, taken in turns, the first round only to warm up. Returns for
+    each name (median seconds, peak in GB, the last reply)."""
+    replies = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            replies[name].append(run())
+    clock = "cpu" if CLOCK is time.process_time else "wall"
+    return {name: (statistics.median(reply[clock] for reply in found[1:]), max(reply["peak"] for reply in found), found[-1])
+            for name, found in replies.items()}
 
 
-class Peer(torch.nn.Module):
-    """transformers' modules joined as in the reference: audio padded on the right, behind it the text, on the left."""
-
-    def __init__(self):
-        super().__init__()
-        from transformers import Qwen2Config, Qwen2ForCausalLM, Wav2Vec2BertConfig, Wav2Vec2BertModel
-        config = Wav2Vec2BertConfig(**ENCODER, add_adapter=True, num_adapter_layers=2)
-        with torch.device("meta"):
-            self.encoder, self.proj = Wav2Vec2BertModel(config), torch.nn.Linear(512, 768)
-            self.llm = Qwen2ForCausalLM(Qwen2Config(**LLM, bos_token_id=None, pad_token_id=None))
-        rotary = type(self.llm.model.rotary_emb)(self.llm.config)  # has buffers, which randomise leaves alone
-        randomise(self.bfloat16().to_empty(device="cpu"))
-        self.llm.tie_weights()
-        self.llm.model.rotary_emb = rotary
-        self.bfloat16()
-
-    def heard(self, rows):
-        """Features of rows -> audio embeddings (B, A, D), their mask."""
-        features = torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True).bfloat16()
-        mask = torch.arange(features.shape[1]) < torch.tensor([len(row[0]) for row in rows])[:, None]
-        audio = self.encoder(features, attention_mask=mask.long()).last_hidden_state
-        return self.proj(audio), torch.arange(audio.shape[1]) < torch.tensor([row[1] for row in rows])[:, None]
-
-    def joined(self, rows, answers):
-        """The arguments of the LLM, and the labels (B, T) of the text."""
-        audio, mask = self.heard(rows)
-        texts = [torch.cat(row[2:]) if answers else row[2] for row in rows]
-        text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side="left", padding_value=-1)
-        x = torch.cat([audio, self.llm.get_input_embeddings()(text.clamp(min=0))], 1)
-        return {"inputs_embeds": x, "attention_mask": torch.cat([mask, text >= 0], 1).long()}, text
-
-    def forward(self, rows, tuned):
-        arguments, labels = self.joined(rows, True)
-        for label, row in zip(labels, rows):
-            label[:-len(row[3])] = -1
-        if tuned:  # the head on the targets' rows alone, as one two-dimensional product
-            before = F.pad(labels[:, 1:] >= 0, (arguments["inputs_embeds"].shape[1] - labels.shape[1], 1))
-            logits = self.llm(**arguments, use_cache=False, logits_to_keep=before).logits
-            return F.cross_entropy(logits.float(), labels[:, 1:][labels[:, 1:] >= 0])
-        logits = self.llm(**arguments, use_cache=False, logits_to_keep=labels.shape[1]).logits
-        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-1)
+def machine(worker, rounds=5):
+    """What the machine does at most: floating point operations and bytes a second."""
+    found = turns(rounds, {"gemm": lambda: worker(do="gemm"), "stream": lambda: worker(do="stream")})
+    peaks = {name: reply["work"] / seconds for name, (seconds, _, reply) in found.items()}
+    print(f"matrix product {peaks['gemm'] / 1e9:.0f} GFLOP/s in bfloat16, reading {peaks['stream'] / 1e9:.1f} GB/s")
+    return peaks
 
 
-def tune(on):
-    """Lets the peer gather its position bias from one product with the 73 distances, instead of a (F, F, d) table."""
-    from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert as peer
-
-    def gathered(module, query, key):
-        at, left = torch.arange(key.shape[2]), module.left_max_position_embeddings
-        distance = (at - at[:, None]).clamp(-left, module.right_max_position_embeddings) + left
-        bias = query @ module.distance_embedding.weight.T * module.scaling  # (B, H, F, 73)
-        return query, bias.gather(-1, distance.expand(*bias.shape[:2], -1, -1))
-
-    peer.stock = getattr(peer, "stock", peer._apply_relative_key_position_encoding)
-    peer._apply_relative_key_position_encoding = gathered if on else peer.stock
-
-
-def ours_of(peer):
-    """Our model on the peer's weights, shared with it."""
-    from model import AdapterConfig, EncoderConfig, LengthAdapter, LLM as Ours, LLMConfig, SpeechEncoder, SpeechLM
-    with torch.device("meta"):
-        llm = LLMConfig.from_dict({"model_type": "qwen2", **LLM, "rope_theta": 10000.0})
-        model = SpeechLM(SpeechEncoder(EncoderConfig(**ENCODER), torch.bfloat16),
-                         LengthAdapter(AdapterConfig(**ENCODER, output_size=768), torch.bfloat16), Ours(llm, torch.bfloat16))
-    state = {f"llm.{name}": p for name, p in peer.llm.named_parameters()}
-    for name, p in peer.encoder.named_parameters():
-        state[name if name.startswith("adapter.") else f"encoder.{name}"] = p
-    state |= {f"adapter.enc_to_dec_proj.{name}": p for name, p in peer.proj.named_parameters()}
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.train()
-
-
-def batch_of(rows):
-    from data import collate
-    from model import AUDIO
-    return collate([([AUDIO] * n + instruction.tolist() + answer.tolist(), len(answer), x)
-                    for x, n, instruction, answer in rows])
-
-
-def step_of(who, model, what, kind):
-    """A function that takes one training step (loss and gradients, no optimizer) and returns the loss."""
-    rows = rows_of(kind)
-    batch = batch_of(rows)
-    if who == "ours" and "cached" in what:
-        with torch.no_grad():
-            batch["features"] = model.encoder(batch["features"], batch["lengths"])
-
-    def step():
-        for name, p in model.named_parameters():
-            p.grad = None
-            p.requires_grad_("full" in what or name.startswith(("adapter.", "encoder.adapter.", "proj.")))
-        if who == "ours":
-            encoder = model.encoder
-            encoder.checkpointing = model.llm.checkpointing = "checkpointing" in what
-            if "cached" in what:
-                model.encoder = None
-            loss, count = model(**batch)
-            (loss / count).backward()
-            model.encoder = encoder
-            return loss.item() / count
-        tune(who == "peer, tuned")
-        loss = model(rows, who == "peer, tuned")
-        loss.backward()
-        return loss.item()
-
-    return step
-
-
-def peak_of(who, what, kind):
-    """Peak memory in GB of one step in a process of its own, above that of the modules and libraries."""
-    command = [sys.executable, __file__, "peak", "--of", who, what, kind]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-
-
-def write(name, rows):
+def write(name, rows, **more):
     path = ROOT / "out/bench" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    path.write_text(json.dumps({"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
+    path.write_text(json.dumps({"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__, **more,
                                 "rows": rows}, indent=2) + "\n")
     print(path.relative_to(ROOT))
 
 
-def step(rounds):
-    peer = Peer().train()
-    ours, found = ours_of(peer), []
-    audio = rows_of("grouped")[0][0][:16 * 4]  # of a row whose length divides by 4 both have the same loss
-    whole = [(audio, 16, *rows_of("grouped")[0][2:])]
-    loss, count = ours(**batch_of(whole))
-    print(f"loss of one row: ours {loss.item() / count:.4f}, peer {peer(whole, False).item():.4f}, "
-          f"tuned {peer(whole, True).item():.4f}")
-    print(f"{'one step, 91 s of audio':34}{'stock s':>9}{'tuned s':>9}{'ours s':>9}{'stock/ours':>11}{'tuned/ours':>11}"
-          f"{'peak GB, tuned':>16}{'ours':>7}{'padding, peer':>15}")
-    whats = [("align", kind) for kind in SECONDS] + [("align, cached encoder", "grouped"), ("full", "grouped"),
-                                                    ("full", "ragged"), ("full, checkpointing", "ragged")]
-    for what, kind in whats:
-        runs = [step_of("peer, stock", peer, what, kind), step_of("peer, tuned", peer, what, kind),
-                step_of("ours", ours, what, kind)]
-        stock, tuned, own = interleaved(rounds, *runs)
-        gc.collect()
-        peaks = [peak_of(who, what, kind) for who in ("peer, tuned", "ours")]
-        padding = 1 - sum(SECONDS[kind]) / len(SECONDS[kind]) / max(SECONDS[kind])
-        found.append(dict(step=what, batch=kind, stock_s=stock, tuned_s=tuned, ours_s=own, peak_tuned_gb=peaks[0],
-                          peak_ours_gb=peaks[1], padding_peer=padding))
-        print(f"{what + ', ' + kind:34}{stock:9.2f}{tuned:9.2f}{own:9.2f}{stock / own:10.2f}x{tuned / own:10.2f}x"
-              f"{peaks[0]:16.2f}{peaks[1]:7.2f}{100 * padding:14.1f}%", flush=True)
-    write("step", found)
+STEPS = {"align": [("align", "ragged"), ("align", "grouped"), ("align, cached encoder", "grouped")],
+         "full": [("full", "grouped"), ("full, checkpointing", "grouped")]}
 
 
-def peak(_, who, what, kind):
-    peer = Peer().train()
-    run = step_of(who, ours_of(peer) if who == "ours" else peer, what, kind)
-    before = memory("VmRSS")
-    run()
-    print((memory("VmHWM") - before) / 1e9)
+def step(rounds, part="align"):
+    workers = {who: Worker(who, 8, torch.get_num_threads()) for who in ("stock", "tuned", "ours")}
+    peaks, found = machine(workers["ours"]), []
+    print(f"{'a step, 91 s of audio':32}{'stock s':>8}{'tuned':>7}{'ours':>7}{'stock/':>8}{'tuned/':>8}{'of floor':>9}"
+          f"{'stock GB':>10}{'tuned':>7}{'ours':>7}{'padding':>9}")
+    for what, kind in STEPS[part]:
+        seconds = {"grouped": GROUPED, "ragged": RAGGED}[kind]
+        asked = dict(what=what, seconds=seconds)
+        runs = {who: lambda worker=worker: worker(do="step", **asked) for who, worker in workers.items()
+                if who == "ours" or "cached" not in what}  # the peer has no such cache: its own step is compared with
+        took = turns(rounds, runs)
+        whole = took if "cached" not in what else whole | took  # that of the same batch comes last before
+        floor = workers["ours"](do="count", **asked)["value"] / peaks["gemm"]
+        padding = 1 - sum(seconds) / len(seconds) / max(seconds)
+        line = {who: whole[who][0] for who in ("stock", "tuned", "ours")}
+        memory_of = {f"{who} GB": whole[who][1] for who in line}
+        found.append({"step": what, "batch": kind, **line, "floor": floor, **memory_of, "peer's padding": padding,
+                      "loss": {who: took[who][2]["value"] for who in took}})
+        print(f"{what + ', ' + kind:32}" + "".join(f"{value:{8 if who == 'stock' else 7}.2f}" for who, value in line.items())
+              + f"{line['stock'] / line['ours']:7.2f}x{line['tuned'] / line['ours']:7.2f}x{100 * floor / line['ours']:8.0f}%"
+              + f"{memory_of['stock GB']:10.2f}{memory_of['tuned GB']:7.2f}{memory_of['ours GB']:7.2f}{100 * padding:8.1f}%",
+              flush=True)
+    write(f"step-{part}", found, gflops=peaks["gemm"] / 1e9)
 
 
-@torch.no_grad()
-def decode(rounds):
-    peer = Peer()
-    ours, rows, found = ours_of(peer).eval(), rows_of("ragged"), []
-    tune(False)
+def decode(rounds, part="bfloat16", tokens=33):
+    kinds = {"bfloat16": ("stock", "ours", "compiled"), "int8": ("stock", "int8", "int8 compiled")}[part]
+    workers = {who: Worker(who, 8, torch.get_num_threads()) for who in kinds}
+    peaks, found = machine(workers["stock"]), []
+    weights = 8 * (768 * (2 * 768 + 2 * 128) + 3 * 768 * 4480) + 151936 * 768  # read for every token
+    floor = weights * (2 if part == "bfloat16" else 1) / peaks["stream"]
+    print(f"{'decoding':24}" + "".join(f"{who + ' ms':>17}{'':9}" for who in kinds) + "     floor ms")
+    for batch in (1, 8):
+        took = {count: turns(rounds, {who: lambda worker=worker: worker(do="answer", seconds=RAGGED[:batch], count=count)
+                                      for who, worker in workers.items()}) for count in (1, tokens)}
+        first = {who: took[1][who][0] for who in kinds}
+        later = {who: (took[tokens][who][0] - first[who]) / (tokens - 1) for who in kinds}
+        for name, line, least in (("first token", first, None), ("each later", later, floor)):
+            found.append({"figure": name, "batch": batch, **line, "floor": least,
+                          "peak GB": {who: took[tokens][who][1] for who in kinds}})
+            print(f"{name}, batch {batch}".ljust(24) + "".join(
+                f"{1e3 * line[who]:17.1f} {line['stock'] / line[who]:7.2f}x" for who in kinds)
+                + (f"{1e3 * least:13.1f}" if least else ""), flush=True)
+    write(f"decode-{part}", found, bandwidth=peaks["stream"] / 1e9)
 
-    def own(some, count):
-        batch = batch_of([(*row[:3], row[3][:0]) for row in some])
-        del batch["targets"]
-        return ours.generate(batch.pop("ids"), batch.pop("ids_lengths"), **batch, max_new_tokens=count)
 
-    def theirs(some, count):
-        return peer.llm.generate(**peer.joined(some, False)[0], max_new_tokens=count, do_sample=False, pad_token_id=0)
+def growth(rounds):
+    """How seconds and memory of a step of phase align grow with the length of a row, with rows, and with layers."""
+    sweeps = {"seconds": [(s, [float(s)], 8) for s in (2, 5, 10, 20, 40, 60)],
+              "rows": [(n, [5.0] * n, 8) for n in (1, 2, 4, 8, 16)], "layers": [(n, [10.0, 10.0], n) for n in (2, 4, 8, 16)]}
+    found, workers = {}, {}
+    for name, points in sweeps.items():
+        found[name] = []
+        for x, seconds, layers in points:
+            for who in ("stock", "ours"):
+                if (who, layers) not in workers:
+                    workers[who, layers] = Worker(who, layers, torch.get_num_threads())
+            took = turns(rounds, {who: lambda who=who: workers[who, layers](do="step", what="align", seconds=seconds)
+                                  for who in ("stock", "ours")})
+            found[name].append({"step": x} | {f"{who} {unit}": took[who][i] for who in took for i, unit in enumerate(("s", "GB"))})
+            print(name, ", ".join(f"{key} {value:.4g}" for key, value in found[name][-1].items() if key != "step"), f"at {x}", flush=True)
+        panels = [{f"stock {unit}": "#999999", f"ours {unit}": "#1f6fb4"} for unit in ("s", "GB")]
+        (ROOT / "out/bench").mkdir(parents=True, exist_ok=True)
+        (ROOT / "out/bench" / f"growth-{name}.svg").write_text(draw_curves(found[name], panels))
+    write("growth", found)
 
-    print(f"{'decoding':34}{'peer ms':>9}{'ours ms':>9}{'peer/ours':>11}")
-    for some in (rows[:1], rows):
-        first, own_first, more, own_more = interleaved(
-            rounds, lambda: theirs(some, 1), lambda: own(some, 1), lambda: theirs(some, 33), lambda: own(some, 33))
-        for name, a, b in (("first token", first, own_first), ("each later", (more - first) / 32, (own_more - own_first) / 32)):
-            found.append(dict(figure=name, batch=len(some), peer_s=a, ours_s=b))
-            print(f"{f'{name}, batch {len(some)}':34}{1e3 * a:9.1f}{1e3 * b:9.1f}{a / b:10.2f}x", flush=True)
-    write("decode", found)
+
+def start(rounds):
+    """Seconds from starting sample.py, on the demo's models with an untrained adapter, to the first letter of its answer."""
+    import train
+    with tempfile.TemporaryDirectory() as place:
+        cfg = train.settle(train.parse(["--phase", "ift"]))[0]
+        model, _, bases = train.build(cfg, {})
+        state = {name: p for name, p in model.state_dict().items() if name.startswith("adapter.")}
+        torch.save({"model": state, "adapter": asdict(model.adapter.config), "bases": bases, "config": asdict(cfg), "data": [],
+                    "window": 10.0, "step": 0}, Path(place) / "ift.pt")
+        runs = {"import torch": ["-c", "import torch; print()"],
+                "first letter": ["sample.py", "demo/sample.wav", "Translate to German", "--ckpt", f"{place}/ift.pt"]}
+        times = {name: [] for name in runs}
+        for _ in range(rounds + 1):
+            for name, command in runs.items():
+                began = time.perf_counter()
+                process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                process.stdout.read(1)
+                times[name].append(time.perf_counter() - began)
+                process.communicate()
+    for name, taken in times.items():
+        print(f"{name}: {statistics.median(taken[1:]):.2f} s")
 
 
 def corpora(_rounds, count=100_000):
@@ -343,7 +275,7 @@ def plan(_rounds):
         (place / "llm" / "tokenizer.json").write_bytes(tokenizer)
         for split in ("train", "dev"):
             rows = []
-            for i, seconds in enumerate(2 * SECONDS["ragged"]):
+            for i, seconds in enumerate(2 * RAGGED):
                 soundfile.write(place / f"{split}{i}.wav", 0.1 * random.standard_normal(int(16000 * seconds)), 16000)
                 rows.append({"audio": f"{split}{i}.wav", "duration": seconds, "text": "one two " * int(seconds),
                              "task": "asr", "corpus": "noise", "licence": "CC0-1.0"})
@@ -362,15 +294,18 @@ def plan(_rounds):
             print(f"{name:34}{planned:11.2f}{measured:12.2f}{planned / measured:7.2f}" + " failed" * bool(status), flush=True)
 
 
+RUNS = {f.__name__: f for f in (features, manifest, loader, corpora, step, decode, growth, start, plan)}
+ROUNDS = {"features": 7, "step": 2, "decode": 3, "growth": 1, "start": 5}
+
+
 if __name__ == "__main__":
-    runs = {f.__name__: f for f in (features, manifest, loader, corpora, step, decode, peak, plan)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", default="features", choices=runs)
-    parser.add_argument("--rounds", type=int, default=7, help="of which the medians are taken")
+    parser.add_argument("what", nargs="?", default="features", choices=RUNS)
+    parser.add_argument("part", nargs="*", help="of step: align or full; of decode: bfloat16 or int8")
+    parser.add_argument("--rounds", type=int, help="of which the medians are taken, after one to warm up")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu", action="store_true", help="seconds of CPU instead of the wall's, on a busy machine")
-    parser.add_argument("--of", nargs=3, default=[], help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     CLOCK = time.process_time if args.cpu else CLOCK
-    runs[args.what](args.rounds, *args.of)
+    RUNS[args.what](args.rounds or ROUNDS.get(args.what, 1), *args.part)
