@@ -647,10 +647,12 @@ class AnswerLoss(torch.autograd.Function):
         d_head = torch.zeros_like(head, dtype=torch.float32) if all(ctx.needs_input_grad[:2]) else None
         for at in range(0, len(hidden), LOSS_CHUNK):
             h, y = hidden[at:at + LOSS_CHUNK], labels[at:at + LOSS_CHUNK]
-            log_p = F.linear(h, weight).float().log_softmax(-1)  # (n, V)
-            total += F.nll_loss(log_p, y, reduction="sum")
+            p = F.linear(h, weight).float()  # (n, V) logits, made into probabilities and then gradients where they stand
+            top, logit = p.amax(-1, keepdim=True), p.gather(1, y[:, None])
+            size = p.sub_(top).exp_().sum(-1, keepdim=True)
+            total += (size.log() + top - logit).sum()
             if d_hidden is not None:
-                d_logits = log_p.exp_().scatter_add_(1, y[:, None], log_p.new_full((len(y), 1), -1)).to(h.dtype)
+                d_logits = p.div_(size).scatter_add_(1, y[:, None], torch.full_like(logit, -1)).to(h.dtype)
                 d_hidden[at:at + LOSS_CHUNK] = d_logits @ weight
             if d_head is not None:
                 d_head += d_logits.T @ h

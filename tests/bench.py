@@ -139,13 +139,13 @@ def write(name, rows, **more):
     print(path.relative_to(ROOT))
 
 
-STEPS = {"align": [("align", "grouped"), ("align", "ragged"), ("align, cached encoder", "grouped")],
+STEPS = {"align": [("align", "ragged"), ("align", "grouped"), ("align, cached encoder", "grouped")],
          "full": [("full", "grouped"), ("full, checkpointing", "grouped")]}
 
 
 def step(rounds, part="align"):
     workers = {who: Worker(who, 8, torch.get_num_threads()) for who in ("stock", "tuned", "ours")}
-    peaks, found, stock = machine(workers["ours"]), [], {}
+    peaks, found = machine(workers["ours"]), []
     print(f"{'a step, 91 s of audio':32}{'stock s':>8}{'tuned':>7}{'ours':>7}{'stock/':>8}{'tuned/':>8}{'of floor':>9}"
           f"{'stock GB':>10}{'tuned':>7}{'ours':>7}{'padding':>9}")
     for what, kind in STEPS[part]:
@@ -154,11 +154,11 @@ def step(rounds, part="align"):
         runs = {who: lambda worker=worker: worker(do="step", **asked) for who, worker in workers.items()
                 if who == "ours" or "cached" not in what}  # the peer has no such cache: its own step is compared with
         took = turns(rounds, runs)
-        stock[kind] = stock.get(kind, {}) | took
+        whole = took if "cached" not in what else whole | took  # that of the same batch comes last before
         floor = workers["ours"](do="count", **asked)["value"] / peaks["gemm"]
         padding = 1 - sum(seconds) / len(seconds) / max(seconds)
-        line = {who: stock[kind][who][0] for who in ("stock", "tuned", "ours")}
-        memory_of = {f"{who} GB": stock[kind][who][1] for who in line}
+        line = {who: whole[who][0] for who in ("stock", "tuned", "ours")}
+        memory_of = {f"{who} GB": whole[who][1] for who in line}
         found.append({"step": what, "batch": kind, **line, "floor": floor, **memory_of, "peer's padding": padding,
                       "loss": {who: took[who][2]["value"] for who in took}})
         print(f"{what + ', ' + kind:32}" + "".join(f"{value:{8 if who == 'stock' else 7}.2f}" for who, value in line.items())
