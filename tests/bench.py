@@ -145,7 +145,7 @@ STEPS = {"align": [("align", "ragged"), ("align", "grouped"), ("align, cached en
 
 def step(rounds, part="align"):
     workers = {who: Worker(who, 8, torch.get_num_threads()) for who in ("stock", "tuned", "ours")}
-    peaks, found = machine(workers["ours"]), []
+    peaks, found, whole = machine(workers["ours"]), [], {}
     print(f"{'a step, 91 s of audio':32}{'stock s':>8}{'tuned':>7}{'ours':>7}{'stock/':>8}{'tuned/':>8}{'of floor':>9}"
           f"{'stock GB':>10}{'tuned':>7}{'ours':>7}{'padding':>9}")
     for what, kind in STEPS[part]:
@@ -154,7 +154,7 @@ def step(rounds, part="align"):
         runs = {who: lambda worker=worker: worker(do="step", **asked) for who, worker in workers.items()
                 if who == "ours" or "cached" not in what}  # the peer has no such cache: its own step is compared with
         took = turns(rounds, runs)
-        whole = took if "cached" not in what else whole | took  # that of the same batch comes last before
+        whole = (whole if "cached" in what else {}) | took  # that of the same batch comes last before
         floor = workers["ours"](do="count", **asked)["value"] / peaks["gemm"]
         padding = 1 - sum(seconds) / len(seconds) / max(seconds)
         line = {who: whole[who][0] for who in ("stock", "tuned", "ours")}
