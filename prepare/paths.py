@@ -8,6 +8,7 @@ from functools import lru_cache
 def leads_out(folder, audio):
     """Whether a path, relative to a folder, is of a file outside it: by being absolute, by "..", or by a symbolic link.
     Of SHARD.tar/MEMBER it is the shard that counts. A folder's links are looked up once."""
+    folder = os.path.abspath(folder)  # what was looked up stays true when the working directory changes
     shard, tar, _ = os.path.join(folder, audio).partition(".tar/")
     directory, name = os.path.split(shard + tar.rstrip("/"))
     try:
