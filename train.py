@@ -107,9 +107,9 @@ DEMO_PHASES = {  # for the tiny models of demo/, when nothing else is named
 
 CHOICES = {"phase": PHASES, "prompt": ("text", "tokens"), "precision": ("auto", "float32", "bfloat16"),
            "device": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)}
-BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, 1e12), **dict.fromkeys(
+BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **dict.fromkeys(
     ["temperature", "batch_tokens", "accumulate", "adapter_layers", "adapter_kernel", "adapter_stride", "eval_every",
-     "max_seconds"], (1, 1e12)), "eval_rows": (2, 1e12)}  # other numbers: at least 0
+     "max_seconds"], (1, math.inf)), "eval_rows": (2, math.inf)}  # other numbers: at least 0
 CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
           {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
           {"bleu": "#1f6fb4"}]  # the picture's panels
@@ -131,8 +131,8 @@ def parse(argv):
         if getattr(cfg, name) not in allowed:
             parser.error(f"--{name} is {getattr(cfg, name)!r}, expected {' or '.join(allowed)}")
     for f in fields(TrainConfig):
-        low, high = BOUNDS.get(f.name, (0, 1e12))
-        if f.type in (int, float) and not low <= getattr(cfg, f.name) <= high:
+        low, high = BOUNDS.get(f.name, (0, math.inf))
+        if f.type in (int, float) and not (low <= getattr(cfg, f.name) <= high and math.isfinite(getattr(cfg, f.name))):
             parser.error(f"--{f.name.replace('_', '-')} is {getattr(cfg, f.name)}, expected {low} to {high}")
     if set(cfg.lora_targets) - set(LINEAR.split()) or cfg.lora_rank and "llm" not in PHASES[cfg.phase].rates:
         parser.error(f"--lora-rank is for phase ift, --lora-targets are some of {LINEAR}")
