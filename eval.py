@@ -256,8 +256,9 @@ def answer_xml(args, model, tokenizer, state, settings):
     question, else by nothing."""
     expect_words(state, settings["checkpoint"][0])
     tasks, out = mcif.read_source(args.xml, None if args.trust_paths else args.audio), Path(args.out)
-    rows = [{"key": (task.track, task.language, sample.id), "id": f"{task.track} {task.language} {sample.id}", "audio": sample.audio, "instruction": sample.instruction,
-             "task": task_of(sample.instruction), "source_language": "en", "target_language": task.language,
+    rows = [{"key": (task.track, task.language, sample.id), "id": f"{task.track} {task.language} {sample.id}",
+             "audio": sample.audio, "instruction": sample.instruction, "task": task_of(sample.instruction),
+             "source_language": "en", "target_language": task.language,
              "seconds": audio_seconds(Path(args.audio) / sample.audio)} for task in tasks for sample in task.samples]
     items, failed = decode(model, tokenizer, state, rows, lambda row: load_audio(Path(args.audio) / row["audio"]),
                            out.with_suffix(".answers.jsonl"), settings, score=False, num_beams=args.beams)

@@ -23,7 +23,8 @@ from prepare.checkpoint import (check_tied, divides, encoder_name, expect, fetch
                                 load, read_generation, read_json, save)
 from prepare.flex import attend_flex, compiled_flex, document_mask
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors on pages of 2 MB: getting a small one takes longer than filling it
+# large tensors on pages of 2 MB: getting a small one takes longer than filling it
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 AUDIO = -1  # placeholder id: this position of a row holds the recording's next audio frame
 QUERIES = 192  # of a row that attend at once on CPU: few enough for their scores to stay in its caches
 LOSS_CHUNK = 256  # answer positions whose logits exist at once: 256 x 151,936 float32 is 156 MB
@@ -79,6 +80,11 @@ class AdapterConfig(EncoderConfig):
     adapter_stride: int = 2  # two layers of stride 2: 20 ms frames in, 80 ms frames out
     adapter_act: str = "relu"
     prompt_tokens: int = 0  # embeddings for prompt tokens that the LLM does not have
+
+    @classmethod
+    def between(cls, encoder, llm, **adapter):
+        """That of an adapter between the models of two configurations, which give its widths whatever `adapter` says."""
+        return cls(**known_fields(cls, adapter | asdict(encoder) | {"output_size": llm.hidden_size}, "the adapter"))
 
 
 @dataclass
@@ -615,8 +621,9 @@ class LLM(nn.Module):
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight  # (V, D)
 
     def logits(self, hidden):
-        head = self.lm_head if hasattr(self, "lm_head") else lambda x: F.linear(x, self.head.to(x.dtype))
-        return head(hidden).float()  # (N, D) -> (N, V)
+        if hasattr(self, "lm_head"):
+            return self.lm_head(hidden).float()  # (N, D) -> (N, V)
+        return F.linear(hidden, self.head.to(hidden.dtype)).float()
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, dtype=torch.float32, compute_dtype=None, device="cpu"):
@@ -746,8 +753,7 @@ class SpeechLM(nn.Module):
         kept = {part: torch.float32 if part in float32 else dtype for part in ("encoder", "adapter", "llm")}
         encoder = SpeechEncoder.from_pretrained(encoder, kept["encoder"], compute_dtype or dtype, device)
         llm = LLM.from_pretrained(llm, kept["llm"], compute_dtype or dtype, device)
-        own = adapter | asdict(encoder.config) | {"output_size": llm.config.hidden_size}
-        config = AdapterConfig(**known_fields(AdapterConfig, own, "the adapter"))
+        config = AdapterConfig.between(encoder.config, llm.config, **adapter)
         return cls(encoder, LengthAdapter(config, llm.compute_dtype).to(device, kept["adapter"]), llm).eval()
 
 

@@ -32,14 +32,15 @@ def load_model(path, device="cpu", int8=False):
     weights rounded to 8 bits; its tokenizer; the checkpoint without weights. Raises CheckpointError."""
     state = load_checkpoint(path)
     bases = {name: base["path"] for name, base in state["bases"].items()}
-    dtype = fast_dtype(fetch(bases["llm"]), device)
+    llm = fetch(bases["llm"])
+    dtype = fast_dtype(llm, device)
     model = SpeechLM.from_parts(bases["encoder"], bases["llm"], dtype, device=device, **state["adapter"])
     restore(model, state, {name: fingerprint(base) for name, base in bases.items()}, path)
     del state["model"]
     if int8:
         quantise(model.llm)
     model.llm.fast = FastDecode()
-    return model.eval(), load_tokenizer(fetch(bases["llm"])), state
+    return model.eval(), load_tokenizer(llm), state
 
 
 # ----------------------------------------------------------------------------------------------------------------------

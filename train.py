@@ -349,13 +349,14 @@ def train(cfg, stop):
         pin_memory=cfg.device != "cpu", worker_init_fn=ignore_signals))
 
     def save(step, **settled):
-        merged = merged_state(model, full_state(model, rates))
         state = {"config": asdict(cfg), "adapter": asdict(model.adapter.config), "bases": bases, "data": data,
                  "window": min(30.0, max(1.0, longest)), "step": step, **settled,
                  "versions": {"torch": str(torch.__version__), "python": sys.version}}
-        if rank() == 0 and validated:  # a run stopped before that leaves the result of an earlier one
-            write_checkpoint(checkpoint_path, {"model": merged, **state})
-            write_text(out / f"{cfg.phase}.NOTICE", notice(data))
+        if validated:  # a run stopped before that leaves the result of an earlier one
+            merged = merged_state(model, full_state(model, rates))  # every rank takes part
+            if rank() == 0:
+                write_checkpoint(checkpoint_path, {"model": merged, **state})
+                write_text(out / f"{cfg.phase}.NOTICE", notice(data))
         save_resume(resume_path, model, optimizer, {**state, "position": position, "total": total, "seen": seen,
                                                     "bad": bad, "validated": validated, "skipped": skipped})
 
@@ -384,7 +385,8 @@ def train(cfg, stop):
                 bar.write(f"  said: {visible(reference)}\n  read: {visible(hypothesis)}")
             save(step, **settled)
         if any(gather(stop.asked)):
-            if not found and not skipped and step > first:  # weights that give no finite gradient are not worth an older checkpoint
+            # weights that give no finite gradient are not worth an older checkpoint
+            if not found and not skipped and step > first:
                 save(step)
             gather("saved")  # torchrun ends the others when one ends
             raise KeyboardInterrupt

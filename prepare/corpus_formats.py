@@ -392,7 +392,7 @@ def convert(corpus, source, args):
 
     done = _resume(journal, {name: str(value) for name, value in vars(args).items()}, tally,
                    lambda audio: not shards or finished(audio.partition(".tar/")[0]))
-    folders = [Path.cwd() / path for path in (source, out.parent, args.common_voice, args.librispeech) if path]
+    folders = [path for path in (source, out.parent, args.common_voice, args.librispeech) if path]
     checked = partial(check, corpus=corpus, seconds_of=lru_cache(maxsize=1024)(audio_seconds),
                       folders=None if args.trust_paths else folders)
     rows = islice(corpus.read(source, args), done, None)
@@ -405,7 +405,7 @@ def convert(corpus, source, args):
                     if shards and ".tar/" not in str(audio):
                         audio = shards.add(audio, _member(audio, source, out.parent))
                     audio = entry["row"]["audio"] = os.path.relpath(audio, out.parent)
-                    entry["outside"] = leads_out(os.path.abspath(out.parent), audio)
+                    entry["outside"] = leads_out(out.parent, audio)
                 file.write(json.dumps(entry, ensure_ascii="drop" in entry) + "\n")
                 tally.add(entry)
                 bar.update()

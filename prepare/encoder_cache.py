@@ -21,21 +21,18 @@ def encoder_states(cfg, encoder, manifests, identity):
     directory that later runs find again if encoder, rows and audio files are the same. Returns the function (manifest,
     row) -> (F, D) states, which raises AudioError for a row that cannot be used; or None if they would not fit on the
     disk or in cache_gb."""
-    clips, numbers = {}, []  # (manifest, audio, start, seconds) -> number; each row's clip
-    for m, manifest in enumerate(manifests):
-        rows = [(m, row["audio"], row["start"], manifest.seconds(row)) for row in manifest]
-        numbers.append([clips.setdefault(clip, len(clips)) for clip in rows])
-    sizes = sorted((feature_length(clip[3]), 0, clip) for clip in clips if clip[3] <= cfg.max_seconds)
-    frames, width, dtype = sum(size for size, *_ in sizes), encoder.config.hidden_size, encoder.compute_dtype
-    size, free = frames * width * dtype.itemsize, gather(shutil.disk_usage(cfg.out).free)[0]
+    clips, numbers = clips_of(manifests)
+    sizes = sizes_of(cfg, clips)
+    frames, size = sum(n for n, *_ in sizes), states_size(encoder, sizes)
+    free = gather(shutil.disk_usage(cfg.out).free)[0]
     print(f"encoder outputs: {frames / 180000:.2f} h, {size / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free)")
-    if size > min(cfg.cache_gb * 1e9, 0.9 * free):
+    if not fits(cfg, size, free):
         print(f"they do not fit in --cache-gb {cfg.cache_gb:g} or on the disk: the encoder runs in every step")
         return None
     files = {str(manifests[m].path.parent / audio).partition(".tar/") for m, audio, *_ in clips}
     files = sorted(shard + ".tar" * bool(tar) for shard, tar, _ in files)
     stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files if os.path.exists(file)]
-    key = json.dumps([identity["sha256"], str(dtype), cfg.batch_frames, stamps, list(clips)])
+    key = json.dumps([identity["sha256"], str(encoder.compute_dtype), cfg.batch_frames, stamps, list(clips)])
     path = Path(cfg.out) / f"encoder-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     found = stored(path)
     if not all(gather(found is not None)):
@@ -50,6 +47,30 @@ def encoder_states(cfg, encoder, manifests, identity):
         return states  # (F, D)
 
     return states_of
+
+
+def clips_of(manifests):
+    """The clips of all rows, {(manifest, audio, start, seconds): number}, and for each manifest the numbers of its rows."""
+    clips, numbers = {}, []
+    for m, manifest in enumerate(manifests):
+        rows = [(m, row["audio"], row["start"], manifest.seconds(row)) for row in manifest]
+        numbers.append([clips.setdefault(clip, len(clips)) for clip in rows])
+    return clips, numbers
+
+
+def sizes_of(cfg, clips):
+    """(frames, 0, clip) of the clips that are not too long, as cut takes them, the shortest first."""
+    return sorted((feature_length(clip[3]), 0, clip) for clip in clips if clip[3] <= cfg.max_seconds)
+
+
+def states_size(encoder, sizes):
+    """Bytes of the encoder's outputs."""
+    return sum(frames for frames, *_ in sizes) * encoder.config.hidden_size * encoder.compute_dtype.itemsize
+
+
+def fits(cfg, size, free):
+    """Whether so many bytes are kept on a disk that has so many free."""
+    return size <= min(cfg.cache_gb * 1e9, 0.9 * free)
 
 
 def stored(path):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import Linear, decode_step
+from prepare.checkpoint import first_line
 
 ON_CPU = {"freezing": True, "max_autotune": True, "autotune_num_choices_displayed": 0,
           "max_autotune_report_choices_stats": False}
@@ -42,8 +43,8 @@ class FastDecode:
             try:
                 return self.compiled[shape](llm, ids, positions, whole)
             except Exception as error:  # of dynamo, inductor, triton or the C++ compiler, which have no common base
-                print(f"decoding is not compiled and therefore slower: {str(error).strip().splitlines()[0]}; is there a "
-                      "C++ compiler (g++)?", file=sys.stderr)
+                print(f"decoding is not compiled and therefore slower: {first_line(error)}; is there a C++ compiler "
+                      "(g++)?", file=sys.stderr)
                 self.pays, self.compiled = float("inf"), {}
         start = time.perf_counter()
         logits = decode_step(llm, ids, positions, cache)

@@ -15,13 +15,16 @@ def open_journal(path, settings):
     items, settings_path = {}, path.with_suffix(".json")
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        join_parts(path)
+        parts = parts_of(path)
+        if parts:
+            write_items(path, {item["id"]: item for file in (path, *parts) for item in read_lines(file)})
+            remove(parts)
         try:
             if json.loads(settings_path.read_text(encoding="utf-8"))["settings"] == settings:
                 items = {item["id"]: item for item in read_lines(path)}
         except (OSError, ValueError, KeyError):
             pass
-        if not items and path.stat().st_size:
+        if not items and path.exists() and path.stat().st_size:
             os.replace(path, path.with_suffix(".old.jsonl"))
             print(f"{path}: held answers of other settings, now in {path.with_suffix('.old.jsonl')}")
         write_items(path, items)
@@ -39,15 +42,17 @@ def close_journal(path, items, failed, order):
         answered |= theirs
         missing |= without
     if world() > 1 and rank() == 0:
-        join_parts(path)
         place = {name: i for i, name in enumerate(order)}
         write_items(path, dict(sorted(answered.items(), key=lambda item: place.get(item[0], -1))))
+        remove(parts_of(path))
     return answered, missing
 
 
-def join_parts(path):
-    parts = sorted(path.parent.glob(f"{escape(path.stem)}.part*.jsonl"))
-    write_items(path, {item["id"]: item for file in (path, *parts) for item in read_lines(file)})
+def parts_of(path):
+    return sorted(path.parent.glob(f"{escape(path.stem)}.part*.jsonl"))
+
+
+def remove(parts):
     for part in parts:
         part.unlink()
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from data import Examples, feature_length, render, schedule
 from model import AdapterConfig, EncoderConfig, LengthAdapter, LLM, LLMConfig, SpeechEncoder, SpeechLM, adapter_length
 from prepare.checkpoint import fetch, read_generation, read_json, weight_files
+from prepare.encoder_cache import clips_of, fits, sizes_of, states_size
 from prepare.errors import CheckpointError, TrainError
 from sample import BATCH_FRAMES, MAX_NEW_TOKENS
 
@@ -67,7 +68,7 @@ def meta_parts(encoder, llm, dtype, compute_dtype, device, float32=(), **adapter
     heard = EncoderConfig.from_dict(raw, Path(encoder) / "config.json")
     where = directory / "config.json"
     said = LLMConfig.from_dict(read_json(where), where, read_generation(directory))
-    config = AdapterConfig(**asdict(heard) | {"output_size": said.hidden_size} | adapter)
+    config = AdapterConfig.between(heard, said, **adapter)
     with torch.device("meta"):
         model = SpeechLM(SpeechEncoder(heard, compute_dtype), LengthAdapter(config, compute_dtype),
                          LLM(said, compute_dtype))
@@ -139,13 +140,11 @@ def encode_memory(model, frames, longest, width):
 
 def cache_size(cfg, model, manifests):
     """Bytes of the encoder's outputs for every recording of the manifests, and whether they will be kept."""
-    clips = {(manifest.path.parent / row["audio"], row["start"], manifest.seconds(row))
-             for manifest in manifests for row in manifest}
-    frames = sum(feature_length(clip[2]) for clip in clips if clip[2] <= cfg.max_seconds)
-    amount = frames * model.encoder.config.hidden_size * model.encoder.compute_dtype.itemsize
+    clips, _ = clips_of(manifests)
     out = Path(cfg.out).resolve()
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
-    return amount, amount <= min(cfg.cache_gb * GB, 0.9 * free)
+    amount = states_size(model.encoder, sizes_of(cfg, clips))
+    return amount, fits(cfg, amount, free)
 
 
 def read_rows(examples, batch):
