@@ -146,9 +146,11 @@ def read_json(path):
 
 
 def fast_dtype(directory, device):
-    """bfloat16 where an LLM computes faster in it: on CUDA, and on CPUs that have it if the LLM is not tiny."""
-    width = read_json(directory / "config.json").get("hidden_size", 0)
-    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported() and width >= 512
+    """bfloat16 where an LLM computes faster in it: on CUDA, and on CPUs that have it if the LLM is not tiny. Raises
+    CheckpointError."""
+    raw = read_json(directory / "config.json")
+    typed(raw, directory / "config.json", hidden_size=int)
+    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported() and (raw.get("hidden_size") or 0) >= 512
     return torch.bfloat16 if fast else torch.float32
 
 

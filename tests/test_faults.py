@@ -332,6 +332,8 @@ def test_a_row_that_cannot_be_trained_on(capsys, tiny_project, tmp_path, row, me
     (lambda place: (place / "llm" / "tokenizer.json").unlink(), "tokenizer.json: .*; copy the LLM's own tokenizer.json there"),
     (lambda place: (place / "llm" / "config.json").write_text("[1]"), "config.json: found a list, expected a JSON object; copy"),
     (lambda place: (place / "llm" / "config.json").write_text("{"), "config.json: not readable as JSON .*; copy it from the"),
+    (lambda place: (place / "llm" / "config.json").write_text('{"hidden_size": "768", "vocab_size": 290}'),
+     "llm/config.json: hidden_size is '768', expected int"),
     (lambda place: (place / "encoder" / "config.json").unlink(), "encoder/config.json: not found; a checkpoint has config.json"),
     (lambda place: (place / "encoder" / "model.safetensors").unlink(), "encoder: found no weights, expected model.safetensors"),
     (lambda place: (place / "encoder" / "model.safetensors").write_bytes(b"x" * 99), "99 bytes that are not a whole safetensors"),
