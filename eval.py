@@ -29,6 +29,7 @@ from prepare.checkpoint import newest_checkpoint, write_text
 from prepare.errors import AudioError, CheckpointError, ManifestError, RankError, visible
 from prepare.instructions import REFUSALS, instruction_of, task_of
 from prepare.journal import close_journal, open_journal
+from prepare.memory import keep_freed
 from prepare.ranks import rank, ranks, start, world
 from prepare.report import write_report
 from sample import MAX_NEW_TOKENS, answer_rows, expect_words, hear_waves, load_model
@@ -288,6 +289,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if bool(args.manifest) == bool(args.xml) or args.xml and not (args.audio and args.out):
         parser.error("give a manifest, or --xml SRC.xml --audio DIR --out HYP.xml")
+    keep_freed()
     try:
         with ranks():
             start(device := "cuda" if torch.cuda.is_available() else "cpu")

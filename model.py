@@ -27,7 +27,8 @@ from prepare.flex import attend_flex, compiled_flex, document_mask
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 AUDIO = -1  # placeholder id: this position of a row holds the recording's next audio frame
 QUERIES = 192  # of a row that attend at once on CPU: few enough for their scores to stay in its caches
-LOSS_CHUNK = 256  # answer positions whose logits exist at once: 256 x 151,936 float32 is 156 MB
+LOSS_CHUNK = 1024  # answer positions whose logits exist at once: 1,024 x 151,936 bfloat16 is 311 MB
+SOFTMAX_ROWS = 32  # of them, whose probabilities do in float32
 ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 
@@ -576,8 +577,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm, self.self_attn = RMSNorm(config.hidden_size, config.rms_norm_eps), Attention(config)
         self.post_attention_layernorm, self.mlp = RMSNorm(config.hidden_size, config.rms_norm_eps), MLP(config)
 
-    def forward(self, x, *attention):
-        x = x + self.self_attn(self.input_layernorm(x), *attention)
+    def forward(self, x, wanted, *attention):  # wanted: the positions that go on, of the last layer; None for all
+        y = self.self_attn(self.input_layernorm(x), *attention)
+        x = x + y if wanted is None else x[wanted] + y[wanted]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -601,8 +603,9 @@ class LLM(nn.Module):
     def embed(self, ids):
         return self.model.embed_tokens(ids).to(self.compute_dtype)  # (N,) -> (N, D)
 
-    def hidden(self, x, lengths, cache=None, start=None):
-        """x (N, D) embeddings, row after row of these lengths -> (N, D) states after the final norm.
+    def hidden(self, x, lengths, cache=None, start=None, wanted=None):
+        """x (N, D) embeddings, row after row of these lengths -> (N, D) states after the final norm, or those of the
+        `wanted` positions alone (n, D): behind its keys and values, the last layer computes no others.
 
         cache: one (keys, values) pair a layer, each (B, Hkv, S, d), written in place. start (B,): how many positions of
         each row the cache already holds; None means none, and the rows begin here.
@@ -613,7 +616,8 @@ class LLM(nn.Module):
             mask = torch.arange(cache[0][0].shape[2], device=x.device) <= last[..., None]  # (B, n, S)
         cos, sin = (table.to(x.dtype) for table in rope(rows.position, self.config))
         for i, layer in enumerate(self.model.layers):
-            x = run(layer, self.checkpointing, x, rows, cos, sin, None if cache is None else cache[i], mask)
+            here = wanted if i == len(self.model.layers) - 1 else None
+            x = run(layer, self.checkpointing, x, here, rows, cos, sin, None if cache is None else cache[i], mask)
         return self.model.norm(x)
 
     @property
@@ -645,24 +649,25 @@ class LLM(nn.Module):
 
 class AnswerLoss(torch.autograd.Function):
     """Summed cross-entropy, float32, of hidden (N, D) @ head (V, D).T against labels (N,). Logits exist once and for
-    LOSS_CHUNK positions at a time: their gradient is taken there and then (as in arXiv 2410.10989)."""
+    LOSS_CHUNK positions at a time: their gradient is taken there and then (as in arXiv 2410.10989), in their place."""
 
     @staticmethod
     def forward(ctx, hidden, head, labels):
         weight, total = head.to(hidden.dtype), torch.zeros((), device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_head = torch.zeros_like(head, dtype=torch.float32) if all(ctx.needs_input_grad[:2]) else None
-        for at in range(0, len(hidden), LOSS_CHUNK):
-            h, y = hidden[at:at + LOSS_CHUNK], labels[at:at + LOSS_CHUNK]
-            p = F.linear(h, weight).float()  # (n, V) logits, made into probabilities and then gradients where they stand
-            top, logit = p.amax(-1, keepdim=True), p.gather(1, y[:, None])
-            size = p.sub_(top).exp_().sum(-1, keepdim=True)
-            total += (size.log() + top - logit).sum()
+        d_hidden, d_head = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None, None
+        for h, y, d in zip(*(t.split(LOSS_CHUNK) for t in (hidden, labels, hidden if d_hidden is None else d_hidden))):
+            logits = F.linear(h, weight)  # (n, V)
+            for some, label in zip(logits.split(SOFTMAX_ROWS), y[:, None].split(SOFTMAX_ROWS)):
+                p = some.float()
+                top, logit = p.amax(-1, keepdim=True), p.gather(1, label)
+                size = p.sub_(top).exp_().sum(-1, keepdim=True)
+                total += (size.log() + top - logit).sum()
+                some.copy_(p.div_(size).scatter_add_(1, label, torch.full_like(logit, -1)))
             if d_hidden is not None:
-                d_logits = p.div_(size).scatter_add_(1, y[:, None], torch.full_like(logit, -1)).to(h.dtype)
-                d_hidden[at:at + LOSS_CHUNK] = d_logits @ weight
-            if d_head is not None:
-                d_head += d_logits.T @ h
+                torch.mm(logits, weight, out=d)
+            if all(ctx.needs_input_grad[:2]):
+                more = logits.T @ h
+                d_head = more if d_head is None else d_head.float().add_(more)  # chunks add up in float32
         ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head.dtype))
         return total
 
@@ -707,8 +712,8 @@ class SpeechLM(nn.Module):
         token), none of them a row's first. Divide by the count over all batches of a step, not by each batch's.
         """
         audio, _ = self.encode(features, lengths)
-        hidden = self.llm.hidden(self.embed(ids, audio), ids_lengths)
-        return AnswerLoss.apply(hidden[targets - 1], self.llm.head, ids[targets]), len(targets)
+        hidden = self.llm.hidden(self.embed(ids, audio), ids_lengths, wanted=targets - 1)
+        return AnswerLoss.apply(hidden, self.llm.head, ids[targets]), len(targets)
 
     @torch.no_grad()
     def read(self, ids, ids_lengths, features=None, lengths=None, heard=None):
@@ -716,7 +721,7 @@ class SpeechLM(nn.Module):
         which may then be asked any number of instructions. Arguments as in generate."""
         x = self.embed(ids, self.checked_audio(ids, ids_lengths, features, lengths, heard))
         cache = new_cache(self.llm, len(ids_lengths), max(ids_lengths))
-        self.llm.hidden(x, ids_lengths, cache)
+        self.llm.hidden(x, ids_lengths, cache, wanted=[])
         return Prefix(cache, ids_lengths)
 
     @torch.no_grad()
@@ -731,10 +736,10 @@ class SpeechLM(nn.Module):
     def score(self, ids, ids_lengths, answer_lengths, prefix, prefix_rows):
         """log p of the last answer_lengths ids of each row, which continue rows of a prefix: (B,), float32."""
         start, cache = continued_cache(self.llm, prefix, prefix_rows, max(ids_lengths))
-        hidden = self.llm.hidden(self.embed(ids), ids_lengths, cache, start)  # (N, D)
         ends, device = accumulate(ids_lengths), ids.device
         targets = torch.cat([torch.arange(end - n, end, device=device) for end, n in zip(ends, answer_lengths)])
-        log_p = self.llm.logits(hidden[targets - 1]).log_softmax(-1).gather(1, ids[targets, None])[:, 0]
+        hidden = self.llm.hidden(self.embed(ids), ids_lengths, cache, start, targets - 1)
+        log_p = self.llm.logits(hidden).log_softmax(-1).gather(1, ids[targets, None])[:, 0]
         return torch.stack([some.sum() for some in log_p.split(answer_lengths)])
 
     def checked_audio(self, ids, ids_lengths, features, lengths, heard):
@@ -794,7 +799,7 @@ def filled(cache, size):
 def prefill(llm, x, lengths, cache, start=None):
     """Reads x (N, D), row after row of these lengths, into the cache, behind the `start` (B,) positions it already
     holds. Returns the logits (B, V) that follow each row's last position."""
-    return llm.logits(llm.hidden(x, lengths, cache, start)[[end - 1 for end in accumulate(lengths)]])
+    return llm.logits(llm.hidden(x, lengths, cache, start, [end - 1 for end in accumulate(lengths)]))
 
 
 def decode_step(llm, ids, positions, cache):

@@ -31,6 +31,7 @@ from prepare.encoder_cache import encoder_states
 from prepare.errors import AudioError, CheckpointError, ManifestError, RankError, TrainError, visible
 from prepare.faults import Stop, expect_finite, ignore_signals, leave_out, next_batch
 from prepare.licences import notice, used
+from prepare.memory import keep_freed
 from prepare.mixture import open_manifests
 from prepare.plan import dry_run, meta_parts
 from prepare.ranks import deal, gather, rank, ranks, seed_for, start, together, world
@@ -438,6 +439,7 @@ def train(cfg, stop):
 
 def main(argv=None):
     cfg = parse(argv)
+    keep_freed()
     try:
         with ranks(), Stop() as stop:
             train(cfg, stop)

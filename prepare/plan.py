@@ -29,17 +29,16 @@ GB = 1e9
 TIMED = 3  # steps
 # What a process on the CPU takes beside its tensors, as measured (python tests/bench.py plan):
 LIBRARIES = 0.2e9  # bytes of kernels and threads that the libraries load as they begin to compute
-BLOCK = 2**25  # bytes; larger blocks glibc gives back at once (mallopt(3), M_MMAP_THRESHOLD)
-SCATTERED = 0.2  # of the smaller blocks, what lies unused between others
+SCATTERED = 0.2  # of what a step takes, what lies unused between other tensors (see memory.py)
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make within it: `now`, those alive; `peak`, the most there were;
-    `blocks`, the most in blocks under BLOCK. The model's weights do not count."""
+    """Counts the bytes of the tensors that operators make within it: `now`, those alive; `peak`, the most there were.
+    The model's weights do not count."""
 
     def __init__(self, model):
         super().__init__()
-        self.now = self.peak = self.small = self.blocks = 0
+        self.now = self.peak = 0
         self.known = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -54,8 +53,8 @@ class Live(TorchDispatchMode):
         return out
 
     def count(self, size):
-        self.now, self.small = self.now + size, self.small + size * (abs(size) < BLOCK)
-        self.peak, self.blocks = max(self.peak, self.now), max(self.blocks, self.small)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
     def freed(self, storage, size):
         self.known.discard(storage)
@@ -113,8 +112,7 @@ def largest(batches, budgets):
 
 
 def step_memory(model, rows, width, accumulate):
-    """Bytes that a training step holds beside weights and optimizer state: when its forward pass is done, and at most;
-    and of that at most in small blocks."""
+    """Bytes that a training step holds beside weights and optimizer state: when its forward pass is done, and at most."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     with Live(model) as live:
         for _ in range(min(2, accumulate)):  # the second batch finds the gradients of the first
@@ -126,7 +124,7 @@ def step_memory(model, rows, width, accumulate):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for p in parameters:
             p.grad = None
-    return held, live.peak, live.blocks
+    return held, live.peak
 
 
 @torch.no_grad()
@@ -175,11 +173,11 @@ def stages_of(cfg, model, drawn, ranks, cache, cached):
             stages["the encoder cache"] = weights + cache + encode_memory(model, cfg.batch_frames, longest, width)
             kept, width, model.encoder = kept + cache - size(encoder.parameters()), encoder.config.hidden_size, None
         listening = encode_memory(model, BATCH_FRAMES, longest, width)
-        held, step, blocks, rows = max(((*step_memory(model, rows, width, cfg.accumulate), rows)
-                                        for rows in largest(drawn, (cfg.batch_frames, cfg.batch_tokens))),
-                                       key=lambda found: found[1])
+        held, step, rows = max(((*step_memory(model, rows, width, cfg.accumulate), rows)
+                                for rows in largest(drawn, (cfg.batch_frames, cfg.batch_tokens))),
+                               key=lambda found: found[1])
         model.encoder = encoder
-    step += SCATTERED * blocks * (cfg.device == "cpu")
+    step += SCATTERED * step * (cfg.device == "cpu")
     whole = 0
     if cfg.fsdp:  # a share of everything, and the parts or, to validate, the whole in the compute dtype
         layers = {p for part in (encoder.encoder.layers, model.llm.model.layers) for p in part.parameters()}

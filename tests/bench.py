@@ -140,14 +140,16 @@ def write(name, rows, **more):
 
 
 STEPS = {"align": [("align", "ragged"), ("align", "grouped"), ("align, cached encoder", "grouped")],
-         "full": [("full", "grouped"), ("full, checkpointing", "grouped")]}
+         "full": [(what, kind) for kind in ("grouped", "ragged") for what in ("full", "full, checkpointing")]}
 
 
 def step(rounds, part="align"):
-    workers = {who: Worker(who, 8, torch.get_num_threads()) for who in ("stock", "tuned", "ours")}
+    sides = {"align": ("stock", "tuned", "ours"), "full": ("stock", "ours")}[part]  # of full, three would need 27 GB
+    workers = {who: Worker(who, 8, torch.get_num_threads()) for who in sides}
     peaks, found, whole = machine(workers["ours"]), [], {}
-    print(f"{'a step, 91 s of audio':32}{'stock s':>8}{'tuned':>7}{'ours':>7}{'stock/':>8}{'tuned/':>8}{'of floor':>9}"
-          f"{'stock GB':>10}{'tuned':>7}{'ours':>7}{'padding':>9}")
+    titles = [*(f"{who} s" for who in sides), *(f"{who}/ours" for who in sides[:-1]), "of floor",
+              *(f"{who} GB" for who in sides), "padding"]
+    print(f"{'a step, 91 s of audio':32}" + "".join(f"{title:>12}" for title in titles))
     for what, kind in STEPS[part]:
         seconds = {"grouped": GROUPED, "ragged": RAGGED}[kind]
         asked = dict(what=what, seconds=seconds)
@@ -157,14 +159,13 @@ def step(rounds, part="align"):
         whole = (whole if "cached" in what else {}) | took  # that of the same batch comes last before
         floor = workers["ours"](do="count", **asked)["value"] / peaks["gemm"]
         padding = 1 - sum(seconds) / len(seconds) / max(seconds)
-        line = {who: whole[who][0] for who in ("stock", "tuned", "ours")}
-        memory_of = {f"{who} GB": whole[who][1] for who in line}
+        line, ours = {who: whole[who][0] for who in sides}, whole["ours"][0]
+        memory_of = {f"{who} GB": whole[who][1] for who in sides}
         found.append({"step": what, "batch": kind, **line, "floor": floor, **memory_of, "peer's padding": padding,
                       "loss": {who: took[who][2]["value"] for who in took}})
-        print(f"{what + ', ' + kind:32}" + "".join(f"{value:{8 if who == 'stock' else 7}.2f}" for who, value in line.items())
-              + f"{line['stock'] / line['ours']:7.2f}x{line['tuned'] / line['ours']:7.2f}x{100 * floor / line['ours']:8.0f}%"
-              + f"{memory_of['stock GB']:10.2f}{memory_of['tuned GB']:7.2f}{memory_of['ours GB']:7.2f}{100 * padding:8.1f}%",
-              flush=True)
+        print(f"{what + ', ' + kind:32}" + "".join(f"{value:12.2f}" for value in line.values())
+              + "".join(f"{line[who] / ours:12.2f}" for who in sides[:-1]) + f"{100 * floor / ours:11.0f}%"
+              + "".join(f"{value:12.2f}" for value in memory_of.values()) + f"{100 * padding:11.1f}%", flush=True)
     write(f"step-{part}", found, gflops=peaks["gemm"] / 1e9)
 
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from conftest import randomise  # noqa: E402
 from full_size import memory  # noqa: E402
+from prepare.memory import keep_freed  # noqa: E402
 
 ENCODER = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=2048, layerdrop=0.0,
                mask_time_prob=0.0, conformer_conv_dropout=0.0)
@@ -205,14 +206,19 @@ def stream(_side, size=2**27):
 def main():
     who, layers, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(threads)
-    side = Peer(layers, who == "tuned") if who in ("stock", "tuned") else Ours(layers, who)
-    last = run = None
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was only needed to make the weights
+    peer = who in ("stock", "tuned")
+    side = Peer(layers, who == "tuned") if peer else Ours(layers, who)
+    last, run, trim = None, None, ctypes.CDLL("libc.so.6").malloc_trim
+    trim(0)  # what was only needed to make the weights
     bare = memory("VmRSS")
+    if not peer:
+        keep_freed()  # as train.py and eval.py do
+    print("{}", flush=True)  # ready
     for line in sys.stdin:
         task = json.loads(line)
         if task != last:
             run, work, last = None, None, task
+            trim(0)
             if task["do"] == "step":
                 run = training_step(side, task["what"], task["seconds"])
             elif task["do"] == "answer":
@@ -247,10 +253,14 @@ class Worker:
     def __init__(self, who, layers=8, threads=1):
         self.process = subprocess.Popen([sys.executable, __file__, who, str(layers), str(threads)], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.reply("starting")
 
     def __call__(self, **task):
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
+        return self.reply(task)
+
+    def reply(self, task):
         while line := self.process.stdout.readline():
             if line.startswith("{"):
                 return json.loads(line)
