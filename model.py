@@ -654,8 +654,8 @@ class AnswerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels):
         weight, total = head.to(hidden.dtype), torch.zeros((), device=hidden.device)
-        d_hidden, d_head = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None, None
-        for h, y, d in zip(*(t.split(LOSS_CHUNK) for t in (hidden, labels, hidden if d_hidden is None else d_hidden))):
+        d_hidden, d_head = torch.empty_like(hidden), None
+        for h, y, d in zip(*(t.split(LOSS_CHUNK) for t in (hidden, labels, d_hidden))):
             logits = F.linear(h, weight)  # (n, V)
             for some, label in zip(logits.split(SOFTMAX_ROWS), y[:, None].split(SOFTMAX_ROWS)):
                 p = some.float()
@@ -663,7 +663,7 @@ class AnswerLoss(torch.autograd.Function):
                 size = p.sub_(top).exp_().sum(-1, keepdim=True)
                 total += (size.log() + top - logit).sum()
                 some.copy_(p.div_(size).scatter_add_(1, label, torch.full_like(logit, -1)))
-            if d_hidden is not None:
+            if ctx.needs_input_grad[0]:
                 torch.mm(logits, weight, out=d)
             if all(ctx.needs_input_grad[:2]):
                 more = logits.T @ h

@@ -43,7 +43,9 @@ def test_compiled_decoding_says_the_same(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("eight", [False, True])
-def test_compiled_logits(dtype, bound, eight):
+def test_compiled_logits(monkeypatch, dtype, bound, eight):
+    if eight or dtype == torch.float32:  # tuning takes a minute
+        monkeypatch.setitem(fast_decode.ON_CPU, "max_autotune", False)
     llm, ids, lengths = tiny_llm("qwen2", num_hidden_layers=1).to(dtype), torch.randint(8, 211, (10,)), [6, 1, 3]
     llm.compute_dtype = dtype
     if eight:
@@ -88,7 +90,7 @@ def test_without_a_compiler(capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 4, 5])
+@pytest.mark.parametrize("rows", [1, 8, 9])
 def test_products_with_8_bits(dtype, rows):
     """Few rows by a kernel of their own, many by unpacking: both as if the rounded weights were multiplied."""
     weight, x, bias = torch.randn(64, 32), torch.randn(rows, 32).to(dtype), torch.randn(64)
@@ -101,6 +103,17 @@ def test_products_with_8_bits(dtype, rows):
     assert y.dtype == dtype
     expected = x.float() @ rounded.T + bias
     torch.testing.assert_close(y.float(), expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_the_compiler_gets_the_kernel_for_few_rows():
+    """Else it would unpack all weights for every token, which takes longer than not to round them at all."""
+    linear, code = Int8Linear(*int8(torch.randn(64, 32))), []
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, backend=lambda graph, _: code.append(graph.code) or graph, dynamic=False)
+    for rows in (1, 9):
+        x = torch.randn(rows, 32)
+        torch.testing.assert_close(compiled(x), linear(x))
+    assert ["int8pack" in some for some in code] == [True, False]
 
 
 @torch.no_grad()

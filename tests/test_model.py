@@ -687,6 +687,7 @@ def test_loss_makes_no_logits_for_the_whole_batch(monkeypatch):
 def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, dtype, frozen):
     """In several chunks, the last one short; frozen weights get no gradient, not even a computed one."""
     monkeypatch.setattr(model, "LOSS_CHUNK", 4)
+    monkeypatch.setattr(model, "SOFTMAX_ROWS", 3)
     head, labels = torch.randn(211, 48).requires_grad_(not frozen), torch.randint(0, 211, (11,))
     ours, plain = (torch.randn(11, 48, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_() for _ in range(2))
     with Shapes() as shapes:
@@ -705,6 +706,29 @@ def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, dtype, froze
             assert model.AnswerLoss.apply(ours.detach(), head, labels) == loss
     made = [s for s in shapes.seen if s == (211, 48)]
     assert len(made) == (dtype == torch.bfloat16)  # the head in the compute dtype
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_layer_computes_no_more_than_is_wanted(checkpointing):
+    """Its states, all gradients and the cache are those of the whole; elsewhere its MLP does nothing."""
+    llm, lengths, wanted = tiny_llm("qwen3", num_hidden_layers=3), [6, 1, 5], [2, 5, 6, 11]
+    llm.checkpointing, x, found = checkpointing, torch.randn(12, 48), []
+    for some in (None, wanted):
+        at = x.clone().requires_grad_()
+        llm.zero_grad()
+        with Shapes() as shapes:
+            states = llm.hidden(at, lengths, wanted=some)
+            states = states[wanted] if some is None else states
+            states.square().sum().backward()
+        found.append((states, at.grad, *[p.grad for p in llm.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    inner = llm.config.intermediate_size
+    assert (len(wanted), inner) in shapes.seen and (12, inner) in shapes.seen
+    with torch.no_grad():
+        caches = [new_cache(llm, 3, 6) for _ in range(2)]
+        llm.hidden(x, lengths, caches[0])
+        assert llm.hidden(x, lengths, caches[1], wanted=[]).shape == (0, 48)
+    torch.testing.assert_close(caches[1], caches[0])
 
 
 # how many dropouts with the given rate the peer's module of the same configuration applies in one forward pass

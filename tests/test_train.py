@@ -658,3 +658,21 @@ def test_a_full_disk_keeps_the_last_checkpoint(capsys, monkeypatch, tiny_project
     monkeypatch.setattr(torch, "save", fuller)
     refused(capsys, arguments(tiny_project, tmp_path, steps=4, seed=1), "align.pt: could not be written to the end")
     assert (tmp_path / "align.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_freed_memory_is_kept_for_the_next_step():
+    """After keep_freed, a large tensor's memory is still the process's when the tensor is gone."""
+    code = """if True:
+        import re, torch
+        from prepare.memory import keep_freed
+        def resident():
+            return int(re.search(r"VmRSS:\\s*(\\d+)", open("/proc/self/status").read())[1])
+        for keep in (lambda: None, keep_freed):
+            keep()
+            before = resident()
+            torch.ones(50_000_000)
+            print(resident() - before)"""
+    given_back, kept = map(int, subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                                               check=True).stdout.split())
+    assert given_back < 50_000 < 190_000 < kept  # KB
