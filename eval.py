@@ -282,7 +282,7 @@ def main(argv=None):
     parser.add_argument("--out", help="directory of items, summary and report (out/eval); with --xml, the answer file")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="rows of the manifest to be answered")
     parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams; 1 is greedy")
-    parser.add_argument("--int8", action="store_true", help="round the LLM's weights to 8 bits: less memory; on CPU faster for one answer at a time")
+    parser.add_argument("--int8", action="store_true", help="8-bit LLM weights: less memory, faster one answer at a time")
     parser.add_argument("--xml", help="IWSLT 2025 or MCIF source file to be answered")
     parser.add_argument("--audio", help="directory of its recordings")
     parser.add_argument("--trust-paths", action="store_true", help="take audio from outside these folders, too")

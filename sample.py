@@ -204,7 +204,7 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, default=0.0, help="draw the answer at random at this temperature")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    parser.add_argument("--int8", action="store_true", help="round the LLM's weights to 8 bits: less memory; on CPU faster for one answer at a time")
+    parser.add_argument("--int8", action="store_true", help="8-bit LLM weights: less memory, faster one answer at a time")
     args = parser.parse_args(argv)
     *files, last = args.audio
     if not files or os.path.exists(last) or re.fullmatch(r"\S*[.](wav|flac|mp3|ogg|opus|oga|aiff?|m4a)", last, re.I):
