@@ -12,7 +12,7 @@ decode         answers of that pair; part bfloat16 or int8
 growth         how a step's seconds and memory grow, as pictures
 plan           what train.py --dry-run says of the peak memory of runs of that size, against what they then take
 
-In step, decode and growth each side is a process of its own; they take turns, the first round of every shape warms up. Peak
+In step, decode and growth each side is a process of its own; they take turns, and in each the second of two runs counts. Peak
 memory is above that of libraries and weights. The floor is ours: its products at the speed of a large one, or its weights
 at the speed of reading, both measured in the same run. Tables are left in out/bench/ as JSON.
 """
@@ -111,14 +111,15 @@ def loader(_):
 
 
 def turns(rounds, runs):
-    """runs: {name: function that returns a worker's reply}, taken in turns, the first round only to warm up. Returns for
-    each name (median seconds, peak in GB, the last reply)."""
+    """runs: {name: function that returns a worker's reply}, taken in turns, twice each: the second counts, as a system may
+    have taken memory from a process that waited. Returns for each name (median seconds, peak in GB, the last reply)."""
     replies = {name: [] for name in runs}
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in runs.items():
+            run()
             replies[name].append(run())
     clock = "cpu" if CLOCK is time.process_time else "wall"
-    return {name: (statistics.median(reply[clock] for reply in found[1:]), max(reply["peak"] for reply in found), found[-1])
+    return {name: (statistics.median(reply[clock] for reply in found), max(reply["peak"] for reply in found), found[-1])
             for name, found in replies.items()}
 
 
@@ -303,7 +304,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", default="features", choices=RUNS)
     parser.add_argument("part", nargs="*", help="of step: align or full; of decode: bfloat16 or int8")
-    parser.add_argument("--rounds", type=int, help="of which the medians are taken, after one to warm up")
+    parser.add_argument("--rounds", type=int, help="of which the medians are taken")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu", action="store_true", help="seconds of CPU instead of the wall's, on a busy machine")
     args = parser.parse_args()
