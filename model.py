@@ -680,7 +680,8 @@ class AnswerLoss(torch.autograd.Function):
                 top, logit = p.amax(-1, keepdim=True), p.gather(1, label)
                 size = p.sub_(top).exp_().sum(-1, keepdim=True)
                 total += (size.log() + top - logit).sum()
-                some.copy_(p.div_(size).scatter_add_(1, label, torch.full_like(logit, -1)))
+                if ctx.needs_input_grad[0]:
+                    some.copy_(p.div_(size).scatter_add_(1, label, torch.full_like(logit, -1)))
             if ctx.needs_input_grad[0]:
                 torch.mm(logits, weight, out=d)
             if all(ctx.needs_input_grad[:2]):
