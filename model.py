@@ -21,14 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 from prepare.checkpoint import (check_tied, divides, encoder_name, expect, fetch, known_fields, llm_fields, llm_name,
                                 load, read_generation, read_json, save)
-from prepare.flex import attend_flex, compiled_flex, document_mask
+from prepare.compiled import as_it_is, compiled_call, compiled_flex, compiler_found, document_mask
 
 # large tensors on pages of 2 MB: getting a small one takes longer than filling it
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 AUDIO = -1  # placeholder id: this position of a row holds the recording's next audio frame
 QUERIES = 192  # of a row that attend at once on CPU: few enough for their scores to stay in its caches
 LOSS_CHUNK = 1024  # answer positions whose logits exist at once: 1,024 x 151,936 bfloat16 is 311 MB
-SOFTMAX_ROWS = 32  # of them, whose probabilities do in float32
+SOFTMAX_ROWS = {"cpu": 4, "cuda": 256}  # of them, whose probabilities do in float32; on CPU few enough for its caches
 ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 
@@ -147,9 +147,13 @@ class Conv1d(nn.Conv1d):
         return F.linear(x.transpose(1, 2).flatten(1), self.weight.to(x.dtype).flatten(1), bias)
 
 
+def depthwise(x, weight):
+    """x (1, D, T) convolved with a weight (D, 1, kernel) of its own for every channel."""
+    return F.conv1d(x, weight, groups=len(weight)) if x.is_cuda else Depthwise.apply(x, weight)
+
+
 class Depthwise(torch.autograd.Function):
-    """F.conv1d of x (1, D, T) with a weight (D, 1, kernel) of its own for every channel. Both gradients are such
-    convolutions again: on CPU five times as fast as the ones of PyTorch."""
+    """The same on CPU. Both gradients are such convolutions again: five times as fast as the ones of PyTorch."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -171,9 +175,8 @@ class DepthwiseConv1d(nn.Conv1d):
     def forward(self, x, rows):
         gap = self.kernel_size[0] - 1
         at = torch.arange(len(x), device=x.device) + gap * (rows.row + 1)
-        x = x.new_zeros(len(x) + gap * len(rows.lengths), x.shape[1]).index_copy(0, at, x)
-        x, weight = x.T.contiguous()[None], self.weight.to(x.dtype)
-        x = F.conv1d(x, weight, groups=self.groups) if x.is_cuda else Depthwise.apply(x, weight)  # (1, D, ...)
+        x = x.new_zeros(len(x) + gap * len(rows.begin), x.shape[1]).index_copy(0, at, x)
+        x = rows.depthwise(x.T.contiguous()[None], self.weight.to(x.dtype))  # (1, D, ...)
         return x[0].T[at - gap]
 
 
@@ -184,8 +187,8 @@ class Embedding(nn.Embedding):
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
-        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-        return y.type_as(x)
+        y = x.float() if x.is_cuda else x  # the CPU's kernel takes bfloat16 with float32 weights, and computes in float32
+        return F.layer_norm(y, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).type_as(x)
 
 
 class RMSNorm(nn.Module):
@@ -198,11 +201,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
+def fused(x):
+    """Whether layers are compiled, and one kernel attends in all rows of a batch: where a GPU trains. Answers have shapes
+    of their own and would wait for the compiler."""
+    return x.is_cuda and torch.is_grad_enabled() and compiler_found()
+
+
 def run(layer, checkpointing, *inputs):
     """layer(*inputs); with checkpointing its activations are not kept but computed again in the backward pass."""
+    # not with attention dropout, which attends row by row, and not within the hooks of FSDP
+    compiled = fused(inputs[0]) and not layer.self_attn.config.attention_dropout and not hasattr(layer, "unshard")
+    call = compiled_call() if compiled else nn.Module.__call__
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(layer, *inputs, use_reentrant=False)
-    return layer(*inputs)
+        return checkpoint(call, layer, *inputs, use_reentrant=False)
+    return call(layer, *inputs)
 
 
 def add_lora(module, rank, alpha, targets):
@@ -241,12 +253,15 @@ class Rows:
 
     def __init__(self, lengths, device, causal=False, start=None, reach=None):
         self.lengths, self.causal, self.reach = list(lengths), causal, reach
-        count = torch.tensor(self.lengths, device=device)
+        # a step of one position a row copies nothing from the host, so that CUDA can replay it
+        count = torch.tensor(lengths, device=device) if max(lengths) > 1 else torch.ones(len(lengths), dtype=torch.long, device=device)
         self.begin = count.cumsum(0) - count  # (B,)
         self.row = torch.arange(len(count), device=device).repeat_interleave(count, output_size=sum(self.lengths))  # (N,)
         self.offset = torch.arange(len(self.row), device=device) - self.begin[self.row]  # (N,) within the row
         self.position = self.offset if start is None else self.offset + start[self.row]  # (N,)
-        self.mask = document_mask(self.row, causal) if self.row.is_cuda and start is None else None
+        self.flex, self.depthwise = None, depthwise
+        if fused(self.row):
+            self.flex, self.mask, self.depthwise = compiled_flex(), document_mask(self.row, causal), as_it_is(depthwise)
         if reach is not None:
             at = torch.arange(max(self.lengths), device=device)
             self.relative = (at - at[:, None]).clamp(-reach[0], reach[1]) + reach[0]  # (n, n), of each query and key
@@ -254,9 +269,9 @@ class Rows:
 
 def attend(q, k, v, rows, bias=None, dropout=0.0):
     """Attention within each row: q (N, H, d), k and v (N, Hkv, d) -> (N, H, d). bias (N, H, left + 1 + right): what the
-    relative keys add to a query's scores. On CUDA one kernel does all rows; it has no dropout."""
-    if rows.mask is not None and not dropout:
-        return attend_flex(compiled_flex(), q, k, v, rows, rows.mask, bias)
+    relative keys add to a query's scores. Where a GPU trains, one kernel does all rows; it has no dropout."""
+    if rows.flex is not None and not dropout:
+        return rows.flex(q, k, v, rows, bias)
     biases = bias.split(rows.lengths) if bias is not None else rows.lengths
     parts = zip(*(x.split(rows.lengths) for x in (q * q.shape[-1] ** -0.5, k, v)), biases)
     return torch.cat([attend_row(*part, rows, dropout) for part in parts])
@@ -266,9 +281,9 @@ def attend_row(q, k, v, bias, rows, dropout):
     """The same of one row, whose queries are scaled, by plain products, QUERIES of them at a time: on CPU these are faster
     than scaled_dot_product_attention, above all backward."""
     (n, H, d), G, found = q.shape, k.shape[1], []
-    q, k, v = q.view(n, G, -1, d), k.permute(1, 2, 0), v.transpose(0, 1)  # G groups of queries share a key
-    for i in range(0, n, QUERIES):
-        m = min(QUERIES, n - i)
+    q, k, v = q.view(n, G, -1, d), k.transpose(0, 1).contiguous().mT, v.transpose(0, 1).contiguous()  # G groups of queries share a key
+    for i in range(0, n, step := n if q.is_cuda else QUERIES):
+        m = min(step, n - i)
         x, end = q[i:i + m].permute(1, 2, 0, 3).reshape(G, -1, d), i + m if rows.causal else n
         added = x.new_zeros(1, 1, 1)
         if rows.causal:
@@ -291,7 +306,7 @@ def attend_cache(q, keys, values, rows, mask):
     x = x.transpose(1, 2).reshape(B, keys.shape[1], -1, q.shape[2])  # (B, Hkv, H / Hkv * n, d)
     mask = mask.repeat(1, x.shape[2] // n, 1)[:, None]
     x = F.scaled_dot_product_attention(x, keys, values, mask)
-    return x.view(B, -1, n, q.shape[2]).transpose(1, 2)[rows.row, rows.offset]
+    return x.reshape(B, -1, n, q.shape[2]).transpose(1, 2)[rows.row, rows.offset]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -375,11 +390,11 @@ class ConformerLayer(nn.Module):
         self.config = config
 
     def forward(self, x, rows):
-        x = x + 0.5 * self.ffn1(self.ffn1_layer_norm(x))
+        x = x.add(self.ffn1(self.ffn1_layer_norm(x)), alpha=0.5)
         y = self.self_attn(self.self_attn_layer_norm(x), rows)
         x = x + F.dropout(y, self.config.attention_dropout, self.training)
         x = x + self.conv_module(x, rows)
-        x = x + 0.5 * self.ffn2(self.ffn2_layer_norm(x))
+        x = x.add(self.ffn2(self.ffn2_layer_norm(x)), alpha=0.5)
         return self.final_layer_norm(x)
 
 
@@ -506,7 +521,7 @@ class LengthAdapter(nn.Module):
             frame = torch.arange(c.adapter_kernel_size, device=x.device) - c.adapter_kernel_size // 2
             frame = frame + c.adapter_stride * after.offset[:, None] + rows.begin[after.row, None]  # (N', kernel), in x
             within = F.pad(rows.row, (0, 1), value=-1)[frame.clamp(-1, len(x))] == after.row[:, None]
-            x, rows = layer(x, torch.where(within, frame, len(x)), after), after
+            x, rows = run(layer, False, x, torch.where(within, frame, len(x)), after), after
         return self.enc_to_dec_proj(x), rows.lengths
 
 
@@ -672,10 +687,10 @@ class AnswerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels):
         weight, total = head.to(hidden.dtype), torch.zeros((), device=hidden.device)
-        d_hidden, d_head = torch.empty_like(hidden), None
+        d_hidden, d_head, at_once = torch.empty_like(hidden), None, SOFTMAX_ROWS["cuda" if hidden.is_cuda else "cpu"]
         for h, y, d in zip(*(t.split(LOSS_CHUNK) for t in (hidden, labels, d_hidden))):
             logits = F.linear(h, weight)  # (n, V)
-            for some, label in zip(logits.split(SOFTMAX_ROWS), y[:, None].split(SOFTMAX_ROWS)):
+            for some, label in zip(logits.split(at_once), y[:, None].split(at_once)):
                 p = some.float()
                 top, logit = p.amax(-1, keepdim=True), p.gather(1, label)
                 size = p.sub_(top).exp_().sum(-1, keepdim=True)

@@ -22,11 +22,12 @@ class FastDecode:
     later runs, too. Without a compiler it says so once, and nothing else changes.
 
     On CPU the weights become constants of the compiled step, in the layout its products read fastest: a second copy in
-    memory, and later changes of the weights have no effect.
+    memory, and later changes of the weights have no effect. On CUDA the kernels of a step, compiled or not, are recorded with
+    the first token after a prefill, and replayed for the others.
     """
 
     def __init__(self, pays=PAYS):
-        self.pays, self.seconds, self.compiled = pays, {}, {}
+        self.pays, self.seconds, self.compiled, self.warm, self.recorded = pays, {}, {}, set(), None
 
     def room(self, size):
         """The size of a cache that is to hold so many positions: a power of two, as few sizes mean few compilations."""
@@ -37,34 +38,52 @@ class FastDecode:
         size = cache[0][0].stride(1) // cache[0][0].stride(2)
         shape = (len(ids), size)
         if self.seconds.get(shape, 0.0) >= self.pays and shape not in self.compiled:
-            self.compiled[shape] = compiled_step(llm.model.embed_tokens.weight.is_cuda)
+            self.compiled[shape] = compiled_step(ids.is_cuda)
+        whole = [tuple(x.as_strided((*x.shape[:2], size, x.shape[3]), x.stride()) for x in layer) for layer in cache]
+        replay = self.replay if ids.is_cuda else lambda step, *inputs: step(*inputs)
         if self.compiled.get(shape) is not None:
-            whole = [tuple(x.as_strided((*x.shape[:2], size, x.shape[3]), x.stride()) for x in layer) for layer in cache]
             try:
-                return self.compiled[shape](llm, ids, positions, whole)
+                return replay(self.compiled[shape], llm, ids, positions, whole)
             except Exception as error:  # of dynamo, inductor, triton or the C++ compiler, which have no common base
                 print(f"decoding is not compiled and therefore slower: {first_line(error)}; is there a C++ compiler "
                       "(g++)?", file=sys.stderr)
                 self.pays, self.compiled = float("inf"), {}
         start = time.perf_counter()
-        logits = decode_step(llm, ids, positions, cache)
+        logits = replay(decode_step, llm, ids, positions, whole if ids.is_cuda else cache)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
         self.seconds[shape] = self.seconds.get(shape, 0.0) + time.perf_counter() - start
+        return logits
+
+    def replay(self, step, llm, ids, positions, cache):
+        """step(llm, ids, positions, cache) as a CUDA graph, recorded anew for every step and cache: the logits are
+        overwritten by the next call."""
+        key = (step, len(ids), *(store.data_ptr() for layer in cache for store in layer))
+        if self.recorded is None or self.recorded[0] != key:
+            self.recorded, inputs, graph = None, (ids.clone(), positions.clone()), torch.cuda.CUDAGraph()
+            if key[:2] not in self.warm:  # what a first call sets up can't be recorded
+                step(llm, *inputs, cache)
+                self.warm.add(key[:2])
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                logits = step(llm, *inputs, cache)
+            self.recorded = (key, graph, inputs, logits)
+        _, graph, inputs, logits = self.recorded
+        for store, new in zip(inputs, (ids, positions)):
+            store.copy_(new)
+        graph.replay()
         return logits
 
 
 def compiled_step(cuda):
-    """decode_step compiled, for one shape: on CUDA replayed as one graph, on CPU with the weights folded in."""
+    """decode_step compiled, for one shape; on CPU with the weights folded in."""
     import torch._dynamo  # takes a second, so only when needed
     from torch._inductor import config
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = 256
     step = torch.compile(decode_step, fullgraph=True, dynamic=False)
 
-    def run(llm, ids, positions, cache):
-        for store in [store for layer in cache for store in layer] if cuda else ():
-            torch._dynamo.mark_static_address(store, guard=False)  # the graph writes into it
-        with config.patch({"triton.cudagraphs": True} if cuda else ON_CPU):
-            logits = step(llm, ids, positions, cache)
-        return logits.clone() if cuda else logits  # the next replay overwrites it
+    def run(*inputs):
+        with config.patch({} if cuda else ON_CPU):
+            return step(*inputs)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Speed: python tests/bench.py WHAT [PART] [--rounds N] [--threads N] [--cpu]
+"""Speed: python tests/bench.py WHAT [PART] [--rounds N] [--threads N] [--cpu] [--device cuda]
 
 features       ours and transformers' take turns, round by round; printed are medians and their ratio
 manifest       a manifest of a million rows
@@ -11,6 +11,8 @@ step           training steps of a mid-size pair (encoder 512 x 8 layers, LLM 76
 decode         answers of that pair; part bfloat16 or int8
 growth         how a step's seconds and memory grow, as pictures
 plan           what train.py --dry-run says of the peak memory of runs of that size, against what they then take
+
+With --device cuda, step and decode are of a pair as large as w2v-BERT 2.0 and Qwen2.5-1.5B, and steps of four times the rows.
 
 In step, decode and growth each side is a process of its own; they take turns, and in each the second of two runs counts. Peak
 memory is above that of libraries and weights. The floor is ours: its products at the speed of a large one, or its weights
@@ -31,7 +33,7 @@ from pathlib import Path
 
 import torch
 from full_size import memory
-from mid_size import ENCODER, GROUPED, LLM, RAGGED, Worker
+from mid_size import ENCODER, GROUPED, LLM, RAGGED, SIZES, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 from prepare.draw import draw_curves  # noqa: E402
 
 CLOCK = time.perf_counter  # or process_time, see --cpu
+DEVICE = "cpu"  # see --device
 
 
 def interleaved(rounds, *runs):
@@ -123,9 +126,14 @@ def turns(rounds, runs):
             for name, found in replies.items()}
 
 
-def machine(worker, rounds=5):
+def started(names, layers=0):
+    workers = {who: Worker(who, layers, torch.get_num_threads(), DEVICE) for who in names}
+    return {who: worker.ready() for who, worker in workers.items()}
+
+
+def machine(ask, rounds=5):
     """What the machine does at most: floating point operations and bytes a second."""
-    found = turns(rounds, {"gemm": lambda: worker(do="gemm"), "stream": lambda: worker(do="stream")})
+    found = turns(rounds, {"gemm": lambda: ask(do="gemm"), "stream": lambda: ask(do="stream")})
     peaks = {name: reply["work"] / seconds for name, (seconds, _, reply) in found.items()}
     print(f"matrix product {peaks['gemm'] / 1e9:.0f} GFLOP/s in bfloat16, reading {peaks['stream'] / 1e9:.1f} GB/s")
     return peaks
@@ -134,8 +142,9 @@ def machine(worker, rounds=5):
 def write(name, rows, **more):
     path = ROOT / "out/bench" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    path.write_text(json.dumps({"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__, **more,
+    processor = (torch.cuda.get_device_name() if DEVICE == "cuda" else
+                 next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")))
+    path.write_text(json.dumps({"processor": processor, "threads": torch.get_num_threads(), "torch": torch.__version__, **more,
                                 "rows": rows}, indent=2) + "\n")
     print(path.relative_to(ROOT))
 
@@ -146,15 +155,16 @@ STEPS = {"align": [("align", "ragged"), ("align", "grouped"), ("align, cached en
 
 def step(rounds, part="align"):
     sides = {"align": ("stock", "tuned", "ours"), "full": ("stock", "ours")}[part]  # of full, three would need 27 GB
-    workers = {who: Worker(who, 8, torch.get_num_threads()) for who in sides}
+    workers = started(sides)
     peaks, found, whole = machine(workers["ours"]), [], {}
     titles = [*(f"{who} s" for who in sides), *(f"{who}/ours" for who in sides[:-1]), "of floor",
               *(f"{who} GB" for who in sides), "padding"]
-    print(f"{'a step, 91 s of audio':32}" + "".join(f"{title:>12}" for title in titles))
+    copies = {"cpu": 1, "cuda": 4}[DEVICE]
+    print(f"{f'a step, {copies * 91} s of audio':32}" + "".join(f"{title:>12}" for title in titles))
     for what, kind in STEPS[part]:
-        seconds = {"grouped": GROUPED, "ragged": RAGGED}[kind]
+        seconds = copies * {"grouped": GROUPED, "ragged": RAGGED}[kind]
         asked = dict(what=what, seconds=seconds)
-        runs = {who: lambda worker=worker: worker(do="step", **asked) for who, worker in workers.items()
+        runs = {who: lambda ask=ask: ask(do="step", **asked) for who, ask in workers.items()
                 if who == "ours" or "cached" not in what}  # the peer has no such cache: its own step is compared with
         took = turns(rounds, runs)
         whole = (whole if "cached" in what else {}) | took  # that of the same batch comes last before
@@ -172,14 +182,15 @@ def step(rounds, part="align"):
 
 def decode(rounds, part="bfloat16", tokens=33):
     kinds = {"bfloat16": ("stock", "ours", "compiled"), "int8": ("stock", "int8", "int8 compiled")}[part]
-    workers = {who: Worker(who, 8, torch.get_num_threads()) for who in kinds}
-    peaks, found = machine(workers["stock"]), []
-    weights = 8 * (768 * (2 * 768 + 2 * 128) + 3 * 768 * 4480) + 151936 * 768  # read for every token
+    workers = started(kinds)
+    peaks, found, llm = machine(workers["stock"]), [], SIZES[DEVICE][1]
+    D, keys = llm["hidden_size"], llm["num_key_value_heads"] / llm["num_attention_heads"]
+    weights = D * (llm["num_hidden_layers"] * (D * (2 + 2 * keys) + 3 * llm["intermediate_size"]) + llm["vocab_size"])  # read for every token
     floor = weights * (2 if part == "bfloat16" else 1) / peaks["stream"]
     print(f"{'decoding':24}" + "".join(f"{who + ' ms':>17}{'':9}" for who in kinds) + "     floor ms")
     for batch in (1, 8):
-        took = {count: turns(rounds, {who: lambda worker=worker: worker(do="answer", seconds=RAGGED[:batch], count=count)
-                                      for who, worker in workers.items()}) for count in (1, tokens)}
+        took = {count: turns(rounds, {who: lambda ask=ask: ask(do="answer", seconds=RAGGED[:batch], count=count)
+                                      for who, ask in workers.items()}) for count in (1, tokens)}
         first = {who: took[1][who][0] for who in kinds}
         later = {who: (took[tokens][who][0] - first[who]) / (tokens - 1) for who in kinds}
         for name, line, least in (("first token", first, None), ("each later", later, floor)):
@@ -199,10 +210,8 @@ def growth(rounds):
     for name, points in sweeps.items():
         found[name] = []
         for x, seconds, layers in points:
-            for who in ("stock", "ours"):
-                if (who, layers) not in workers:
-                    workers[who, layers] = Worker(who, layers, torch.get_num_threads())
-            took = turns(rounds, {who: lambda who=who: workers[who, layers](do="step", what="align", seconds=seconds)
+            workers[layers] = workers.get(layers) or started(("stock", "ours"), layers)
+            took = turns(rounds, {who: lambda who=who: workers[layers][who](do="step", what="align", seconds=seconds)
                                   for who in ("stock", "ours")})
             found[name].append({"step": x} | {f"{who} {unit}": took[who][i] for who in took for i, unit in enumerate(("s", "GB"))})
             print(name, ", ".join(f"{key} {value:.4g}" for key, value in found[name][-1].items() if key != "step"), f"at {x}", flush=True)
@@ -306,8 +315,9 @@ if __name__ == "__main__":
     parser.add_argument("part", nargs="*", help="of step: align or full; of decode: bfloat16 or int8")
     parser.add_argument("--rounds", type=int, help="of which the medians are taken")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--cpu", action="store_true", help="seconds of CPU instead of the wall's, on a busy machine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    CLOCK = time.process_time if args.cpu else CLOCK
+    CLOCK, DEVICE = time.process_time if args.cpu else CLOCK, args.device
     RUNS[args.what](args.rounds or ROUNDS.get(args.what, 1), *args.part)

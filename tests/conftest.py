@@ -25,11 +25,12 @@ FAMILIES = {
 
 def randomise(module, seed=0):
     """Every parameter random, norm gains and biases too, so that a layer that ignores one cannot pass."""
-    generator = torch.Generator().manual_seed(seed)
+    device = "cuda" if next(module.parameters()).is_cuda else None
+    generator = torch.Generator(device or "cpu").manual_seed(seed)
     for name, p in module.named_parameters():
         scale = p[0].numel() ** -0.5 if p.dim() > 1 else 0.3  # keeps activations near 1
         around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        p.data = around + scale * torch.randn(p.shape, generator=generator)
+        p.data = around + scale * torch.randn(p.shape, generator=generator, device=device)
     return module.eval()
 
 

@@ -1,5 +1,6 @@
 """model.py against transformers on the same random weights, and against itself: packing, batching, caching, compiling."""
 
+import copy
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model
 from model import (AUDIO, AdapterConfig, EncoderConfig, LengthAdapter, LLM, LLMConfig, SpeechEncoder, SpeechLM,
                    adapter_length, add_lora, decode_step, generate, merged_state, new_cache, prefill, sample, span_mask)
-from prepare import flex
+from prepare import compiled
 from prepare.errors import CheckpointError
 from prepare.reference import load_reference, save_reference
 
@@ -400,7 +401,8 @@ def test_attention_in_pieces_equals_the_whole(monkeypatch, queries, causal, head
 def flexed(q, k, v, rows, bias=None):
     """What CUDA computes, by the slow form of flex_attention."""
     from torch.nn.attention.flex_attention import flex_attention
-    return flex.attend_flex(flex_attention, q, k, v, rows, flex.document_mask(rows.row, rows.causal), bias)
+    rows.mask = compiled.document_mask(rows.row, rows.causal)
+    return compiled.attend_flex(flex_attention, q, k, v, rows, bias)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -409,10 +411,10 @@ def test_gradients_of_the_kernel_of_cuda(monkeypatch):
     there; and that kernel traces as a whole, without a device, once for all batches that fill up to the same size."""
     from torch.nn.attention import flex_attention
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(flex, "BUCKET", 128)
+    monkeypatch.setattr(compiled, "BUCKET", 128)
     for causal, heads, reach in [(True, 2, None), (False, 6, None), (False, 6, (12, 3))]:
-        compiled = CompileCounterWithBackend("aot_eager")
-        traced = torch.compile(flex_attention.flex_attention, fullgraph=True, dynamic=False, backend=compiled)
+        counted = CompileCounterWithBackend("aot_eager")
+        traced = torch.compile(flex_attention.flex_attention, fullgraph=True, dynamic=False, backend=counted)
         for lengths in ([61, 1, 34, 7], [90, 3], [128]):
             rows, N = model.Rows(lengths, "cpu", causal, reach=reach), sum(lengths)
             shapes = [(N, 6, 16), (N, heads, 16), (N, heads, 16)] + [(N, 6, 16)] * (reach is not None)
@@ -421,18 +423,76 @@ def test_gradients_of_the_kernel_of_cuda(monkeypatch):
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
             rows = model.Rows(lengths, "meta", causal, reach=reach)
             given = [x.detach().to("meta").requires_grad_() for x in given]
-            y = flex.attend_flex(traced, *given[:3], rows, flex.document_mask(rows.row, causal), *given[3:])
+            rows.mask = compiled.document_mask(rows.row, causal)
+            y = compiled.attend_flex(traced, *given[:3], rows, *given[3:])
             grads = torch.autograd.grad(y, given, grad.to("meta"))
             assert y.shape == grad.shape and [tuple(g.shape) for g in grads] == shapes
-        assert compiled.frame_count == 1
+        assert counted.frame_count == 1
+
+
+def test_blocks_of_the_mask():
+    """Those that the slow way of making a mask finds, which looks at every pair of positions."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    for lengths in ([1], [512], [127, 1, 128, 300, 5, 700], [300, 257, 1, 2, 60], [7] * 90):
+        for causal in (False, True):
+            row = model.Rows(lengths, "cpu").row
+            ours, size = compiled.document_mask(row, causal), compiled.bucket(len(row))
+            whole = F.pad(row, (0, size - len(row)), value=len(row))
+            slow = create_block_mask(lambda b, h, i, j: (whole[i] == whole[j]) & (~torch.tensor(causal) | (j <= i)), None, None,
+                                     size, size, "cpu")
+            assert ours.seq_lengths == slow.seq_lengths == (size, size)
+            for kind in ("kv", "full_kv", "q", "full_q"):
+                found = [[sorted(blocks[:n].tolist()) for n, blocks in zip(getattr(mask, f"{kind}_num_blocks")[0, 0],
+                                                                           getattr(mask, f"{kind}_indices")[0, 0])]
+                         for mask in (ours, slow)]
+                assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_that_are_compiled_once(monkeypatch, checkpointing):
+    """Where a GPU trains, layers are compiled for batches of any size, here by the compiler for the CPU."""
+    speech_lm = tiny_speech_lm("qwen2", num_hidden_layers=3).train()
+    for config in (speech_lm.encoder.config, speech_lm.adapter.config):
+        config.layerdrop, config.conformer_conv_dropout, config.apply_spec_augment = 0.0, 0.0, False
+    speech_lm.encoder.checkpointing = speech_lm.llm.checkpointing = checkpointing
+    batches = [speech_batch(speech_lm), speech_batch(speech_lm, (33, 90), (1, 2), (4, 1)),
+               speech_batch(speech_lm, (20, 30, 64, 5, 8), (1, 2, 3, 4, 5), (4, 1, 3, 2, 6))]
+
+    def results():
+        for batch in batches:
+            speech_lm.zero_grad()
+            loss, _ = speech_lm(*batch)
+            loss.backward()
+            yield {"loss": loss.detach()} | {name: p.grad.clone() for name, p in speech_lm.named_parameters() if p.grad is not None}
+
+    plain = list(results())
+    attend = model.attend
+
+    def alone(q, k, v, rows, bias=None):
+        rows = copy.copy(rows)
+        rows.flex = None
+        return attend(q, k, v, rows, bias)
+
+    flex = torch.compiler.disable(alone)
+    monkeypatch.setattr(model, "fused", lambda x: torch.is_grad_enabled())
+    monkeypatch.setattr(model, "compiled_flex", lambda: flex)
+    torch._dynamo.reset()
+    stats, graphs = torch._dynamo.utils.counters["stats"], []
+    stats.clear()
+    for ours, theirs in zip(results(), plain):
+        graphs.append(stats["unique_graphs"])
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4, msg=name)
+    assert 0 < graphs[0] == graphs[2]
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("bucket", [16, 128])
+@pytest.mark.parametrize("bucket", [128, 256])
 def test_the_kernel_of_cuda_equals_attention_row_by_row(monkeypatch, bucket):
     """Masks, biases and filling up of flex_attention, proven on the CPU, in isolation and in the whole model."""
-    monkeypatch.setattr(flex, "BUCKET", bucket)
+    monkeypatch.setattr(compiled, "BUCKET", bucket)
     for lengths in ([61, 1, 34, 7], [128], [1], [1, 1, 127], [15, 1]):
         for causal, heads, reach in [(True, 2, None), (False, 6, None), (False, 6, (12, 3))]:
             rows = model.Rows(lengths, "cpu", causal, reach=reach)
@@ -687,7 +747,7 @@ def test_loss_makes_no_logits_for_the_whole_batch(monkeypatch):
 def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, dtype, frozen):
     """In several chunks, the last one short; frozen weights get no gradient, not even a computed one."""
     monkeypatch.setattr(model, "LOSS_CHUNK", 4)
-    monkeypatch.setattr(model, "SOFTMAX_ROWS", 3)
+    monkeypatch.setattr(model, "SOFTMAX_ROWS", {"cpu": 3})
     head, labels = torch.randn(211, 48).requires_grad_(not frozen), torch.randint(0, 211, (11,))
     ours, plain = (torch.randn(11, 48, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_() for _ in range(2))
     with Shapes() as shapes:
