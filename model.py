@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from prepare.checkpoint import (check_tied, divides, encoder_name, expect, fetch, known_fields, llm_fields, llm_name,
                                 load, read_generation, read_json, save)
 from prepare.compiled import as_it_is, compiled_call, compiled_flex, compiler_found, document_mask
+from prepare.kernels import Depthwise, Spread
 
 # large tensors on pages of 2 MB: getting a small one takes longer than filling it
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -152,22 +153,6 @@ def depthwise(x, weight):
     return F.conv1d(x, weight, groups=len(weight)) if x.is_cuda else Depthwise.apply(x, weight)
 
 
-class Depthwise(torch.autograd.Function):
-    """The same on CPU. Both gradients are such convolutions again: five times as fast as the ones of PyTorch."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return F.conv1d(x, weight, groups=len(weight))
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        gap = weight.shape[2] - 1
-        dx = F.conv1d(F.pad(dy, (gap, gap)), weight.flip(2), groups=len(weight))
-        return dx, F.conv1d(x, dy.transpose(0, 1), groups=len(weight)).transpose(0, 1)
-
-
 class DepthwiseConv1d(nn.Conv1d):
     """A causal convolution over time, channel by channel: x (N, D) -> (N, D). Zeros stand before the first frame of
     every row, so that it reads no other row."""
@@ -262,9 +247,6 @@ class Rows:
         self.flex, self.depthwise = None, depthwise
         if fused(self.row):
             self.flex, self.mask, self.depthwise = compiled_flex(), document_mask(self.row, causal), as_it_is(depthwise)
-        if reach is not None:
-            at = torch.arange(max(self.lengths), device=device)
-            self.relative = (at - at[:, None]).clamp(-reach[0], reach[1]) + reach[0]  # (n, n), of each query and key
 
 
 def attend(q, k, v, rows, bias=None, dropout=0.0):
@@ -273,26 +255,25 @@ def attend(q, k, v, rows, bias=None, dropout=0.0):
     if rows.flex is not None and not dropout:
         return rows.flex(q, k, v, rows, bias)
     biases = bias.split(rows.lengths) if bias is not None else rows.lengths
-    parts = zip(*(x.split(rows.lengths) for x in (q * q.shape[-1] ** -0.5, k, v)), biases)
+    parts = zip(*(x.split(rows.lengths) for x in (q, k, v)), biases)
     return torch.cat([attend_row(*part, rows, dropout) for part in parts])
 
 
 def attend_row(q, k, v, bias, rows, dropout):
-    """The same of one row, whose queries are scaled, by plain products, QUERIES of them at a time: on CPU these are faster
-    than scaled_dot_product_attention, above all backward."""
+    """The same of one row by plain products, QUERIES at a time: on CPU these are faster than scaled_dot_product_attention,
+    above all backward."""
     (n, H, d), G, found = q.shape, k.shape[1], []
     q, k, v = q.view(n, G, -1, d), k.transpose(0, 1).contiguous().mT, v.transpose(0, 1).contiguous()  # G groups of queries share a key
     for i in range(0, n, step := n if q.is_cuda else QUERIES):
         m = min(step, n - i)
         x, end = q[i:i + m].permute(1, 2, 0, 3).reshape(G, -1, d), i + m if rows.causal else n
-        added = x.new_zeros(1, 1, 1)
+        score = x.new_zeros(1, 1, 1)
         if rows.causal:
-            added = x.new_full((m, end), -torch.inf).triu(i + 1).repeat(H // G, 1)
-        elif rows.reach is not None:  # keys out of reach are all alike
-            first, last, b = max(0, i - rows.reach[0]), min(n, i + m + rows.reach[1]), bias[i:i + m].transpose(0, 1)
-            near = b.gather(-1, rows.relative[i:i + m, first:last].expand(H, -1, -1))
-            added = torch.cat([b[..., :1].expand(-1, -1, first), near, b[..., -1:].expand(-1, -1, n - last)], -1)
-        p = F.dropout(torch.baddbmm(added, x, k[..., :end]).softmax(-1), dropout, dropout > 0)  # (G, H / G * m, end)
+            score = x.new_full((m, end), -torch.inf).triu(i + 1).repeat(H // G, 1)
+        elif rows.reach is not None:
+            score = Spread.apply(bias[i:i + m].transpose(0, 1), i, n, rows.reach[0])
+        score = score.expand(G, x.shape[1], end).contiguous().baddbmm_(x, k[..., :end], alpha=d**-0.5)
+        p = F.dropout(score.softmax(-1), dropout, dropout > 0)  # (G, H / G * m, end)
         found.append((p @ v[:, :end]).view(G, -1, m, d).permute(2, 0, 1, 3).reshape(m, H, d))
     return torch.cat(found)
 
@@ -356,7 +337,7 @@ class SelfAttention(nn.Module):
         q, k, v = (linear(x).view(len(x), heads, -1) for linear in (self.linear_q, self.linear_k, self.linear_v))
         bias = None
         if rows.reach is not None:
-            bias = (q * q.shape[-1] ** -0.5) @ self.distance_embedding.weight.to(q.dtype).T  # (N, H, left + 1 + right)
+            bias = q @ (self.distance_embedding.weight * q.shape[-1] ** -0.5).to(q.dtype).T  # (N, H, left + 1 + right)
         return self.linear_out(attend(q, k, v, rows, bias, dropout).flatten(1))
 
 

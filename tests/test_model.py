@@ -21,6 +21,7 @@ from model import (AUDIO, AdapterConfig, EncoderConfig, LengthAdapter, LLM, LLMC
                    adapter_length, add_lora, decode_step, generate, merged_state, new_cache, prefill, sample, span_mask)
 from prepare import compiled
 from prepare.errors import CheckpointError
+from prepare.kernels import Spread
 from prepare.reference import load_reference, save_reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,11 +108,23 @@ def test_encoder_of_a_ctc_finetune(tmp_path, adapter):
 
 @torch.no_grad()
 def test_no_position_table_per_query_key_pair():
-    """The relative-position term is a (queries, 16) product, gathered: nothing has query x key x head_dim elements."""
+    """The relative-position term is a (queries, 16) product, spread: nothing has query x key x head_dim elements."""
     encoder = randomise(SpeechEncoder(EncoderConfig(**{**ENCODER, "num_hidden_layers": 1, "hidden_size": 64})))
     with Shapes() as shapes:
         encoder(torch.randn(200, 160), [200])
-    assert max(math.prod(s) for s in shapes.seen) <= 4 * 200 * 200  # heads x queries x keys; head_dim is 16
+    assert max(math.prod(s) for s in shapes.seen) <= 4 * 200 * 240  # heads x queries x keys, and a margin; head_dim is 16
+
+
+@pytest.mark.parametrize("left, right", [(64, 8), (12, 3), (0, 0), (0, 5), (7, 0)])
+def test_biases_spread_over_the_keys(left, right):
+    """Of any stretch of queries, at the row's ends and far from them: what a lookup for every key gives, with gradients."""
+    for i, m, n in ((0, 1, 1), (0, 5, 5), (3, 1, 4), (0, 192, 400), (192, 192, 570), (384, 186, 570), (100, 50, 150), (0, 300, 300)):
+        bias = torch.randn(3, m, left + 1 + right, dtype=torch.float64, requires_grad=True)
+        places = (torch.arange(n) - i - torch.arange(m)[:, None]).clamp(-left, right) + left
+        slow, ours = bias.gather(-1, places.expand(3, -1, -1)), Spread.apply(bias, i, n, left)
+        assert torch.equal(ours, slow)
+        grad = torch.randn_like(slow)
+        torch.testing.assert_close(*(torch.autograd.grad(y, bias, grad) for y in (ours, slow)))
 
 
 @torch.no_grad()
