@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from prepare.checkpoint import (check_tied, divides, encoder_name, expect, fetch, known_fields, llm_fields, llm_name,
                                 load, read_generation, read_json, save)
-from prepare.compiled import as_it_is, compiled_call, compiled_flex, compiler_found, document_mask
+from prepare.compiled import as_it_is, compiled_call, compiled_flex, compiler_found
 from prepare.kernels import Depthwise, Spread
 
 # large tensors on pages of 2 MB: getting a small one takes longer than filling it
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 AUDIO = -1  # placeholder id: this position of a row holds the recording's next audio frame
-QUERIES = 192  # of a row that attend at once on CPU: few enough for their scores to stay in its caches
+QUERIES = 192  # of a row that attend at once, on CUDA at least: few enough for their scores to stay in a CPU's caches
 LOSS_CHUNK = 1024  # answer positions whose logits exist at once: 1,024 x 151,936 bfloat16 is 311 MB
 SOFTMAX_ROWS = {"cpu": 4, "cuda": 256}  # of them, whose probabilities do in float32; on CPU few enough for its caches
 ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
@@ -194,8 +194,9 @@ def fused(x):
 
 def run(layer, checkpointing, *inputs):
     """layer(*inputs); with checkpointing its activations are not kept but computed again in the backward pass."""
-    # not with attention dropout, which attends row by row, and not within the hooks of FSDP
-    compiled = fused(inputs[0]) and not layer.self_attn.config.attention_dropout and not hasattr(layer, "unshard")
+    # not with attention dropout, which attends row by row, and not within FSDP, whose hooks can't be compiled
+    alone = not layer.self_attn.config.attention_dropout and not hasattr(layer, "_is_fsdp_managed_module")
+    compiled = fused(inputs[0]) and alone
     call = compiled_call() if compiled else nn.Module.__call__
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(call, layer, *inputs, use_reentrant=False)
@@ -244,9 +245,9 @@ class Rows:
         self.row = torch.arange(len(count), device=device).repeat_interleave(count, output_size=sum(self.lengths))  # (N,)
         self.offset = torch.arange(len(self.row), device=device) - self.begin[self.row]  # (N,) within the row
         self.position = self.offset if start is None else self.offset + start[self.row]  # (N,)
-        self.flex, self.depthwise = None, depthwise
+        self.flex, self.depthwise, self.mask = None, depthwise, None  # mask: made when flex first needs it
         if fused(self.row):
-            self.flex, self.mask, self.depthwise = compiled_flex(), document_mask(self.row, causal), as_it_is(depthwise)
+            self.flex, self.depthwise = compiled_flex(), as_it_is(depthwise)
 
 
 def attend(q, k, v, rows, bias=None, dropout=0.0):
@@ -260,20 +261,21 @@ def attend(q, k, v, rows, bias=None, dropout=0.0):
 
 
 def attend_row(q, k, v, bias, rows, dropout):
-    """The same of one row by plain products, QUERIES at a time: on CPU these are faster than scaled_dot_product_attention,
-    above all backward."""
+    """The same of one row by plain products, some queries at a time: on CPU these are faster than
+    scaled_dot_product_attention, above all backward."""
     (n, H, d), G, found = q.shape, k.shape[1], []
     q, k, v = q.view(n, G, -1, d), k.transpose(0, 1).contiguous().mT, v.transpose(0, 1).contiguous()  # G groups of queries share a key
-    for i in range(0, n, step := n if q.is_cuda else QUERIES):
+    for i in range(0, n, step := max(QUERIES, 2**26 // (H * n)) if q.is_cuda else QUERIES):
         m = min(step, n - i)
         x, end = q[i:i + m].permute(1, 2, 0, 3).reshape(G, -1, d), i + m if rows.causal else n
-        score = x.new_zeros(1, 1, 1)
-        if rows.causal:
-            score = x.new_full((m, end), -torch.inf).triu(i + 1).repeat(H // G, 1)
-        elif rows.reach is not None:
-            score = Spread.apply(bias[i:i + m].transpose(0, 1), i, n, rows.reach[0])
-        score = score.expand(G, x.shape[1], end).contiguous().baddbmm_(x, k[..., :end], alpha=d**-0.5)
-        p = F.dropout(score.softmax(-1), dropout, dropout > 0)  # (G, H / G * m, end)
+        if rows.reach is not None:
+            added = Spread.apply(bias[i:i + m].transpose(0, 1), i, n, rows.reach[0])  # (H, m, n)
+        elif rows.causal:
+            added = x.new_full((m, end), -torch.inf).triu(i + 1).repeat(G, H // G, 1)
+        else:
+            added = x.new_zeros(G, x.shape[1], n)
+        p = added.baddbmm_(x, k[..., :end], alpha=d**-0.5).softmax(-1)  # (G, H / G * m, end)
+        p = F.dropout(p, dropout, dropout > 0)
         found.append((p @ v[:, :end]).view(G, -1, m, d).permute(2, 0, 1, 3).reshape(m, H, d))
     return torch.cat(found)
 

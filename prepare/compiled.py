@@ -4,7 +4,9 @@
 import os
 import shutil
 import sys
+import sysconfig
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,10 @@ def bucket(n):
 
 
 def attend_flex(flex_attention, q, k, v, rows, bias=None):
-    """attend by flex_attention, which looks the bias up itself, on a batch that is filled up to its bucket."""
-    spare = rows.mask.seq_lengths[0] - len(q)
+    """attend by flex_attention, which looks the bias up itself, on a batch that is filled up to its bucket. Heads are at
+    least 16 wide."""
+    rows.mask = document_mask(rows.row, rows.causal) if rows.mask is None else rows.mask
+    spare = bucket(len(q)) - len(q)
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, spare)).transpose(0, 1)[None] for x in (q, k, v))  # (1, H, N', d)
     score = None
     if bias is not None:
@@ -62,11 +66,12 @@ def compiler_found():
     """Whether there is Triton and the C compiler that it needs, and PyTorch's TORCH_COMPILE_DISABLE is not 1. If not, nothing
     is compiled, which is said once."""
     from torch.utils._triton import has_triton
-    found = has_triton() and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    found = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]))
+    found = found and Path(sysconfig.get_path("include"), "Python.h").exists() and has_triton()
     found = found and os.environ.get("TORCH_COMPILE_DISABLE") != "1"
     if not found:
-        print("training is not compiled and therefore slower: no Triton, no C compiler (gcc), or TORCH_COMPILE_DISABLE=1",
-              file=sys.stderr)
+        print("training is not compiled and therefore slower: it needs Triton, a C compiler (gcc), Python's headers, and "
+              "TORCH_COMPILE_DISABLE not set", file=sys.stderr)
     return found
 
 
@@ -88,4 +93,6 @@ def as_it_is(function):
 @cache
 def compiled_call():
     """A layer's call, compiled once for each kind of layer and for batches of any size."""
+    import torch._dynamo
+    torch._dynamo.config.optimize_ddp = False  # which would cut the compiled layers to pieces
     return torch.compile(nn.Module.__call__, dynamic=True)

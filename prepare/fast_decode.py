@@ -23,11 +23,11 @@ class FastDecode:
 
     On CPU the weights become constants of the compiled step, in the layout its products read fastest: a second copy in
     memory, and later changes of the weights have no effect. On CUDA the kernels of a step, compiled or not, are recorded with
-    the first token after a prefill, and replayed for the others.
+    the second token that goes into a cache, and replayed for the others.
     """
 
     def __init__(self, pays=PAYS):
-        self.pays, self.seconds, self.compiled, self.warm, self.recorded = pays, {}, {}, set(), None
+        self.pays, self.seconds, self.compiled, self.recorded = pays, {}, {}, (None, None)
 
     def room(self, size):
         """The size of a cache that is to hold so many positions: a power of two, as few sizes mean few compilations."""
@@ -56,18 +56,18 @@ class FastDecode:
         return logits
 
     def replay(self, step, llm, ids, positions, cache):
-        """step(llm, ids, positions, cache) as a CUDA graph, recorded anew for every step and cache: the logits are
-        overwritten by the next call."""
-        key = (step, len(ids), *(store.data_ptr() for layer in cache for store in layer))
-        if self.recorded is None or self.recorded[0] != key:
-            self.recorded, inputs, graph = None, (ids.clone(), positions.clone()), torch.cuda.CUDAGraph()
-            if key[:2] not in self.warm:  # what a first call sets up can't be recorded
-                step(llm, *inputs, cache)
-                self.warm.add(key[:2])
+        """step(llm, ids, positions, cache) as a CUDA graph, recorded when a step and cache come for the second time: what a
+        first call sets up can't be recorded. The logits are overwritten by the next call."""
+        key = (step, len(ids), cache[0][0].shape[2], *(store.data_ptr() for layer in cache for store in layer))
+        if self.recorded[0] != key:
+            self.recorded = key, None
+            return step(llm, ids, positions, cache)
+        if self.recorded[1] is None:
+            inputs, graph = (ids.clone(), positions.clone()), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = step(llm, *inputs, cache)
-            self.recorded = (key, graph, inputs, logits)
-        _, graph, inputs, logits = self.recorded
+            self.recorded = key, (graph, inputs, logits)
+        graph, inputs, logits = self.recorded[1]
         for store, new in zip(inputs, (ids, positions)):
             store.copy_(new)
         graph.replay()

@@ -1,4 +1,4 @@
-"""What PyTorch computes slowly on a CPU, and its gradients, by faster operators. Both also run on CUDA."""
+"""What PyTorch computes slowly on a CPU, and its gradients, by faster operators."""
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +25,15 @@ class Depthwise(torch.autograd.Function):
 
 class Spread(torch.autograd.Function):
     """What relative keys add to the scores of m neighbouring queries, the first of them at position i of its row, and all n
-    keys: bias (H, m, reach) -> (H, m, n), where key j of query a takes bias[clip(j - (i + a) + left, 0, reach - 1)].
+    keys: bias (H, m, places) -> (H, m, n), where key j of query a takes bias[clip(j - (i + a) + left, 0, places - 1)].
 
     A step down is a step to the right, so all lines go into a buffer at once, along its diagonal. Right of them stands the
     last bias; left of them the first, in steps of STEP lines, which the diagonal ones, made longer, smooth."""
 
     @staticmethod
     def forward(ctx, bias, i, n, left):
-        (H, m, reach), more = bias.shape, STEP - 1
-        before, after = max(0, left + more - i), max(0, i + m - 1 + reach - left - n)  # columns for keys that are not there
+        (H, m, places), more = bias.shape, STEP - 1
+        before, after = max(0, left + more - i), max(0, i + m - 1 + places - left - n)  # columns for keys that are not there
         begin, width = before + i - left, before + n + after
         out, first = bias.new_empty(H, m, width), bias[..., :1]
         out[..., begin:] = bias[..., -1:]
@@ -42,14 +42,14 @@ class Spread(torch.autograd.Function):
         lines = torch.cat([first.expand(-1, -1, more), bias], -1)
         out.as_strided(lines.shape, (m * width, width + 1, 1), begin - more).copy_(lines)
         ctx.sizes = begin, before, after, bias.shape
-        return out[..., before:before + n].contiguous() if before or after else out
+        return out[..., before:before + n].clone(memory_format=torch.contiguous_format) if before or after else out
 
     @staticmethod
     def backward(ctx, d):
-        begin, before, after, (H, m, reach) = ctx.sizes
+        begin, before, after, (H, m, places) = ctx.sizes
         d = F.pad(d, (before, after)).contiguous()
-        found = d.as_strided((H, m, reach), (m * d.shape[2], d.shape[2] + 1, 1), begin).clone()
-        near = d[..., begin:begin + m + reach - 1]
+        found = d.as_strided((H, m, places), (m * d.shape[2], d.shape[2] + 1, 1), begin).clone()
+        near = d[..., begin:begin + m + places - 1]
         found[..., 0] += d[..., :begin].sum(-1) + near.tril(-1).sum(-1)
-        found[..., -1] += d[..., begin + m + reach - 1:].sum(-1) + near.triu(reach).sum(-1)
+        found[..., -1] += d[..., begin + m + places - 1:].sum(-1) + near.triu(places).sum(-1)
         return found, None, None, None

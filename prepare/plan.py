@@ -2,7 +2,7 @@
 
 One training step, a validation's reading and the encoder cache go through the model operator by operator, on tensors
 that have shapes and no memory; what they would hold is counted as they come and go. Attention is counted as on the CPU,
-row by row; on CUDA, where one kernel does all rows, an encoder that is trained takes less.
+row by row; on CUDA, where one kernel does all rows of a training step, an encoder that is trained takes less.
 """
 
 import os
@@ -269,14 +269,16 @@ def remedies(cfg, ranks):
 
 
 def timed_steps(cfg, rates, examples, pool, build, parameter_groups, on_device, cached):
-    """Seconds of a real training step, and the seconds of audio in it, as means over some behind a first one."""
+    """Seconds of a real training step, and the seconds of audio in it, as means over some behind a first one; on CUDA, where
+    layers are compiled for what they meet, behind a first time through them all."""
     model, *_ = build(cfg, rates)
     groups = parameter_groups(model, rates, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     read = (examples[{}, some] for some in pool * (TIMED + 1))
-    batches = islice((batch for batch in read if batch["rows"]), TIMED + 1)
+    batches = list(islice((batch for batch in read if batch["rows"]), TIMED + 1))
+    first = len(batches) if cfg.device != "cpu" else 1  # steps that are not timed
     encoder, taken = model.encoder, []
-    for batch in batches:
+    for batch in batches * (2 if cfg.device != "cpu" else 1):
         made, audio = on_device(batch, cfg.device), sum(batch["lengths"]) / 50
         if cached:
             model.encoder = encoder
@@ -290,6 +292,6 @@ def timed_steps(cfg, rates, examples, pool, build, parameter_groups, on_device, 
         optimizer.step()
         optimizer.zero_grad()
         taken.append((time.time() - start, audio))
-    if len(taken) <= 1:
+    if len(taken) <= first:
         raise TrainError("no step was timed: no recording of the first batches can be used; run prepare.doctor")
-    return (sum(column) / (len(taken) - 1) for column in zip(*taken[1:]))
+    return (sum(column) / len(taken[first:]) for column in zip(*taken[first:]))

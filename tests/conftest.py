@@ -1,5 +1,6 @@
 """Shared by the tests: tiny configurations, and the peer (transformers) with every weight random."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def pytest_configure():
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are about the CPU, but for those of test_cuda.py
+
 
 ENCODER = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
                conv_depthwise_kernel_size=7, left_max_position_embeddings=12, right_max_position_embeddings=3)
