@@ -40,18 +40,19 @@ class FastDecode:
         if self.seconds.get(shape, 0.0) >= self.pays and shape not in self.compiled:
             self.compiled[shape] = compiled_step(ids.is_cuda)
         whole = [tuple(x.as_strided((*x.shape[:2], size, x.shape[3]), x.stride()) for x in layer) for layer in cache]
-        replay = self.replay if ids.is_cuda else lambda step, *inputs: step(*inputs)
-        if self.compiled.get(shape) is not None:
+        if step := self.compiled.get(shape):
             try:
-                return replay(self.compiled[shape], llm, ids, positions, whole)
+                return self.replay(step, llm, ids, positions, whole) if ids.is_cuda else step(llm, ids, positions, whole)
             except Exception as error:  # of dynamo, inductor, triton or the C++ compiler, which have no common base
                 print(f"decoding is not compiled and therefore slower: {first_line(error)}; is there a C++ compiler "
                       "(g++)?", file=sys.stderr)
                 self.pays, self.compiled = float("inf"), {}
         start = time.perf_counter()
-        logits = replay(decode_step, llm, ids, positions, whole if ids.is_cuda else cache)
         if ids.is_cuda:
+            logits = self.replay(decode_step, llm, ids, positions, whole)
             torch.cuda.synchronize()
+        else:
+            logits = decode_step(llm, ids, positions, cache)
         self.seconds[shape] = self.seconds.get(shape, 0.0) + time.perf_counter() - start
         return logits
 
