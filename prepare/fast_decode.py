@@ -39,17 +39,17 @@ class FastDecode:
         shape = (len(ids), size)
         if self.seconds.get(shape, 0.0) >= self.pays and shape not in self.compiled:
             self.compiled[shape] = compiled_step(ids.is_cuda)
-        whole = [tuple(x.as_strided((*x.shape[:2], size, x.shape[3]), x.stride()) for x in layer) for layer in cache]
         if step := self.compiled.get(shape):
             try:
-                return self.replay(step, llm, ids, positions, whole) if ids.is_cuda else step(llm, ids, positions, whole)
+                inputs = llm, ids, positions, whole(cache, size)
+                return self.replay(step, *inputs) if ids.is_cuda else step(*inputs)
             except Exception as error:  # of dynamo, inductor, triton or the C++ compiler, which have no common base
                 print(f"decoding is not compiled and therefore slower: {first_line(error)}; is there a C++ compiler "
                       "(g++)?", file=sys.stderr)
                 self.pays, self.compiled = float("inf"), {}
         start = time.perf_counter()
         if ids.is_cuda:
-            logits = self.replay(decode_step, llm, ids, positions, whole)
+            logits = self.replay(decode_step, llm, ids, positions, whole(cache, size))
             torch.cuda.synchronize()
         else:
             logits = decode_step(llm, ids, positions, cache)
@@ -73,6 +73,11 @@ class FastDecode:
             store.copy_(new)
         graph.replay()
         return logits
+
+
+def whole(cache, size):
+    """The cache of `size` positions whose filled part these views are."""
+    return [tuple(x.as_strided((*x.shape[:2], size, x.shape[3]), x.stride()) for x in layer) for layer in cache]
 
 
 def compiled_step(cuda):

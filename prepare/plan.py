@@ -276,9 +276,9 @@ def timed_steps(cfg, rates, examples, pool, build, parameter_groups, on_device, 
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     read = (examples[{}, some] for some in pool * (TIMED + 1))
     batches = list(islice((batch for batch in read if batch["rows"]), TIMED + 1))
-    first = len(batches) if cfg.device != "cpu" else 1  # steps that are not timed
+    before, timed = batches if cfg.device != "cpu" else batches[:1], batches[1:]
     encoder, taken = model.encoder, []
-    for batch in batches * (2 if cfg.device != "cpu" else 1):
+    for batch in before + timed:
         made, audio = on_device(batch, cfg.device), sum(batch["lengths"]) / 50
         if cached:
             model.encoder = encoder
@@ -292,6 +292,6 @@ def timed_steps(cfg, rates, examples, pool, build, parameter_groups, on_device, 
         optimizer.step()
         optimizer.zero_grad()
         taken.append((time.time() - start, audio))
-    if len(taken) <= first:
+    if not timed:
         raise TrainError("no step was timed: no recording of the first batches can be used; run prepare.doctor")
-    return (sum(column) / len(taken[first:]) for column in zip(*taken[first:]))
+    return (sum(column) / len(timed) for column in zip(*taken[len(before):]))

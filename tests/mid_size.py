@@ -123,6 +123,7 @@ class Ours(torch.nn.Module):
 
     def __init__(self, sizes, who, device):
         super().__init__()
+        import train  # noqa: F401  before memory is measured
         from model import AdapterConfig, EncoderConfig, LengthAdapter, LLM as Decoder, LLMConfig, SpeechEncoder, SpeechLM
         peer, dtype = Peer(sizes, False, device), torch.bfloat16
         encoder, llm = EncoderConfig(**sizes[0]), LLMConfig(model_type="qwen2", **sizes[1] | {"eos_token_id": []})
@@ -143,8 +144,10 @@ class Ours(torch.nn.Module):
     def batch(self, rows, answers=True):
         from data import collate
         from model import AUDIO
-        return collate([([AUDIO] * n + instruction.tolist() + answer.tolist() * answers, len(answer) * answers, x)
+        from train import on_device
+        made = collate([([AUDIO] * n + instruction.tolist() + answer.tolist() * answers, len(answer) * answers, x)
                         for x, n, instruction, answer in rows])
+        return on_device(made, self.device)
 
     def prepare(self, what):
         self.encoder.checkpointing = self.model.llm.checkpointing = "checkpointing" in what
@@ -156,20 +159,16 @@ class Ours(torch.nn.Module):
             key = tuple(batch["lengths"])
             if key not in self.batches:
                 with torch.no_grad():
-                    self.batches[key] = self.encoder(batch["features"].to(self.device), batch["lengths"])
+                    self.batches[key] = self.encoder(batch["features"], batch["lengths"])
             batch["features"] = self.batches[key]
-        loss, count = self.model(**on(self.device, batch))
+        loss, count = self.model(**batch)
         return loss / count
 
     def answer(self, rows, count):
         self.prepare("")
-        batch = on(self.device, self.batch(rows, False))
+        batch = self.batch(rows, False)
         del batch["targets"]
         return self.model.generate(batch.pop("ids"), batch.pop("ids_lengths"), **batch, max_new_tokens=count)
-
-
-def on(device, batch):
-    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,12 @@ def moved(batch, device):
     return [x.to(device) if isinstance(x, torch.Tensor) else x for x in batch]
 
 
+def placed(whole, device, compute_dtype):
+    whole.to(device)
+    for part in whole.children():
+        part.compute_dtype = compute_dtype
+
+
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("causal, heads, d, reach", [(True, 2, 128, None), (False, 4, 64, (64, 8)), (False, 4, 48, (64, 8))])
 def test_attention_of_all_rows_at_once(causal, heads, d, reach, dtype, bound):
@@ -60,16 +66,13 @@ def test_loss_and_gradients(dtype, bound, checkpointing):
     batches = [speech_batch(whole, frames=(300, 1, 170, 64), answer=(50, 1, 20, 9)), speech_batch(whole)]
     whole.encoder.checkpointing = whole.llm.checkpointing = checkpointing
     for batch in batches:
-        whole.cpu().zero_grad()
-        for part in (whole.encoder, whole.adapter, whole.llm):
-            part.compute_dtype = torch.float32
+        whole.zero_grad()
+        placed(whole, "cpu", torch.float32)
         loss, count = whole(*batch)
         loss.backward()
         gradients = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
         whole.zero_grad()
-        whole.to("cuda")
-        for part in (whole.encoder, whole.adapter, whole.llm):
-            part.compute_dtype = dtype
+        placed(whole, "cuda", dtype)
         ours, n = whole(*moved(batch, "cuda"))
         ours.backward()
         with torch.no_grad():
