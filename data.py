@@ -1,403 +1,1042 @@
-"""What goes into the model: waveforms to filterbank features, manifests, prompts, and batches of all that."""
+"""What goes into the model, in data-flow order: audio files to waveforms, waveforms to features,
+instructions, licences, manifests, prompts, and resumable batches of all that.
+
+A manifest row is an example (a dict); an element of a batch is a sequence. Samples are those of
+16 kHz audio. Frames are named by their length: 10 ms inside fbank, 20 ms for the speech encoder,
+80 ms for the LLM.
+"""
 
 import copy
+import errno
+import hashlib
+import io
 import itertools
 import json
 import math
+import os
 import re
 import reprlib
+import tarfile
+import unicodedata
 from array import array
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import soundfile
 import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
 
-from model import AUDIO, adapter_length
-from prepare.audio import MIN_SAMPLES, SAMPLE_RATE, audio_seconds, load_audio
-from prepare.errors import AudioError, ManifestError
-from prepare.instructions import instruction_of
-from prepare.paths import leads_out
-
-WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms windows every 10 ms
-MIN_HEARD = SAMPLE_RATE // 2  # samples; shorter clips are padded with silence: the model never heard less
+from model import AUDIO, AdapterConfig, UserError, adapter_length, one_line_errors, visible
 
 
-def windows(wave, longest=30.0):
-    """Cuts a 16 kHz wave (N,) at its quietest points into windows of at most `longest` seconds, so that their
-    concatenation is the wave; each is longer than a quarter of that. A wave under 0.5 s is one window, padded with
-    silence to 0.5 s. Returns a list of (n,) tensors."""
-    if len(wave) < MIN_HEARD:
-        return [torch.nn.functional.pad(wave, (0, MIN_HEARD - len(wave)))]
-    found, longest = [], int(min(longest * SAMPLE_RATE, len(wave)))
-    while len(wave) > longest:
-        low, high = longest // 2, min(longest, len(wave) - longest // 4)
-        energy = wave[low:high].square().unfold(0, HOP, HOP).mean(1)  # of 10 ms
-        energy = torch.nn.functional.avg_pool1d(energy[None], 21, 1, 10, count_include_pad=False)[0]  # over 0.2 s around each
-        end = low + HOP * int(energy.argmin()) + HOP // 2
-        found.append(wave[:end])
-        wave = wave[end:]
-    return found + [wave]
+class AudioError(UserError):
+    """A recording that cannot be used. Long jobs leave it out, count it and name it."""
 
 
-# -----------------------------------------------------------------------------
-# features
+# ------------------------------------------------------------------------------
+# Files that are written whole or not at all, and JSON Lines
+
+
+def write_atomically(path: Path, save: Callable) -> None:
+    """save(file open for writing), then rename: path is always a complete file, old or new."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # torch.save's word for a disk that fills up
+            reason = "could not be written to the end, is the disk full?"
+            raise OSError(errno.ENOSPC, reason, str(path)) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSON Lines file, none if it is not there. Half a line, as a kill leaves, is
+    passed over."""
+    objects = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            objects.append(json.loads(line))
+        except ValueError:
+            continue
+    return objects
+
+
+# ------------------------------------------------------------------------------
+# Audio files, or parts of them, to mono 16 kHz waveforms
+
+SAMPLE_RATE = 16000  # samples a second
+MIN_SAMPLES = 560  # 35 ms: two windows of 25 ms, 10 ms apart, make one 20 ms frame
+MIN_WINDOW = SAMPLE_RATE // 2  # samples; shorter clips get silence behind them
+READ_AGAIN = "copy or download it again, or convert it to flac"
+
+
+def load_audio(path: str | Path, start: float = 0.0, duration: float | None = None) -> Tensor:
+    """Reads one audio file, or `duration` seconds of it from `start`, as a mono 16 kHz waveform.
+
+    path: any file that libsndfile decodes (wav, flac, ogg vorbis, opus, mp3, aiff, sphere, ...),
+    sampled at 1 to 200 kHz; SHARD.tar/MEMBER is a member of an uncompressed tar. Returns a (N,)
+    float32 tensor, full scale at +-1, channels averaged. For n samples at another rate N is
+    ceil(n * 16000 / rate), and sample k is the sound at k / 16000 s (no delay).
+
+    Raises AudioError for a file that cannot be opened or decoded, that holds no samples, NaN or
+    inf, that is shorter than 35 ms, or that delivers 0.1 s less than asked for or than its header
+    promises (mp3 headers also count the decoder's delay).
+    """
+    with open_sound(path) as sound:
+        rate = sound.samplerate
+        if not 1000 <= rate <= 200000:
+            raise AudioError(
+                f"{path}: found a sample rate of {rate} Hz, expected 1000 to 200000; convert it "
+                "to 16000 Hz"
+            )
+        first = round(start * rate)
+        expected = promised_samples(sound) - first
+        if duration is not None:
+            expected = round(duration * rate)
+        wave = read_samples(sound, path, first, math.inf if duration is None else expected)
+    check_wave(wave, rate, expected, path)
+    if rate != SAMPLE_RATE:
+        wave = resample(wave, rate)
+    if len(wave) < MIN_SAMPLES:
+        raise AudioError(
+            f"{path}: found {1000 * len(wave) / SAMPLE_RATE:.1f} ms of audio, expected at least "
+            "35 ms (two 25 ms windows, 10 ms apart); leave the file out"
+        )
+    return wave
+
+
+def read_samples(sound: soundfile.SoundFile, path, first: int, count: float) -> Tensor:
+    """`count` samples of an open file from the sample `first`, or those up to its end: (n,)."""
+    # libsndfile crashes when it seeks in a Vorbis file that does not begin to sound, and some
+    # codecs cannot seek at all.
+    first = min(first, max(0, sound.frames))
+    if first and not (len(sound.read(1)) and sound.seek(first) == first):
+        raise AudioError(f"{path}: found no way to go to sample {first} of it; {READ_AGAIN}")
+    # Blocks keep the memory near that of the mono result. A short one is the end, or a damaged
+    # place, behind which libsndfile would go on at a wrong one.
+    size = 2**24 // sound.channels
+    blocks = [torch.empty(0)]
+    while count > 0 and sound.frames > 0:
+        wanted = int(min(size, count))
+        block = torch.from_numpy(sound.read(wanted, dtype="float32", always_2d=True))
+        blocks.append(block.mean(1))  # (n, channels) -> (n,)
+        count -= len(block)
+        if len(block) < wanted:
+            break
+    return torch.cat(blocks)
+
+
+def check_wave(wave: Tensor, rate: int, expected: float, path: str | Path) -> None:
+    """Raises AudioError if a wave (n,) is empty, much shorter than expected, or not finite."""
+    if not len(wave):
+        raise AudioError(f"{path}: found no samples, expected at least 35 ms; leave the file out")
+    if expected - len(wave) > rate // 10:
+        raise AudioError(
+            f"{path}: found {len(wave) / rate:.2f} s of audio, expected {expected / rate:.2f} s by "
+            "its header or the manifest; the file is cut or damaged: copy or download it again"
+        )
+    finite = wave.isfinite()
+    if not finite.all():
+        place = int(finite.int().argmin()) / rate
+        raise AudioError(
+            f"{path}: found {int((~finite).sum())} NaN or inf samples, the first at {place:.3f} s, "
+            "expected finite ones; export it again"
+        )
+
+
+def audio_seconds(path: str | Path) -> float:
+    """The length of an audio file by its header, in seconds; 0 if it cannot be read."""
+    try:
+        with open_sound(path) as sound:
+            return promised_samples(sound) / sound.samplerate
+    except AudioError:
+        return 0.0
+
+
+@contextmanager
+def open_sound(path: str | Path) -> Iterator[soundfile.SoundFile]:
+    """An audio file or a member of a tar, opened. Whatever goes wrong with it is an AudioError."""
+    shard, tar, member = str(path).partition(".tar/")
+    name = shard + ".tar" if tar else path
+    with one_line_errors(path, "correct the path, or its rights", AudioError):
+        if not os.path.isfile(name):
+            raise AudioError(f"{path}: no such file; correct the path")
+        if tar and member not in tar_members(name):
+            raise AudioError(f"{path}: no such member in the tar; correct the path")
+        file = open(name, "rb")
+    with file, one_line_errors(path, READ_AGAIN, AudioError):
+        if tar:
+            offset, size = tar_members(name)[member]
+            file.seek(offset)
+            file = io.BytesIO(file.read(size))
+        try:
+            # By its descriptor, so that libsndfile judges the content and never the name.
+            sound = soundfile.SoundFile(file if tar else file.fileno(), closefd=False)
+        except soundfile.SoundFileError as error:
+            file.seek(0)
+            head = file.read(16)
+            content = f"content that starts with {head}" if head else "0 bytes"
+            raise AudioError(
+                f"{path}: found {content}, expected intact audio such as wav, flac, ogg or mp3; "
+                f"{READ_AGAIN}"
+            ) from error
+        with sound:
+            yield sound
+
+
+@lru_cache(maxsize=64)
+def tar_members(shard: str) -> dict[str, tuple[int, int]]:
+    """{name: (offset, size)} of the files in an uncompressed tar. Raises AudioError."""
+    members = {}
+    with one_line_errors(shard, READ_AGAIN, AudioError):
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    if member.size < 0:  # tarfile would read the same headers for ever
+                        raise tarfile.ReadError("found a member of negative size")
+                    if member.isreg() and not member.issparse():
+                        name = member.name.removeprefix("./")
+                        members[name] = member.offset_data, member.size
+        except MemoryError as error:
+            raise tarfile.ReadError("found a name of a forged size") from error
+    return members
+
+
+def promised_samples(sound: soundfile.SoundFile) -> int:
+    """How many samples of each channel the header promises."""
+    # libsndfile shows only in its log that a wav was cut. Sizes near 2^31 and 2^32 are those of a
+    # stream, of unknown length.
+    cut = re.search(r"data : (\d+) \(should be (\d+)\)", sound.extra_info)
+    if cut and 0 < int(cut[1]) < 2**31 - 2**16:
+        return sound.frames * int(cut[1]) // int(cut[2])
+    return sound.frames
+
+
+def encode_opus(wave: np.ndarray | Tensor, **options) -> bytes:
+    """The bytes of an ogg file of a 16 kHz wave (N,); options are soundfile.SoundFile's."""
+    buffer = io.BytesIO()
+    file = soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, format="OGG", subtype="OPUS", **options)
+    with file:
+        for i in range(0, len(wave), SAMPLE_RATE):  # libsndfile crashes on minutes in one call
+            file.write(wave[i : i + SAMPLE_RATE])
+    return buffer.getvalue()
+
+
+OUTPUTS = 80  # output samples of the resampler that are computed from one slice of the input
+
 
 @torch.no_grad()
-def fbank(waves):
-    """Log-mel filterbank features of 16 kHz waveforms: the Kaldi fbank as in SeamlessM4TFeatureExtractor.
+def resample(wave: Tensor, rate: int) -> Tensor:
+    """A wave (n,) at another rate to 16 kHz, (ceil(n * 16000 / rate),), by a Kaiser-windowed sinc.
+    It is flat within 0.01 dB up to 0.92 of the lower of the two Nyquist frequencies; aliases and
+    images are below -100 dB."""
+    # The filter's phases repeat every `period` outputs.
+    kernels, width, period = resampling_kernels(rate)  # (groups, span, 80)
+    groups, span, _ = kernels.shape
+    step = period * rate // SAMPLE_RATE  # input samples per period
+    length = math.ceil(len(wave) * SAMPLE_RATE / rate)
+    periods = math.ceil(length / period)
+    wave = F.pad(wave, (width, periods * step + span - len(wave)))
+    out = wave.new_empty(periods, groups, OUTPUTS)
+    for group in range(groups):
+        begin = group * OUTPUTS * rate // SAMPLE_RATE
+        slices = wave[begin:].unfold(0, span, step)[:periods]  # (periods, span)
+        for i in range(0, periods, 256):  # few enough to stay in a CPU's cache
+            torch.mm(slices[i : i + 256], kernels[group], out=out[i : i + 256, group])
+    return out.view(-1)[:length]
 
-    waves: list of (N,) float tensors on one device, N >= 560 samples (35 ms), full scale at +-1.
-    Returns features (F, 160) float32, the frames of one wave after another's, and a list of how many each wave has.
-    A 10 ms frame is 80 log-mel energies, each bin with zero mean and unit variance over its wave; two of them make one
-    20 ms output frame, so a wave has (1 + (N - 400) // 160) // 2. An odd last 10 ms frame only counts for the mean and
-    variance. Raises AudioError (a ValueError) for a wave that is too short, not 1-d or not floating point.
+
+@lru_cache(maxsize=8)
+def resampling_kernels(rate: int) -> tuple[Tensor, int, int]:
+    """The filter's taps for groups of 80 outputs (groups, span, 80), half its width in input
+    samples, and after how many outputs its phases repeat.
+
+    Source: Kaiser's formulas (Oppenheim & Schafer, Discrete-Time Signal Processing, 7.5.3) for a
+    100 dB stopband and a transition from 0.92 to 1.0 of the lower Nyquist frequency.
+    """
+    lower = min(rate, SAMPLE_RATE)
+    beta = 0.1102 * (100 - 8.7)
+    width = math.ceil((100 - 7.95) / (2.285 * 0.08 * math.pi) / 2 * rate / lower)
+    cutoff = 0.96 * lower / rate
+    period = math.lcm(SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE), OUTPUTS)
+    span = math.ceil(OUTPUTS * rate / SAMPLE_RATE) + 2 * width + 1
+    kernels = torch.empty(period // OUTPUTS, span, OUTPUTS)
+    for group, kernel in enumerate(kernels):
+        outputs = group * OUTPUTS + torch.arange(OUTPUTS)  # (80,)
+        begin = group * OUTPUTS * rate // SAMPLE_RATE - width
+        inputs = begin + torch.arange(span)[:, None]  # (span, 1)
+        t = (inputs * SAMPLE_RATE - outputs * rate).double() / SAMPLE_RATE  # (span, 80)
+        window = torch.special.i0(beta * (1 - (t / width) ** 2).clamp(min=0).sqrt())
+        kernel.copy_(cutoff * torch.sinc(cutoff * t) * window * (t.abs() <= width))
+    kernels /= torch.special.i0(torch.tensor(beta))
+    return kernels, width, period
+
+
+def cut_windows(wave: Tensor, longest: float = 30.0) -> list[Tensor]:
+    """Cuts a 16 kHz wave (N,) at its quietest points into windows of at most `longest` seconds, so
+    that their concatenation is the wave; each is longer than a quarter of that. A wave under 0.5 s
+    is one window, with silence behind it up to 0.5 s."""
+    if len(wave) < MIN_WINDOW:
+        return [F.pad(wave, (0, MIN_WINDOW - len(wave)))]
+    windows, most = [], int(min(longest * SAMPLE_RATE, len(wave)))
+    while len(wave) > most:
+        low, high = most // 2, min(most, len(wave) - most // 4)
+        energy = wave[low:high].square().unfold(0, HOP, HOP).mean(1)  # of 10 ms
+        # Smoothed over 0.2 s around each.
+        energy = F.avg_pool1d(energy[None], 21, 1, 10, count_include_pad=False)[0]
+        end = low + HOP * int(energy.argmin()) + HOP // 2
+        windows.append(wave[:end])
+        wave = wave[end:]
+    return windows + [wave]
+
+
+# ------------------------------------------------------------------------------
+# Features: the Kaldi filterbank of SeamlessM4TFeatureExtractor
+
+WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms windows every 10 ms
+
+
+@torch.no_grad()
+def fbank(waves: list[Tensor]) -> tuple[Tensor, list[int]]:
+    """Log-mel filterbank features of 16 kHz waveforms, as SeamlessM4TFeatureExtractor makes them.
+
+    waves: (N,) float tensors on one device, N >= 560 samples (35 ms), full scale at +-1. Returns
+    features (F, 160) float32, the frames of one wave after another's, and how many each has.
+
+    A 10 ms frame is 80 log-mel energies, each bin with zero mean and unit variance over its wave;
+    two of them make one 20 ms output frame, so a wave has (1 + (N - 400) // 160) // 2. An odd last
+    10 ms frame only counts for the mean and variance. Raises AudioError for a wave that is too
+    short, not 1-d or not floating point.
     """
     for i, wave in enumerate(waves):
         if wave.ndim != 1 or not wave.is_floating_point() or len(wave) < MIN_SAMPLES:
-            raise AudioError(f"wave {i}: found {tuple(wave.shape)} {wave.dtype}, expected (N,) floating point samples, "
-                             "N >= 560 (35 ms at 16 kHz); load it with load_audio")
-    device = waves[0].device
-    window, mel = _fbank_constants(device)
+            raise AudioError(
+                f"wave {i}: found {tuple(wave.shape)} {wave.dtype}, expected (N,) floating point "
+                "samples, N >= 560 (35 ms at 16 kHz); load it with load_audio"
+            )
 
-    # all waves in one line, each starting on a whole hop; the few frames that cross a seam are computed and not used
+    # All waves stand in one line, each from a whole hop on. The few frames that cross from one to
+    # the next are computed and not used.
+    device = waves[0].device
     hops = [math.ceil(len(wave) / HOP) for wave in waves]
     starts = [sum(hops[:i]) for i in range(len(waves))]
     line = torch.zeros(sum(hops) * HOP + FFT, dtype=torch.float32, device=device)
-    for wave, start in zip(waves, starts):
+    for wave, start in zip(waves, starts, strict=True):
         line[start * HOP : start * HOP + len(wave)] = wave
 
+    window, mel = fbank_constants(device)
     energies = torch.empty(sum(hops), 80, dtype=mel.dtype, device=device)
-    size = 128 if device.type == "cpu" else 16384  # frames at a time; few enough to stay in the CPU's cache
+    size = 128 if device.type == "cpu" else 16384  # 10 ms frames at a time, for a CPU's cache
     for i in range(0, len(energies), size):
         out = energies[i : i + size]
-        _mel_energies(line[i * HOP : (i + len(out) - 1) * HOP + FFT + 1], window, mel, out)
+        mel_energies(line[i * HOP : (i + len(out) - 1) * HOP + FFT + 1], window, mel, out)
     energies.clamp_(min=1.192092955078125e-07).log_()
 
+    # Each wave is normalised over all its frames, then pairs of frames are joined.
     frames = [1 + (len(wave) - WINDOW) // HOP for wave in waves]
     lengths = [n // 2 for n in frames]
     features = torch.empty(sum(lengths), 160, dtype=torch.float32, device=device)
-    for row, start, n, length in zip(features.split(lengths), starts, frames, lengths):
+    outputs = features.split(lengths)
+    for output, start, n in zip(outputs, starts, frames, strict=True):
         x = energies[start : start + n].double()  # (n, 80)
         x = x - x.mean(0)
         x = x / (x.square().sum(0) / (n - 1) + 1e-7).sqrt()
-        row.copy_(x[: 2 * length].view(length, 160))
+        output.copy_(x[: 2 * len(output)].view(-1, 160))
     return features, lengths
 
 
-def _mel_energies(x, window, mel, out):
-    # x: the samples of n frames and one before them; float64, as near-empty bins drown in the rounding of a float32 FFT
-    x = x.double()
+def mel_energies(x: Tensor, window: Tensor, mel: Tensor, out: Tensor) -> None:
+    """The mel energies of n 10 ms frames into out (n, 80). x: their samples and one before them."""
+    x = x.double()  # near-empty bins drown in the rounding of a float32 FFT
     means = x.unfold(0, WINDOW, HOP).mean(1, keepdim=True)  # (n, 1)
-    # a frame's mean m, had it been removed before the pre-emphasis, would have taken 0.03 m off every sample
+    # A frame's mean m, had it been removed before the pre-emphasis, would have taken 0.03 m off
+    # every sample.
     frames = (x[1:] - 0.97 * x[:-1]).unfold(0, FFT, HOP) - 0.03 * means  # (n, 512)
     frames *= window
     power = torch.view_as_real(torch.fft.rfft(frames)).square_()  # (n, 257, 2)
-    torch.mm((power[..., 0] + power[..., 1]).to(mel.dtype), mel, out=out)  # (n, 80); out= also keeps autocast away
+    # Writing into `out` also keeps autocast away.
+    torch.mm((power[..., 0] + power[..., 1]).to(mel.dtype), mel, out=out)
 
 
 @lru_cache
-def _fbank_constants(device):
-    # The Povey window at 16-bit scale, as in Kaldi, without its first sample, which is 0, and padded to the FFT.
-    window = 2**15 * torch.hann_window(WINDOW, periodic=False, dtype=torch.float64)[1:] ** 0.85  # (399,)
-    window = torch.nn.functional.pad(window, (0, FFT - len(window)))  # (512,)
-    # mel filters: triangles over the FFT bins, straight on the mel scale
-    edges = torch.linspace(_mel(20), _mel(8000), 82, dtype=torch.float64)
-    bins = torch.tensor([_mel(i * SAMPLE_RATE / FFT) for i in range(FFT // 2 + 1)], dtype=torch.float64)[:, None]
+def fbank_constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The window (512,) and the mel filters (257, 80)."""
+    # Kaldi's Povey window at 16-bit scale, without its first sample, which is 0, padded to the FFT.
+    window = 2**15 * torch.hann_window(WINDOW, periodic=False, dtype=torch.float64)[1:] ** 0.85
+    window = F.pad(window, (0, FFT - len(window)))
+    # The filters are triangles over the FFT bins, straight on the mel scale.
+    edges = torch.linspace(mel_scale(20), mel_scale(8000), 82, dtype=torch.float64)
+    bins = [mel_scale(i * SAMPLE_RATE / FFT) for i in range(FFT // 2 + 1)]
+    bins = torch.tensor(bins, dtype=torch.float64)[:, None]
     rise = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     fall = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    mel = torch.minimum(rise, fall).clamp(min=0)  # (257, 80)
-    # float32 is faster on CPU; on a GPU it would be rounded to TF32 where the trainer allows that
-    return window.to(device), mel.to(device, torch.float32 if device.type == "cpu" else torch.float64)
+    mel = torch.minimum(rise, fall).clamp(min=0)
+    # float32 is faster on a CPU; on a GPU it would be rounded to TF32 where the trainer allows it.
+    dtype = torch.float32 if device.type == "cpu" else torch.float64
+    return window.to(device), mel.to(device, dtype)
 
 
-def _mel(hertz):
+def mel_scale(hertz: float) -> float:
     return 1127 * math.log(1 + hertz / 700)
 
 
-# -----------------------------------------------------------------------------
-# manifests: JSON Lines, one example a row
+def feature_length(seconds: float) -> int:
+    """20 ms frames of a window of this many seconds."""
+    samples = max(MIN_WINDOW, round(seconds * SAMPLE_RATE))
+    return (1 + (samples - WINDOW) // HOP) // 2
+
+
+# ------------------------------------------------------------------------------
+# Instructions in words
 
 TASKS = ("asr", "st", "sqa")
-LONGEST_LINE = 2**24  # bytes
+# Wordings by task and language of the wording; "targets" are what {to} and {in} stand for.
+INSTRUCTIONS_FILE = Path(__file__).resolve().parent / "demo" / "instructions.json"
+INSTRUCTIONS = json.loads(INSTRUCTIONS_FILE.read_text(encoding="utf-8"))
+# The only right answers to a question that the recording does not answer.
+REFUSALS = {
+    "en": "Not answerable.",
+    "de": "Nicht zu beantworten.",
+    "it": "Non è possibile rispondere.",
+    "zh": "无法回答。",
+}
+
+
+def instruction_of(example: dict, random=None) -> str:
+    """The instruction of an example: its own, or else the first wording of its task, for sqa in the
+    question's language; a bare transcript is asked for as such. A random generator
+    (random.Random or numpy's) draws any wording, for asr and st in any language. Raises UserError
+    if there is no wording."""
+    if example.get("instruction"):
+        return example["instruction"]
+    task, target = example["task"], example["target_language"]
+    languages = list(INSTRUCTIONS["targets"])
+    if target not in languages and task != "asr":
+        raise UserError(
+            f"{example['where']}: demo/instructions.json has no wording for the language "
+            f"{target!r}; add it there, or give the row an instruction of its own"
+        )
+
+    # A question is put in its own language, everything else in any.
+    language = "en"
+    if task == "sqa":
+        language = target
+    elif random:
+        language = languages[int(random.random() * len(languages))]
+
+    choices = INSTRUCTIONS[task][language]
+    if task == "asr" and example.get("style") == "bare":
+        choices = INSTRUCTIONS["asr bare"][language]
+    elif example["source_language"] == "en":
+        choices = choices + INSTRUCTIONS[f"{task} of English"][language]
+    wording = choices[int(random.random() * len(choices)) if random else 0]
+    forms = INSTRUCTIONS["targets"][language].get(target, {})
+    return wording.format(**forms, question=example.get("question", ""))
+
+
+def wordings(task: str) -> Iterator[tuple[str, str]]:
+    """(language, wording) of a task in every language."""
+    for key in (task, f"{task} of English", f"{task} bare"):
+        for language, choices in INSTRUCTIONS.get(key, {}).items():
+            for wording in choices:
+                yield language, wording
+
+
+def bare_wording(text: str) -> str:
+    """A wording without what does not matter: its case, and a full stop at its end."""
+    return text.strip().rstrip(".。").casefold()
+
+
+@lru_cache
+def known_wordings() -> dict[str, str]:
+    """The task of every wording of asr and st, with every language put in."""
+    tasks = {}
+    for task in ("asr", "st"):
+        for language, wording in wordings(task):
+            for forms in INSTRUCTIONS["targets"][language].values():
+                tasks[bare_wording(wording.format(**forms))] = task
+    return tasks
+
+
+def task_of(instruction: str) -> str | None:
+    """The task of an instruction: that of a known wording; else sqa if it has a question mark, and
+    None if not, which is answered window by window like a transcript."""
+    text = bare_wording(instruction)
+    if text in known_wordings():
+        return known_wordings()[text]
+    for _, wording in wordings("sqa"):
+        before, after = bare_wording(wording).split("{question}")
+        framed = text.startswith(before) and text.endswith(after)
+        if (before or after) and framed:
+            return "sqa"
+    return "sqa" if re.search("[?？]", instruction) else None
+
+
+# ------------------------------------------------------------------------------
+# Licences: what training accepts, and whom a trained model owes a mention
+
+FREE = re.compile(
+    r"CC0-1\.0|PDDL-1\.0|LicenseRef-PublicDomain|public domain|MIT|Apache-2\.0"
+    r"|CC-BY(-[1-4]\.\d(-(?!NC|ND|SA)[A-Z]{2,3})?)?",
+    re.IGNORECASE,
+)
+NO_CREDIT_NEEDED = re.compile("CC0-.*|PDDL-.*|LicenseRef-PublicDomain|public domain", re.IGNORECASE)
+# What the corpora that prepare/corpora.py knows want to be said.
+ATTRIBUTIONS = {
+    "librispeech": "LibriSpeech, by Vassil Panayotov, Guoguo Chen, Daniel Povey and Sanjeev "
+    "Khudanpur, 2015, from LibriVox",
+    "mls": "Multilingual LibriSpeech, by Vineel Pratap, Qiantong Xu, Anuroop Sriram, Gabriel "
+    "Synnaeve and Ronan Collobert, 2020, from LibriVox",
+    "commonvoice": "Common Voice, by Mozilla and its contributors",
+    "covost2": "CoVoST 2, by Changhan Wang, Anne Wu and Juan Pino, 2020, on Common Voice",
+    "fleurs": "FLEURS, by Alexis Conneau, Min Ma and others, 2022, on the sentences of FLoRes",
+    "voxpopuli": "VoxPopuli, by Changhan Wang, Morgane Rivière and others, 2021; recordings (c) "
+    "European Union, European Parliament",
+    "peoples-speech": "The People's Speech, by Daniel Galvez, Greg Diamos and others, 2021, from "
+    "archive.org",
+    "europarl-st": "Europarl-ST, by Javier Iranzo-Sánchez, Joan Albert Silvestre-Cerdà and others, "
+    "2020",
+    "spoken-squad": "Spoken-SQuAD, by Chia-Hsuan Li, Szu-Lin Wu, Chi-Liang Liu and Hung-yi Lee, "
+    "2018, from SQuAD, by Pranav Rajpurkar, Jian Zhang, Konstantin Lopyrev and Percy Liang, 2016, "
+    "and Wikipedia",
+    "librisqa": "LibriSQA, by Zihan Zhao and others, 2023, on LibriSpeech; it states no licence",
+    "mcif": "MCIF, by Sara Papi and others, 2025, from talks of the ACL Anthology",
+    "ljspeech": "The LJ Speech Dataset, by Keith Ito and Linda Johnson, 2017",
+}
+
+
+@lru_cache
+def accepted(licence: str, allowed: tuple[str, ...] = ()) -> bool:
+    """Whether training takes data of an SPDX licence: CC0, public domain, CC-BY, MIT, Apache-2.0,
+    or one that is named in `allowed`. Of "A AND B" both must be accepted, of "A OR B" one."""
+    if licence in allowed:
+        return True
+    for choice in licence.strip("() ").split(" OR "):
+        parts = [part.strip() for part in choice.split(" AND ")]
+        if all(FREE.fullmatch(part) or part in allowed for part in parts):
+            return True
+    return False
+
+
+def letters(text: str) -> str:
+    """A text without case, punctuation and spaces."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(character for character in folded if character.isalnum())
+
+
+def letter_count(text: str) -> int:
+    """How many letters there are to know a text by. A Chinese character counts as three."""
+    characters = letters(text)
+    chinese = sum("\u4e00" <= character <= "\u9fff" for character in characters)
+    return len(characters) + 2 * chinese
+
+
+def text_hash(text: str) -> str:
+    """16 hexadecimal digits, the same for texts that differ in case, punctuation and spaces."""
+    return hashlib.sha256(letters(text).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def protected_hashes(manifests: Iterable[str | Path]) -> frozenset[str]:
+    """The hashes of test-only texts: the lines of all *.fingerprints files beside the manifests.
+    Raises UserError."""
+    folders = {Path(manifest).parent for manifest in manifests}
+    hashes = set()
+    for path in itertools.chain(*(folder.glob("*.fingerprints") for folder in folders)):
+        with one_line_errors(path, "convert the test corpus again, or remove this file"):
+            hashes |= set(path.read_text(encoding="utf-8").split())
+    return frozenset(hashes)
+
+
+def check_licence(example: dict, allowed: tuple[str, ...], hashes: frozenset[str]) -> None:
+    """Raises UserError if an example must not be trained on: its licence or that of a source is not
+    accepted, it is marked test_only, or its text (of sqa, its question) is among the
+    protected_hashes. Texts of under 20 letters are too short to tell where they are from."""
+    where = example["where"]
+    for corpus, licence in ((example["corpus"], example["licence"]), *example["sources"]):
+        if not accepted(licence, allowed):
+            raise UserError(
+                f"{where}: the corpus {corpus!r} has the licence {licence!r}, expected CC0-1.0, "
+                "public domain, CC-BY, MIT or Apache-2.0; leave it out or, if you may use it, "
+                f"give --allow-licence {licence!r}"
+            )
+    if example.get("test_only"):
+        raise UserError(
+            f"{where}: the corpus {example['corpus']!r} is for testing only; leave it out of "
+            "training and validation"
+        )
+    text = example["question"] if example["task"] == "sqa" else example["text"]
+    if hashes and letter_count(text) >= 20 and text_hash(text) in hashes:
+        raise UserError(
+            f"{where}: {text[:60]!r} is a text of a test-only corpus (a *.fingerprints file beside "
+            "the manifests has it); leave the row out"
+        )
+
+
+def merge_hours(*data: list) -> list:
+    """Lists of (corpus, licence, language, seconds) as one, of equal entries the longest."""
+    longest = {}
+    for *key, seconds in itertools.chain(*data):
+        longest[tuple(key)] = max(seconds, longest.get(tuple(key), 0))
+    return [[*key, seconds] for key, seconds in sorted(longest.items())]
+
+
+def notice(data: list) -> str:
+    """The text that goes with a trained model: whom its training data came from. data: a list of
+    (corpus, licence, language, seconds)."""
+    hours = {}
+    for corpus, licence, language, seconds in data:
+        share = f"{seconds / 3600:.2f} h into {language}"
+        hours.setdefault((corpus, licence), []).append(share)
+    lines = ["This model was trained on the following data.", ""]
+    for (corpus, licence), shares in hours.items():
+        credit = "no attribution is on record here; whoever made the manifest knows it"
+        if corpus in ATTRIBUTIONS:
+            credit = ATTRIBUTIONS[corpus]
+        elif NO_CREDIT_NEEDED.fullmatch(licence):
+            credit = "needs no attribution"
+        lines += [f"{corpus}, {licence}: {', '.join(shares)}", f"  {credit}"]
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------
+# Manifests: JSON Lines, one example a row
+
+# The fields of an example that does not state them.
+EXAMPLE = {
+    "start": 0.0,
+    "duration": None,
+    "source_language": "en",
+    "target_language": "en",
+    "licence": "unknown",
+    "corpus": "unknown",
+    "speaker": "unknown",
+    "style": "written",
+    "sources": [],
+}
+TEXT_FIELDS = (
+    "audio",
+    "text",
+    "source_language",
+    "target_language",
+    "licence",
+    "corpus",
+    "speaker",
+)
+
+
+def parse_example(line: str | bytes, where: str) -> dict:
+    """An example by its line of a manifest, checked, with defaults filled in and `where` naming
+    file and line. Raises UserError."""
+    with one_line_errors(where, "expected one JSON object a line"):
+        example = json.loads(line)
+        if not isinstance(example, dict):
+            raise ValueError(f"found a {type(example).__name__}")
+    stated = {name: value for name, value in example.items() if value is not None}
+    example = EXAMPLE | stated | {"where": where}
+
+    def refuse(name: str, expected: str):
+        value = reprlib.repr(example.get(name))
+        raise UserError(f"{where}: {name} is {value}, expected {expected}; mend or remove the row")
+
+    if example.get("task") not in TASKS:
+        refuse("task", f"one of {', '.join(TASKS)}")
+    if example["style"] not in ("written", "bare"):
+        refuse("style", "written or bare")
+    needed = list(TEXT_FIELDS)
+    needed += ["question"] if example["task"] == "sqa" else []
+    needed += ["instruction"] if "instruction" in example else []
+    for name in needed:
+        if not is_text(example.get(name)):
+            refuse(name, "text")
+    for name in ("start", "duration"):
+        if example[name] is not None and not is_seconds(example[name]):
+            refuse(name, "a number of seconds")
+    if not is_sources(example["sources"]):
+        refuse("sources", "a list of [corpus, licence]")
+    return example
+
+
+def is_text(value: object) -> bool:
+    return (
+        isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
+    )
+
+
+def is_seconds(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e6
+
+
+def is_sources(value: object) -> bool:
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in value)
 
 
 class Manifest:
-    """The rows of a JSON Lines file. Only their places in the file are kept; a row is parsed when it is asked for.
+    """The examples of a JSON Lines file. Only their places in the file are kept; a line is parsed
+    when it is asked for.
 
-    A row has audio (a path relative to the manifest, or SHARD.tar/MEMBER for a member of an uncompressed tar; unless
-    trust_paths is set, neither the path nor a symbolic link may lead out of the manifest's folder), text
-    (what is to be said), task (asr, st or sqa), licence (SPDX), and may have start and duration (seconds within the
-    audio), source_language, target_language (en), question (sqa), instruction, speaker, corpus, style (of a transcript:
-    written, or bare of case and punctuation), sources ([corpus, licence] of what it was derived from), test_only.
+    An example has audio (a path relative to the manifest's folder, or SHARD.tar/MEMBER for a member
+    of an uncompressed tar), text (what is to be answered), task (asr, st or sqa), licence (SPDX),
+    and may have start and duration (seconds within the audio), source_language, target_language
+    (en), question (sqa), instruction, speaker, corpus, style (of a transcript: written, or bare of
+    case and punctuation), sources ([corpus, licence] of what it was derived from), test_only.
     """
 
-    def __init__(self, path, trust_paths=False):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.folder = None if trust_paths else self.path.parent
         ends, size = [np.zeros(1, np.int64)], 0
-        try:
-            with open(path, "rb") as file:
-                while block := file.read(2**24):
-                    ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size + 1)
-                    size += len(block)
-        except OSError as error:
-            raise ManifestError(f"{str(path)!r}: {error.strerror}, expected a manifest; correct the path") from error
-        self.bounds = np.concatenate(ends + [np.array([size])])  # where line i begins; the last is the file's end
-        self.lines = np.flatnonzero(np.diff(self.bounds) > 2)  # those that are not empty
+        with one_line_errors(path, "give the path of a manifest"), open(path, "rb") as file:
+            while block := file.read(2**24):
+                newlines = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+                ends.append(newlines + size + 1)
+                size += len(block)
+        # Where each line begins, and the file's end; and which lines are not empty.
+        self.bounds = np.concatenate(ends + [np.array([size])])
+        self.lines = np.flatnonzero(np.diff(self.bounds) > 2)
         if not len(self.lines):
-            raise ManifestError(f"{str(path)!r}: found no rows, expected one JSON object a line")
-        if (size := np.diff(self.bounds)).max() > LONGEST_LINE:
-            raise ManifestError(f"{str(path)!r} line {size.argmax() + 1}: found {size.max():,} bytes, expected at most "
-                                f"{LONGEST_LINE:,}; is this a manifest?")
+            raise UserError(f"{path}: found no rows, expected one JSON object a line")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, i):
-        """Row i as a dict, checked, with defaults filled in and `where` naming file and line. Raises ManifestError."""
+    def __getitem__(self, i: int) -> dict:
         line = self.lines[i]
         with open(self.path, "rb") as file:
             file.seek(self.bounds[line])
             text = file.read(self.bounds[line + 1] - self.bounds[line])
-        return parse_row(text, f"{str(self.path)!r} line {line + 1}", self.folder)
+        return parse_example(text, f"{self.path} line {line + 1}")
 
-    def __iter__(self):
-        kept = iter(self.lines.tolist())
-        wanted = next(kept, None)
+    def __iter__(self) -> Iterator[dict]:
+        wanted = set(self.lines.tolist())
         with open(self.path, "rb") as file:
             for line, text in enumerate(file):
-                if line == wanted:
-                    yield parse_row(text, f"{str(self.path)!r} line {line + 1}", self.folder)
-                    wanted = next(kept, None)
+                if line in wanted:
+                    yield parse_example(text, f"{self.path} line {line + 1}")
 
-    def audio(self, row):
-        """The waveform of a row as one window, so at least 0.5 s long. Raises AudioError."""
-        return windows(load_audio(self.path.parent / row["audio"], row["start"], row["duration"]), math.inf)[0]
+    def select(self, rows: Iterable[int]) -> "Manifest":
+        """Those rows of this manifest, by their numbers in it, in the file's order."""
+        part = copy.copy(self)
+        part.lines = self.lines[np.sort(np.array(list(rows), np.int64))]
+        return part
 
-    def seconds(self, row):
-        """How long a row's audio is, by the row itself or else by the audio's header; 0 if that cannot be read."""
-        if row["duration"] is not None:
-            return row["duration"]
-        return max(0.0, audio_seconds(self.path.parent / row["audio"]) - row["start"])
+    def audio(self, example: dict) -> Tensor:
+        """The waveform (N,) of an example as one window, so at least 0.5 s. Raises AudioError."""
+        path = self.path.parent / example["audio"]
+        wave = load_audio(path, example["start"], example["duration"])
+        return cut_windows(wave, math.inf)[0]
 
-    def split(self, tasks, longest, check):
-        """Reads the file once. Returns {(task, target language): Manifest of those rows alone}; how many seconds they
-        are, a Counter by (corpus, licence, target language); and how long the longest row is that is not longer than
-        `longest` seconds. Raises ManifestError at the first bad row, or the first that check(row) refuses by that."""
-        groups, total, window = {}, Counter(), 0.0
-        for i, row in enumerate(self):
-            if row["task"] in tasks:
-                check(row)
-                groups.setdefault((row["task"], row["target_language"]), array("q")).append(i)
-                seconds = self.seconds(row)
-                total[row["corpus"], row["licence"], row["target_language"]] += seconds
-                window = max(window, seconds) if seconds <= longest else window
-        parts = {}
-        for group, rows in sorted(groups.items()):
-            parts[group] = copy.copy(self)
-            parts[group].lines = self.lines[np.array(rows)]
-        return parts, total, window
+    def seconds(self, example: dict) -> float:
+        """How long an example's audio is, by the example or else by the audio's header; 0 if that
+        cannot be read."""
+        if example["duration"] is not None:
+            return example["duration"]
+        return max(0.0, audio_seconds(self.path.parent / example["audio"]) - example["start"])
 
 
-ROW = {"start": 0.0, "duration": None, "source_language": "en", "target_language": "en", "licence": "unknown",
-       "corpus": "unknown", "speaker": "unknown", "style": "written", "sources": []}  # of a row that does not say
+# ------------------------------------------------------------------------------
+# The mixture that a run is trained on
 
 
-def parse_row(text, where, folder=None):
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: not JSON ({error}); expected one object a line") from error
-    if not isinstance(row, dict):
-        raise ManifestError(f"{where}: found a {type(row).__name__}, expected a JSON object")
-    row = ROW | {name: value for name, value in row.items() if value is not None} | {"where": where}
-    texts = ["audio", "text", "task", "source_language", "target_language", "licence", "corpus", "speaker"]
-    texts += ["question"] if row.get("task") == "sqa" else []
-    for name in texts + (["instruction"] if "instruction" in row else []):
-        value = row.get(name)
-        if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
-            raise ManifestError(f"{where}: {name} is {reprlib.repr(value)}, expected text; add it or leave the row out")
-    if row["task"] not in TASKS:
-        raise ManifestError(f"{where}: task is {reprlib.repr(row['task'])}, expected one of {', '.join(TASKS)}")
-    if row["style"] not in ("written", "bare"):
-        raise ManifestError(f"{where}: style is {reprlib.repr(row['style'])}, expected written or bare")
-    if not isinstance(row["sources"], list) or not all(
-            isinstance(pair, list) and [type(part) for part in pair] == [str, str] for pair in row["sources"]):
-        raise ManifestError(f"{where}: sources is {reprlib.repr(row['sources'])}, expected a list of [corpus, licence]")
-    for name in ("start", "duration"):
-        if row[name] is not None and (type(row[name]) not in (int, float) or not 0 <= row[name] < 1e6):
-            raise ManifestError(f"{where}: {name} is {reprlib.repr(row[name])}, expected a number of seconds")
-    if folder is not None and leads_out(folder, row["audio"]):
-        raise ManifestError(f"{where}: audio is {row['audio']!r}, which leads out of the manifest's folder; if you "
-                            "trust whoever wrote it, give --trust-paths")
-    return row
+class Mixture(NamedTuple):
+    manifests: list[Manifest]  # of training, one for each task and target language of each file
+    weights: list[float]  # how often each is drawn
+    dev: Manifest
+    hours: list  # (corpus, licence, target language, seconds) of the training data
+    longest: float  # seconds of the longest training example
 
 
-# -----------------------------------------------------------------------------
-# rows: what the model reads, what it must say
+def open_mixture(
+    paths: list[str],
+    dev: str,
+    tasks: tuple[str, ...],
+    allowed: tuple[str, ...] = (),
+    temperature: float = 1.0,
+    max_seconds: float = 30.0,
+) -> Mixture:
+    """Opens the manifests of a run, of which only examples of these tasks count, and prints what is
+    in them. paths: manifests; PATH=2 counts each of its examples twice. A task and language is
+    drawn as often as its examples to the power 1 / temperature. Raises UserError at the first bad
+    row, or the first that must not be trained on."""
+    weighted = [split_weight(path) for path in paths]
+    hashes = protected_hashes([dev, *(path for path, _ in weighted)])
 
-# The reference's second form of prompt. These ids are ours alone: -2, -3, ... index the adapter's own embeddings.
-TASK_TOKENS = {"asr": "<|transcribe|>", "st": "<|translate|>", "sum": "<|summarize|>", "sqa": "<|reply|>"}
-LANGUAGE_CODES = ("bg cs da de el en es et fi fr ga hr hu it lt lv mt nl pl pt ro sk sl sv "
-                  "sq ast eu br ca fy gl oc rm sc hsb cy zh").split()
-PROMPT_TOKENS = [*TASK_TOKENS.values(), *(f"<|{code}|>" for code in LANGUAGE_CODES)]
+    def check(example: dict) -> None:
+        check_licence(example, allowed, hashes)
+        instruction_of(example)  # raises if its language has no wordings
+
+    manifests, weights, seconds, longest = [], [], Counter(), 0.0
+    sizes = Counter()  # of each task and language over all files, weighted
+    groups = []
+    for path, weight in weighted:
+        parts, of_file, longest_of_file = read_groups(path, tasks, max_seconds, check, least=1)
+        longest = max(longest, longest_of_file)
+        seconds += of_file
+        for group, manifest in parts.items():
+            groups.append(group)
+            manifests.append(manifest)
+            weights.append(weight * len(manifest))
+            sizes[group] += weight * len(manifest)
+    parts, _, _ = read_groups(dev, tasks, max_seconds, check, least=2)
+    dev_lines = np.sort(np.concatenate([part.lines for part in parts.values()]))
+    validation = copy.copy(next(iter(parts.values())))
+    validation.lines = dev_lines
+
+    pairs = zip(weights, groups, strict=True)
+    weights = [weight * sizes[group] ** (1 / temperature - 1) for weight, group in pairs]
+    shares = Counter()
+    for weight, group in zip(weights, groups, strict=True):
+        shares[group] += 100 * weight / sum(weights)
+    for (task, language), share in sorted(shares.items()):
+        size = sizes[task, language]
+        print(
+            visible(f"data: {task} into {language}: {size:.0f} rows, {share:.1f} % of those drawn")
+        )
+    for (corpus, licence, language), total in sorted(seconds.items()):
+        print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))
+    hours = [[*key, round(total)] for key, total in sorted(seconds.items())]
+    return Mixture(manifests, weights, validation, hours, longest)
 
 
-def join(texts):
-    """Answers about successive windows as one text: a space between two, but none behind Chinese."""
-    whole = ""
-    for text in filter(None, map(str.strip, texts)):
-        whole += " " * bool(re.search("[^\u3000-\u9fff\uff00-\uffef]$", whole)) + text
-    return whole
+def split_weight(path: str) -> tuple[str, float]:
+    """A manifest's path and its weight, of PATH or PATH=2. Raises UserError."""
+    name, weight = re.fullmatch(r"(?s)(.*?)(?:=(\d*[.]?\d+))?", path).groups("1")
+    if float(weight) == 0:
+        raise UserError(f"{path}: a manifest of weight 0; leave it out")
+    return name, float(weight)
 
 
-def render(row, audio_frames, tokenizer, end_id, form="text", length_hint=False):
-    """The ids of a row and how many at its end are the answer: the one place where prompt and loss mask are made.
+def read_groups(path: str, tasks, max_seconds: float, check: Callable, least: int):
+    """Reads a manifest once. Returns {(task, target language): Manifest of those examples alone};
+    a Counter of their seconds by (corpus, licence, target language); and the seconds of the longest
+    that is not longer than max_seconds. Raises UserError if there are fewer than `least`."""
+    manifest = Manifest(path)
+    groups, seconds, longest = {}, Counter(), 0.0
+    for i, example in enumerate(manifest):
+        if example["task"] not in tasks:
+            continue
+        check(example)
+        group = example["task"], example["target_language"]
+        groups.setdefault(group, array("q")).append(i)
+        length = manifest.seconds(example)
+        seconds[example["corpus"], example["licence"], example["target_language"]] += length
+        if length <= max_seconds:
+            longest = max(longest, length)
+    count = sum(map(len, groups.values()))
+    if count < least:
+        raise UserError(
+            f"{path}: {count} rows of the tasks this phase trains, {', '.join(tasks)}, expected at "
+            f"least {least}; give another manifest"
+        )
+    parts = {group: manifest.select(rows) for group, rows in sorted(groups.items())}
+    return parts, seconds, longest
 
-    text:   [begin token, if the tokenizer has one] audio \\n instruction \\n answer end
-    tokens: audio <|language|><|task|> [characters of the answer, as digits] [question] answer end
 
-    row: a manifest row; without "text" the ids stop where the answer begins. audio_frames: AUDIO placeholders, 80 ms
-    each. tokens is the reference's form (arXiv 2506.17019), whose length hint is for training. Pure: same in, same out.
+# ------------------------------------------------------------------------------
+# Sequences: what the model reads, what it must answer
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """Answers about successive windows as one text, spaces between them but not behind Chinese."""
+    joined = ""
+    for text in texts:
+        text = text.strip()
+        if joined and text and re.search("[^\u3000-\u9fff\uff00-\uffef]$", joined):
+            joined += " "
+        joined += text
+    return joined
+
+
+def render(example: dict, audio_frames: int, tokenizer: Tokenizer, end_id: int):
+    """The ids of a sequence, and how many at its end are the answer: the one place where prompt and
+    loss mask are made.
+
+        [begin token, if the tokenizer has one] audio \\n instruction \\n answer end
+
+    example: a manifest row; without "text" the ids stop where the answer begins. audio_frames: how
+    many AUDIO placeholders, of 80 ms each. Pure: same in, same out.
     """
-    def encode(text):
+
+    def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    answer = [] if row.get("text") is None else encode(row["text"]) + [end_id]
-    if form == "text":
-        before, after = tokenizer.encode("").ids, encode(f"\n{instruction_of(row)}\n")
-    else:
-        tokens = (f"<|{row['target_language']}|>", TASK_TOKENS[row["task"]])
-        before, after = [], [AUDIO - 1 - PROMPT_TOKENS.index(token) for token in tokens]
-        after += encode((str(len(row["text"])) if length_hint else "") + row.get("question", ""))
-    return before + [AUDIO] * audio_frames + after + answer, len(answer)
+    begin = tokenizer.encode("").ids
+    instruction = encode(f"\n{instruction_of(example)}\n")
+    answer = []
+    if example.get("text") is not None:
+        answer = encode(example["text"]) + [end_id]
+    return begin + [AUDIO] * audio_frames + instruction + answer, len(answer)
 
 
-def collate(examples):
-    """Packs examples, each (ids, answer size, frames (F, 160) or encoder states (F, D)), into one batch for
-    SpeechLM.forward, without padding: features and ids of all rows end to end, how long each row's are, and the targets'
-    positions in ids."""
-    ids, answers, frames = zip(*examples)
-    ends = itertools.accumulate(map(len, ids))
+def collate(sequences: list[tuple[list[int], int, Tensor]]) -> dict:
+    """Packs sequences, each (ids, answer size, frames (F, 160) or encoder states (F, D)), into one
+    batch for SpeechLM.forward, without padding: features and ids of all end to end, how long those
+    of each are, and the places of the targets in ids."""
+    ids, answers, frames = zip(*sequences, strict=True)
+    targets, end = [], 0
+    for sequence, answer in zip(ids, answers, strict=True):
+        end += len(sequence)
+        targets.append(torch.arange(end - answer, end))
     return {
         "features": torch.cat(frames),
-        "lengths": [len(f) for f in frames],
+        "lengths": [len(x) for x in frames],
         "ids": torch.tensor(list(itertools.chain(*ids))),
-        "ids_lengths": [len(row) for row in ids],
-        "targets": torch.cat([torch.arange(end - n, end) for end, n in zip(ends, answers)]),
+        "ids_lengths": [len(sequence) for sequence in ids],
+        "targets": torch.cat(targets),
     }
 
 
-# -----------------------------------------------------------------------------
-# batches: an endless, resumable stream
+# ------------------------------------------------------------------------------
+# Batches: an endless, resumable stream
 
-POOL = 4096  # rows that are sorted by length together
-
-
-def feature_length(seconds):
-    """20 ms frames of a window of this many seconds."""
-    return (1 + (max(MIN_HEARD, int(seconds * SAMPLE_RATE)) - WINDOW) // HOP) // 2
+POOL = 4096  # examples that are sorted by length together
 
 
-def cut(sizes, max_frames, max_tokens):
-    """Cuts rows into batches that stay within both budgets. sizes: a (frames, tokens, row) each; a row over a budget is
-    a batch of its own. Returns lists of rows."""
-    batches, frames, tokens = [], 0, 0
-    for f, t, row in sizes:
-        frames, tokens = frames + f, tokens + t
-        if not batches or frames > max_frames or tokens > max_tokens:
+def cut_batches(sizes: Iterable[tuple], max_frames: float, max_tokens: float) -> list[list]:
+    """Cuts items into batches that stay within both budgets. sizes: (frames, tokens, item) each; an
+    item over a budget is a batch of its own. Returns lists of items."""
+    batches, total_frames, total_tokens = [], 0, 0
+    for frames, tokens, item in sizes:
+        total_frames += frames
+        total_tokens += tokens
+        if not batches or total_frames > max_frames or total_tokens > max_tokens:
             batches.append([])
-            frames, tokens = f, t
-        batches[-1].append(row)
+            total_frames, total_tokens = frames, tokens
+        batches[-1].append(item)
     return batches
 
 
-def schedule(manifests, weights, size, max_frames, max_tokens, seed, position=None):
-    """Endless batches of (manifest, row, turn) numbers, shuffled, rows of similar length together.
+def schedule(
+    manifests: list[Manifest],
+    weights: list[float],
+    size: Callable,
+    max_frames: int,
+    max_tokens: int,
+    seed: int,
+    position: dict | None = None,
+) -> Iterator[tuple[dict, list]]:
+    """Endless batches of (manifest, row, turn) numbers, shuffled, examples of like length together.
 
-    Each pool of rows takes from every manifest, by weight, the next rows of that manifest's shuffled order (a new
-    order every time it has been gone through, which is its turn); the pool is sorted by length, cut by the budgets of
-    frames and LLM positions, and its batches are shuffled. size(manifest, row, turn) gives (frames, positions). Yields
-    (position, batch): starting again from that position continues right behind the batch, whatever was prefetched. All
-    choices derive from seed and position.
+    Each pool takes from every manifest, by weight, the next rows of that manifest's shuffled order
+    (a new order every time it has been gone through, which is its turn); the pool is sorted by
+    length and cut by the budgets of 20 ms frames and LLM positions, and its batches are shuffled.
+    size(manifest, row, turn) gives (frames, positions). Yields (position, batch): starting again
+    from that position continues right behind the batch, whatever was prefetched. All choices derive
+    from seed and position.
     """
     position = position or {"pool": 0, "batch": 0, "taken": [0] * len(manifests)}
     share = np.array(weights, float) / sum(weights)
     while True:
         random = np.random.default_rng([seed, position["pool"]])
-        counts = random.multinomial(min(POOL, sum(map(len, manifests))), share)
+        counts = random.multinomial(min(POOL, sum(map(len, manifests))), share).tolist()
         sizes = []
-        for m, (manifest, taken, count) in enumerate(zip(manifests, position["taken"], counts)):
-            for turn, group in itertools.groupby(range(taken, taken + count), lambda k: k // len(manifest)):
-                order = np.random.default_rng([seed, m, turn]).permutation(len(manifest))
-                keys = [(m, int(order[k % len(manifest)]), turn) for k in group]
-                sizes += [(*size(*key), key) for key in keys]
-        batches = cut(sorted(sizes), max_frames, max_tokens)
+        for m, (manifest, taken) in enumerate(zip(manifests, position["taken"], strict=True)):
+            for key in shuffled_rows(m, len(manifest), taken, counts[m], seed):
+                sizes.append((*size(*key), key))
+        batches = cut_batches(sorted(sizes), max_frames, max_tokens)
         random.shuffle(batches)
-        taken = [int(t + c) for t, c in zip(position["taken"], counts)]
-        after = {"pool": position["pool"] + 1, "batch": 0, "taken": taken}
+        taken = [before + more for before, more in zip(position["taken"], counts, strict=True)]
+        next_pool = {"pool": position["pool"] + 1, "batch": 0, "taken": taken}
         for b in range(position["batch"], len(batches)):
-            yield (after if b + 1 == len(batches) else {**position, "batch": b + 1}), batches[b]
-        position = after
+            last = b + 1 == len(batches)
+            yield next_pool if last else {**position, "batch": b + 1}, batches[b]
+        position = next_pool
+
+
+def shuffled_rows(m: int, length: int, taken: int, count: int, seed: int) -> Iterator[tuple]:
+    """The next `count` (manifest, row, turn) of manifest m, of whose rows so many were taken."""
+    for turn, group in itertools.groupby(range(taken, taken + count), lambda k: k // length):
+        order = np.random.default_rng([seed, m, turn]).permutation(length)
+        for k in group:
+            yield m, int(order[k % length]), turn
 
 
 class Examples(torch.utils.data.Dataset):
-    """Scheduled batches made into tensors, in worker processes: audio read, features computed, rows rendered.
+    """Scheduled batches made into tensors, in worker processes: audio read, features computed,
+    sequences rendered.
 
-    states: a function (manifest, row) -> (F, D) encoder outputs, which then take the place of audio and features. A
-    row whose audio cannot be used is left out; the batch's "bad" has its (file and line, reason). A batch of which no row
-    is left is silence without targets: its loss and gradients are 0.
+    states: a function (manifest, row) -> (F, D) encoder outputs, which then take the place of audio
+    and features. An example whose audio cannot be used is left out; the batch's "bad" has its (file
+    and line, reason). A batch of which none is left is silence without targets: its loss and
+    gradients are 0.
     """
 
-    def __init__(self, manifests, tokenizer, end_id, adapter, form="text", length_hint=0.0, max_seconds=30.0,
-                 states=None, seed=0):
-        self.manifests, self.tokenizer, self.end_id, self.adapter = manifests, tokenizer, end_id, adapter
-        self.form, self.length_hint, self.max_seconds = form, length_hint, max_seconds
+    def __init__(
+        self,
+        manifests: list[Manifest],
+        tokenizer: Tokenizer,
+        end_id: int,
+        adapter: AdapterConfig,
+        max_seconds: float = 30.0,
+        states: Callable | None = None,
+        seed: int = 0,
+    ):
+        self.manifests, self.tokenizer, self.end_id = manifests, tokenizer, end_id
+        self.adapter, self.max_seconds = adapter, max_seconds
         self.states, self.seed = states, seed
 
-    def row(self, m, i, turn):
-        """A row with the wording of its instruction, and whether to give a length hint, both drawn anew each turn."""
-        row, random = self.manifests[m][i], np.random.default_rng([self.seed, m, i, turn])
-        if self.form == "text":
-            row["instruction"] = instruction_of(row, random)
-        return row, random.random() < self.length_hint
+    def example(self, m: int, i: int, turn: int) -> dict:
+        """An example with the wording of its instruction, drawn anew each turn."""
+        example = self.manifests[m][i]
+        random = np.random.default_rng([self.seed, m, i, turn])
+        return example | {"instruction": instruction_of(example, random)}
 
-    def size(self, m, i, turn):
-        """The 20 ms frames and LLM positions of a row, by its manifest (or, lacking a duration there, its audio)."""
-        row, hinted = self.row(m, i, turn)
-        frames = feature_length(self.manifests[m].seconds(row))
-        ids, _ = render(row, 0, self.tokenizer, self.end_id, self.form, hinted)
+    def size(self, m: int, i: int, turn: int) -> tuple[int, int]:
+        """The 20 ms frames and LLM positions of an example, by its manifest (or, lacking a duration
+        there, its audio)."""
+        example = self.example(m, i, turn)
+        frames = feature_length(self.manifests[m].seconds(example))
+        ids, _ = render(example, 0, self.tokenizer, self.end_id)
         return frames, adapter_length(frames, self.adapter) + len(ids)
 
-    def __getitem__(self, scheduled):
-        position, batch = scheduled
-        examples, rows, bad = [], [], []
-        for m, i, turn in batch:
-            row, hinted = self.row(m, i, turn)
-            try:
-                frames = self.frames(m, i, row)
-            except AudioError as error:
-                bad.append((row["where"], str(error)))
-                continue
-            examples.append(self.example(row, frames, hinted))
-            rows.append(row)
-        if not examples:
-            silence = torch.zeros(1, self.adapter.hidden_size if self.states else 160)
-            examples = [([AUDIO] * adapter_length(1, self.adapter) + [self.end_id], 0, silence)]
-        return {"position": position, "rows": rows, "bad": bad} | collate(examples)
-
-    def example(self, row, frames, hinted=False):
-        """A row and what is heard of it, frames (F, 160) or (F, D), as collate takes it."""
-        audio_frames = adapter_length(len(frames), self.adapter)
-        return *render(row, audio_frames, self.tokenizer, self.end_id, self.form, hinted), frames
-
-    def frames(self, m, i, row):
-        """What the model hears of a row: features (F, 160), or the encoder's states. Raises AudioError."""
-        seconds = self.manifests[m].seconds(row)
+    def frames(self, m: int, i: int, example: dict) -> Tensor:
+        """What the model hears of an example: features (F, 160), or the encoder's states (F, D).
+        Raises AudioError."""
+        seconds = self.manifests[m].seconds(example)
         if seconds > self.max_seconds:
-            raise AudioError(f"{seconds:.1f} s of audio, expected at most {self.max_seconds:g} s; raise --max-seconds")
+            raise AudioError(
+                f"{seconds:.1f} s of audio, expected at most {self.max_seconds:g} s; raise "
+                "--max-seconds"
+            )
         if self.states is not None:
             return self.states(m, i)
-        return fbank([self.manifests[m].audio(row)])[0]  # (F, 160)
+        return fbank([self.manifests[m].audio(example)])[0]
+
+    def sequence(self, example: dict, frames: Tensor) -> tuple[list[int], int, Tensor]:
+        """An example and its frames as collate takes them."""
+        audio_frames = adapter_length(len(frames), self.adapter)
+        return *render(example, audio_frames, self.tokenizer, self.end_id), frames
+
+    def __getitem__(self, scheduled: tuple[dict, list]) -> dict:
+        position, batch = scheduled
+        sequences, examples, bad = [], [], []
+        for m, i, turn in batch:
+            example = self.example(m, i, turn)
+            try:
+                frames = self.frames(m, i, example)
+            except AudioError as error:
+                bad.append((example["where"], str(error)))
+                continue
+            sequences.append(self.sequence(example, frames))
+            examples.append(example)
+        if not sequences:
+            silence = torch.zeros(1, self.adapter.hidden_size if self.states else 160)
+            placeholders = [AUDIO] * adapter_length(1, self.adapter)
+            sequences = [(placeholders + [self.end_id], 0, silence)]
+        return {"position": position, "examples": examples, "bad": bad} | collate(sequences)

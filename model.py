@@ -1,40 +1,140 @@
-"""The speech-language model, in data-flow order: encoder, length adapter, LLM, their join, generation.
+"""The speech-language model, in data-flow order: speech encoder, length adapter, LLM, their join.
 
-Knows tensors and weights, no audio and no text. The rows of a batch stand end to end (see Rows), so nothing computes
-padding. Letters in shape comments: B rows of a batch, N positions of all its rows together, n of one row, S positions
-of a key/value cache, D width, H heads, d width of a head, V vocabulary. Modules are named as in the pretrained
-checkpoints, so loading is one strict load_state_dict.
+This file knows tensors and weights, no audio and no text. The sequences of a batch are packed: they
+stand end to end in one dimension (see Rows), so that no layer computes padding. Modules are named
+as in the pretrained checkpoints, so that loading is one strict load_state_dict.
 
-Precision is two choices, each float32 or bfloat16: the dtype the weights are kept in, and compute_dtype, in which
-activations flow and matrix products run. Norms, softmax and loss are computed in float32 whichever they are.
+Letters in shape comments: B sequences of a batch, N positions of all of them together, n positions
+of one, S positions of a key/value cache, D width, H heads, d width of a head, V vocabulary.
+
+Precision is two choices, each float32 or bfloat16: the dtype in which weights are kept, and
+compute_dtype, in which activations flow and matrix products run. Norms, softmax and loss are
+computed in float32 whichever they are.
 """
 
+import ctypes
+import hashlib
+import json
 import os
-from dataclasses import asdict, dataclass, field
-from itertools import accumulate
-from typing import NamedTuple
+import re
+import reprlib
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 
-from prepare.checkpoint import (check_tied, divides, encoder_name, expect, fetch, known_fields, llm_fields, llm_name,
-                                load, read_generation, read_json, save)
-from prepare.compiled import as_it_is, compiled_call, compiled_flex, compiler_found
-from prepare.kernels import Depthwise, Spread
-
-# large tensors on pages of 2 MB: getting a small one takes longer than filling it
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-AUDIO = -1  # placeholder id: this position of a row holds the recording's next audio frame
-QUERIES = 192  # of a row that attend at once, on CUDA at least: few enough for their scores to stay in a CPU's caches
+AUDIO = -1  # placeholder id: this position of a sequence holds the recording's next audio frame
 LOSS_CHUNK = 1024  # answer positions whose logits exist at once: 1,024 x 151,936 bfloat16 is 311 MB
-SOFTMAX_ROWS = {"cpu": 4, "cuda": 256}  # of them, whose probabilities do in float32; on CPU few enough for its caches
+SOFTMAX_ROWS = {"cpu": 4, "cuda": 256}  # of them, those in float32 at once; on a CPU, in its caches
 ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
+# ------------------------------------------------------------------------------
+# Errors: every message is one line with the file, what was found, what was expected, the remedy
 
-# ----------------------------------------------------------------------------------------------------------------------
+# C0 and C1 controls, marks and overrides of the writing direction, line separators, surrogates.
+HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: object, keep: str = "") -> str:
+    """A text of unknown origin as it may be printed: a character that a terminal would obey instead
+    of print, unless it is in `keep`, appears as \\u001b and so on."""
+
+    def escape(match: re.Match) -> str:
+        return match[0] if match[0] in keep else f"\\u{ord(match[0]):04x}"
+
+    return HIDDEN.sub(escape, str(text))
+
+
+class UserError(ValueError):
+    """A file or a command that cannot be used. The message is one line that is safe to print."""
+
+    def __str__(self) -> str:
+        text = visible(super().__str__())
+        return text if len(text) <= 2000 else text[:2000] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def one_line_errors(
+    where: object, remedy: str, error_type: type[UserError] = UserError
+) -> Iterator[None]:
+    """The boundary of a loader: whatever a library raises inside becomes one line about `where`."""
+    try:
+        yield
+    except (UserError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise error_type(f"{where}: {reason}; {remedy}") from error
+    except BaseException as error:  # tokenizers panics with something that is no Exception
+        raise error_type(f"{where}: {first_line(error)}; {remedy}") from error
+
+
+# ------------------------------------------------------------------------------
 # Configurations: field names and defaults are those of the checkpoints' config.json
+
+COPY_CONFIG = "copy the checkpoint's own config.json again"
+
+
+def expect(raw: dict, where: object, **allowed: list) -> None:
+    """Raises UserError unless each field of raw is absent, null or has an allowed value."""
+    for name, values in allowed.items():
+        value = raw.get(name)
+        if value is not None and value not in values:
+            raise UserError(
+                f"{where}: {name} is {reprlib.repr(value)}, expected "
+                f"{' or '.join(map(repr, values))}; this architecture is not supported: "
+                "choose another checkpoint"
+            )
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def has_type(value: object, kind: type) -> bool:
+    """Whether a parsed JSON value can be a field of this type. Numbers must not be negative."""
+    if kind is float:
+        return is_number(value) and value >= 0
+    if kind is int:
+        return type(value) is int and value >= 0
+    return kind not in (bool, str) or type(value) is kind
+
+
+def known_fields(cls: type, raw: dict, where: object) -> dict:
+    """The fields of the dataclass cls that raw has. Null counts as absent; only fields with a
+    default may be absent. Raises UserError."""
+    values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+    for f in fields(cls):
+        if f.name not in values and f.default is f.default_factory is MISSING:
+            raise UserError(f"{where}: no field {f.name}; {COPY_CONFIG}")
+        if f.name in values and not has_type(values[f.name], f.type):
+            value = reprlib.repr(values[f.name])
+            raise UserError(
+                f"{where}: {f.name} is {value}, expected {f.type.__name__}; {COPY_CONFIG}"
+            )
+    return values
+
+
+def check_divides(where: object, config: object, multiple: str, divisor: str) -> None:
+    total, part = getattr(config, multiple), getattr(config, divisor)
+    if part == 0 or total % part:
+        raise UserError(
+            f"{where}: {multiple} {total} is no multiple of {divisor} {part}; {COPY_CONFIG}"
+        )
 
 
 @dataclass
@@ -48,7 +148,7 @@ class EncoderConfig:
     layer_norm_eps: float = 1e-5
     left_max_position_embeddings: int = 64  # frames to the left that have a position of their own
     right_max_position_embeddings: int = 8
-    conv_depthwise_kernel_size: int = 31
+    conv_depthwise_kernel_size: int = 31  # frames
     hidden_dropout: float = 0.0
     activation_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -64,29 +164,33 @@ class EncoderConfig:
     mask_feature_min_masks: int = 0
 
     @classmethod
-    def from_dict(cls, raw, where="config.json"):
-        expect(raw, where, model_type=["wav2vec2-bert"], position_embeddings_type=["relative_key"],
-               feature_projection_input_dim=[160], hidden_act=list(ACTIVATIONS))
+    def from_dict(cls, raw: dict, where: object = "config.json") -> "EncoderConfig":
+        """The configuration in a parsed config.json. Raises UserError."""
+        expect({"model_type": "", **raw}, where, model_type=["wav2vec2-bert"])
+        expect(raw, where, position_embeddings_type=["relative_key"])
+        expect(raw, where, feature_projection_input_dim=[160], hidden_act=list(ACTIVATIONS))
         config = cls(**known_fields(cls, raw, where))
-        divides(where, config, "hidden_size", "num_attention_heads")
+        check_divides(where, config, "hidden_size", "num_attention_heads")
         return config
 
 
 @dataclass
 class AdapterConfig(EncoderConfig):
-    """The encoder's configuration, which gives the adapter its width, heads, FFN and dropout, and the adapter's own."""
+    """The encoder's configuration, which gives the adapter its width, heads, feed-forward layers
+    and dropout, and the adapter's own."""
 
     output_size: int = 1536  # width of the LLM
     num_adapter_layers: int = 2
     adapter_kernel_size: int = 3  # frames
     adapter_stride: int = 2  # two layers of stride 2: 20 ms frames in, 80 ms frames out
     adapter_act: str = "relu"
-    prompt_tokens: int = 0  # embeddings for prompt tokens that the LLM does not have
 
     @classmethod
-    def between(cls, encoder, llm, **adapter):
-        """That of an adapter between the models of two configurations, which give its widths whatever `adapter` says."""
-        return cls(**known_fields(cls, adapter | asdict(encoder) | {"output_size": llm.hidden_size}, "the adapter"))
+    def between(cls, encoder: EncoderConfig, llm: "LLMConfig", **adapter) -> "AdapterConfig":
+        """That of an adapter between models of two configurations, which give its widths whatever
+        `adapter`, its other fields, says."""
+        raw = adapter | asdict(encoder) | {"output_size": llm.hidden_size}
+        return cls(**known_fields(cls, raw, "the adapter"))
 
 
 @dataclass
@@ -110,269 +214,425 @@ class LLMConfig:
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        usual_head_dim = 128 if self.model_type == "qwen3" else self.hidden_size // self.num_attention_heads
+        usual_head_dim = self.hidden_size // self.num_attention_heads
+        if self.model_type == "qwen3":
+            usual_head_dim = 128
         self.head_dim = self.head_dim or usual_head_dim
 
     @classmethod
-    def from_dict(cls, raw, where="config.json", generation={}):
-        """raw: the parsed config.json; generation: the parsed generation_config.json, whose end tokens win."""
-        expect(raw, where, model_type=["qwen2", "qwen3", "llama"], hidden_act=["silu"], mlp_bias=[False],
-               num_experts=[0], num_local_experts=[0], quantization_config=[None], partial_rotary_factor=[1.0])
-        config = cls(**llm_fields(cls, raw, where, generation))
-        divides(where, config, "num_attention_heads", "num_key_value_heads")
+    def from_dict(cls, raw: dict, where: object = "config.json", generation: dict | None = None):
+        """raw: the parsed config.json; generation: the parsed generation_config.json, whose end
+        tokens win. Raises UserError."""
+        expect({"model_type": "", **raw}, where, model_type=["qwen2", "qwen3", "llama"])
+        expect(raw, where, hidden_act=["silu"], mlp_bias=[False], partial_rotary_factor=[1.0])
+        expect(raw, where, num_experts=[0], num_local_experts=[0], quantization_config=[])
+        check_full_attention(raw, where)
+        end_ids = (generation or {}).get("eos_token_id", raw.get("eos_token_id"))
+        overrides = rope_fields(raw, where) | {"eos_token_id": end_ids}
+        values = known_fields(cls, raw | overrides, where)
+        values["eos_token_id"] = check_end_ids(end_ids, values["vocab_size"], where)
+        config = cls(**values)
+        check_divides(where, config, "num_attention_heads", "num_key_value_heads")
         return config
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def check_full_attention(raw: dict, where: object) -> None:
+    """Raises UserError if the LLM would use sliding-window attention in any layer."""
+    first_windowed = raw.get("max_window_layers", 28)
+    windowed = raw.get("use_sliding_window") and first_windowed < raw.get("num_hidden_layers", 0)
+    other_kinds = set(raw.get("layer_types") or []) - {"full_attention"}
+    if windowed or other_kinds:
+        raise UserError(
+            f"{where}: sliding-window attention is in use (use_sliding_window, layer_types); "
+            "only full attention is supported: choose another checkpoint"
+        )
+
+
+LLAMA3_FIELDS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+def rope_fields(raw: dict, where: object) -> dict:
+    """rope_theta and, if it is Llama 3's, rope_scaling, from whichever of their places has them."""
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    expect({"rope_type": kind}, where, rope_type=["default", "llama3"])
+    expect(scaling, where, partial_rotary_factor=[1.0])
+    numbers = {"rope_theta": scaling.get("rope_theta", raw.get("rope_theta", 10000.0))}
+    if kind == "llama3":
+        numbers |= {name: scaling.get(name) for name in LLAMA3_FIELDS}
+    for name, value in numbers.items():
+        if not is_number(value) or not 0 < value < float("inf"):
+            raise UserError(
+                f"{where}: {name} of the RoPE is {reprlib.repr(value)}, expected a positive "
+                f"number; {COPY_CONFIG}"
+            )
+    llama3 = {**scaling, "rope_type": kind} if kind == "llama3" else None
+    return {"rope_theta": numbers["rope_theta"], "rope_scaling": llama3}
+
+
+def check_end_ids(end_ids: object, vocab_size: int, where: object) -> list[int]:
+    """The end tokens as a list. Raises UserError if there is none, or one beyond the vocabulary."""
+    ids = end_ids if isinstance(end_ids, list) else [end_ids]
+    for token in ids or [None]:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise UserError(
+                f"{where}: eos_token_id is {reprlib.repr(end_ids)}, expected integers below the "
+                f"vocab_size, {vocab_size}; copy the config files again"
+            )
+    return ids
+
+
+# ------------------------------------------------------------------------------
 # Layers that state their precision: weights in any dtype, products in the input's, norms in float32
 
 
 class Linear(nn.Linear):
     def __init__(self, *sizes, **options):
         super().__init__(*sizes, **options)
-        for name in ("lora_a", "lora_b"):  # see add_lora
-            self.register_parameter(name, None)
+        self.register_parameter("lora_a", None)  # see add_lora
+        self.register_parameter("lora_b", None)
 
-    def forward(self, x):
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, self.weight.to(x.dtype), bias)
         if self.lora_b is None:
             return y
-        return y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype)) * self.lora_scale
+        low_rank = F.linear(x, self.lora_a.to(x.dtype))
+        return y + F.linear(low_rank, self.lora_b.to(x.dtype)) * self.lora_scale
 
 
 class Conv1d(nn.Conv1d):
-    """A convolution over time as one product: each output reads the frames it is given, x (N, kernel, D) -> (N, out)."""
+    """A convolution over time as one product: each output reads the frames that it is given,
+    x (N, kernel, D) -> (N, out)."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x.transpose(1, 2).flatten(1), self.weight.to(x.dtype).flatten(1), bias)
-
-
-def depthwise(x, weight):
-    """x (1, D, T) convolved with a weight (D, 1, kernel) of its own for every channel."""
-    return F.conv1d(x, weight, groups=len(weight)) if x.is_cuda else Depthwise.apply(x, weight)
+        frames = x.transpose(1, 2).flatten(1)  # (N, D * kernel)
+        return F.linear(frames, self.weight.to(x.dtype).flatten(1), bias)
 
 
 class DepthwiseConv1d(nn.Conv1d):
-    """A causal convolution over time, channel by channel: x (N, D) -> (N, D). Zeros stand before the first frame of
-    every row, so that it reads no other row."""
+    """A causal convolution over time, channel by channel: x (N, D) -> (N, D). Zeros stand before
+    the first frame of every sequence, so that it reads no other one."""
 
-    def forward(self, x, rows):
+    def __init__(self, width: int, kernel_size: int, kernels: "Kernels"):
+        super().__init__(width, width, kernel_size, groups=width, bias=False)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor, rows: "Rows") -> Tensor:
         gap = self.kernel_size[0] - 1
-        at = torch.arange(len(x), device=x.device) + gap * (rows.row + 1)
-        x = x.new_zeros(len(x) + gap * len(rows.begin), x.shape[1]).index_copy(0, at, x)
-        x = rows.depthwise(x.T.contiguous()[None], self.weight.to(x.dtype))  # (1, D, ...)
-        return x[0].T[at - gap]
+        place = torch.arange(len(x), device=x.device) + gap * (rows.row + 1)
+        spaced = x.new_zeros(len(x) + gap * len(rows.lengths), x.shape[1])
+        spaced = spaced.index_copy(0, place, x).T.contiguous()[None]  # (1, D, N + gaps)
+        y = self.kernels.depthwise(spaced, self.weight.to(x.dtype))
+        return y[0].T[place - gap]
 
 
 class Embedding(nn.Embedding):
     def reset_parameters(self):
-        nn.init.uniform_(self.weight, -0.035, 0.035)  # std 0.02; the usual normal_ takes 3 s on the meta device
+        # The standard deviation is 0.02; the usual normal_ takes 3 s on the meta device.
+        nn.init.uniform_(self.weight, -0.035, 0.035)
 
 
 class LayerNorm(nn.LayerNorm):
-    def forward(self, x):
-        y = x.float() if x.is_cuda else x  # the CPU's kernel takes bfloat16 with float32 weights, and computes in float32
-        return F.layer_norm(y, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).type_as(x)
+    def forward(self, x: Tensor) -> Tensor:
+        # The CPU's operator takes bfloat16 with float32 weights, and computes in float32.
+        y = x.float() if x.is_cuda else x
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(y, self.normalized_shape, weight, bias, self.eps).type_as(x)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
+    def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
-def fused(x):
-    """Whether layers are compiled, and one kernel attends in all rows of a batch: where a GPU trains. Answers have shapes
-    of their own and would wait for the compiler."""
-    return x.is_cuda and torch.is_grad_enabled() and compiler_found()
-
-
-def run(layer, checkpointing, *inputs):
-    """layer(*inputs); with checkpointing its activations are not kept but computed again in the backward pass."""
-    # not with attention dropout, which attends row by row, and not within FSDP, whose hooks can't be compiled
-    alone = not layer.self_attn.config.attention_dropout and not hasattr(layer, "_is_fsdp_managed_module")
-    compiled = fused(inputs[0]) and alone
-    call = compiled_call() if compiled else nn.Module.__call__
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(call, layer, *inputs, use_reentrant=False)
-    return call(layer, *inputs)
-
-
-def add_lora(module, rank, alpha, targets):
-    """Freezes a module and gives each linear layer of these names a trainable low-rank update (arXiv 2106.09685): it
-    adds alpha / rank * B A x to its output, A (rank, in) random, B (out, rank) zero, both float32."""
-    module.requires_grad_(False)
-    for name, linear in module.named_modules():
-        if isinstance(linear, Linear) and name.split(".")[-1] in targets:
-            linear.lora_scale, device = alpha / rank, linear.weight.device
-            linear.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
-            linear.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
-            nn.init.kaiming_uniform_(linear.lora_a, 5**0.5)
-
-
-def merged_state(module, state=None):
-    """The state dict, or part of it, with every low-rank update added into its layer's weight, in the weight's dtype."""
-    state = module.state_dict() if state is None else state
-    for name in [name.removesuffix("lora_a") for name in state if name.endswith(".lora_a")]:
-        a, b, weight = state.pop(name + "lora_a"), state.pop(name + "lora_b"), state[name + "weight"]
-        scale = module.get_submodule(name[:-1]).lora_scale
-        state[name + "weight"] = (weight.float() + scale * b @ a).to(weight.dtype)
-    return state
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Packed rows, and attention within each of them
+# ------------------------------------------------------------------------------
+# Packed sequences, and attention within each of them
 
 
 class Rows:
-    """Whose each position of a packed batch is: rows of these lengths stand end to end. Made once a batch and shared by
-    all layers. lengths are Python integers, as they shape the computation.
+    """Whose each position of a packed batch is: sequences of these lengths stand end to end. Made
+    once a batch and shared by all layers. Lengths are Python integers, as they shape the computing.
 
-    start (B,): positions that a cache already holds of each row. reach: how many frames to the left and to the right have
-    a relative key of their own; those further away share the outermost.
+    lengths: list of B; count (B,): the same; begin (B,): where each sequence begins; row (N,): the
+    sequence of each position; offset (N,): its place among the batch's own positions of that
+    sequence; position (N,): its place in the sequence, which is `start` (B,) further when a cache
+    already holds so many positions of each.
     """
 
-    def __init__(self, lengths, device, causal=False, start=None, reach=None):
-        self.lengths, self.causal, self.reach = list(lengths), causal, reach
-        # a step of one position a row copies nothing from the host, so that CUDA can replay it
-        count = torch.tensor(lengths, device=device) if max(lengths) > 1 else torch.ones(len(lengths), dtype=torch.long, device=device)
-        self.begin = count.cumsum(0) - count  # (B,)
-        self.row = torch.arange(len(count), device=device).repeat_interleave(count, output_size=sum(self.lengths))  # (N,)
-        self.offset = torch.arange(len(self.row), device=device) - self.begin[self.row]  # (N,) within the row
-        self.position = self.offset if start is None else self.offset + start[self.row]  # (N,)
-        self.flex, self.depthwise, self.mask = None, depthwise, None  # mask: made when flex first needs it
-        if fused(self.row):
-            self.flex, self.depthwise = compiled_flex(), as_it_is(depthwise)
-
-
-def attend(q, k, v, rows, bias=None, dropout=0.0):
-    """Attention within each row: q (N, H, d), k and v (N, Hkv, d) -> (N, H, d). bias (N, H, left + 1 + right): what the
-    relative keys add to a query's scores. Where a GPU trains, one kernel does all rows; it has no dropout."""
-    if rows.flex is not None and not dropout:
-        return rows.flex(q, k, v, rows, bias)
-    biases = bias.split(rows.lengths) if bias is not None else rows.lengths
-    parts = zip(*(x.split(rows.lengths) for x in (q, k, v)), biases)
-    return torch.cat([attend_row(*part, rows, dropout) for part in parts])
-
-
-def attend_row(q, k, v, bias, rows, dropout):
-    """The same of one row by plain products, some queries at a time: on CPU these are faster than
-    scaled_dot_product_attention, above all backward."""
-    (n, H, d), G, found = q.shape, k.shape[1], []
-    q, k, v = q.view(n, G, -1, d), k.transpose(0, 1).contiguous().mT, v.transpose(0, 1).contiguous()  # G groups of queries share a key
-    for i in range(0, n, step := max(QUERIES, 2**26 // (H * n)) if q.is_cuda else QUERIES):
-        m = min(step, n - i)
-        x, end = q[i:i + m].permute(1, 2, 0, 3).reshape(G, -1, d), i + m if rows.causal else n
-        if rows.reach is not None:
-            added = Spread.apply(bias[i:i + m].transpose(0, 1), i, n, rows.reach[0])  # (H, m, n)
-        elif rows.causal:
-            added = x.new_full((m, end), -torch.inf).triu(i + 1).repeat(G, H // G, 1)
+    def __init__(self, lengths: list[int], device: torch.device, start: Tensor | None = None):
+        self.lengths = list(lengths)
+        B = len(self.lengths)
+        # A step of one position each copies nothing from the host, so that CUDA can replay it.
+        if max(self.lengths) == 1:
+            self.count = torch.ones(B, dtype=torch.long, device=device)
         else:
-            added = x.new_zeros(G, x.shape[1], n)
-        p = added.baddbmm_(x, k[..., :end], alpha=d**-0.5).softmax(-1)  # (G, H / G * m, end)
-        p = F.dropout(p, dropout, dropout > 0)
-        found.append((p @ v[:, :end]).view(G, -1, m, d).permute(2, 0, 1, 3).reshape(m, H, d))
-    return torch.cat(found)
+            self.count = torch.tensor(self.lengths, device=device)
+        self.begin = self.count.cumsum(0) - self.count
+        each = torch.arange(B, device=device)
+        self.row = each.repeat_interleave(self.count, output_size=sum(self.lengths))
+        self.offset = torch.arange(len(self.row), device=device) - self.begin[self.row]
+        self.position = self.offset if start is None else self.offset + start[self.row]
 
 
-def attend_cache(q, keys, values, rows, mask):
-    """Attention of rows that continue a cache: q (N, H, d); keys, values (B, Hkv, S, d) -> (N, H, d). mask (B, n, S): what
-    each position of a row sees. The linear layers know no padding, but here all rows have n positions."""
+def spread_bias(bias: Tensor, left: int) -> Tensor:
+    """What relative keys add to the scores of a sequence's n queries and n keys:
+    bias (..., n, left + 1 + right) -> (..., n, n). Key j of query i takes the bias of the distance
+    j - i, which counts as `left` or `right` where it is further away."""
+    n, places = bias.shape[-2:]
+    at = torch.arange(n, device=bias.device)
+    place = (at - at[:, None] + left).clamp(0, places - 1)  # (n, n)
+    return bias.gather(-1, place.expand(*bias.shape[:-1], n))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    left: int = 0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention within each sequence, one after the other: q (N, H, d), k and v (N, Hkv, d), where
+    H / Hkv queries share a key -> (N, H, d). bias (N, H, left + 1 + right) is what relative keys
+    add to a query's scores, see spread_bias; it is not for causal attention."""
+    shared = q.shape[1] != k.shape[1]
+    biases = [None] * len(rows.lengths) if bias is None else bias.split(rows.lengths)
+    parts = zip(*(x.split(rows.lengths) for x in (q, k, v)), biases, strict=True)
+    outputs = []
+    for q_n, k_n, v_n, bias_n in parts:
+        heads = [x.transpose(0, 1)[None] for x in (q_n, k_n, v_n)]  # (1, H, n, d)
+        mask = None if bias_n is None else spread_bias(bias_n.transpose(0, 1), left)[None]
+        y = F.scaled_dot_product_attention(
+            *heads, mask, dropout_p=dropout, is_causal=causal, enable_gqa=shared
+        )
+        outputs.append(y[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, bias: Tensor, left: int, dropout=0.0
+):
+    """The same with a bias, all sequences at once. Within this function alone they are filled up to
+    the longest, and no query sees a key that only fills up."""
+    B, n = len(rows.lengths), max(rows.lengths)
+
+    def pad(x: Tensor) -> Tensor:  # (N, H, d) -> (B, H, n, d)
+        blank = x.new_zeros(B, n, *x.shape[1:])
+        return blank.index_put((rows.row, rows.offset), x).transpose(1, 2)
+
+    beyond = torch.arange(n, device=q.device) >= rows.count[:, None]  # (B, n)
+    mask = spread_bias(pad(bias), left).masked_fill(beyond[:, None, None], float("-inf"))
+    y = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), mask, dropout_p=dropout)
+    return y.transpose(1, 2)[rows.row, rows.offset]
+
+
+def attend_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    left: int = 0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """attend for CUDA: one kernel for all sequences. PyTorch's kernel for packed sequences takes
+    neither a bias nor dropout nor float32, which go the other ways."""
+    if bias is not None:
+        return attend_padded(q, k, v, rows, bias, left, dropout)
+    if dropout or q.dtype == torch.float32:
+        return attend(q, k, v, rows, causal, dropout=dropout)
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = F.pad(rows.count.cumsum(0), (1, 0)).int()  # (B + 1,)
+    longest = max(rows.lengths)
+    return varlen_attn(
+        q,
+        k,
+        v,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        window_size=(-1, 0 if causal else -1),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def attend_cache(q: Tensor, keys: Tensor, values: Tensor, rows: Rows, mask: Tensor) -> Tensor:
+    """Attention of sequences that continue a cache: q (N, H, d); keys, values (B, Hkv, S, d)
+    -> (N, H, d). mask (B, n, S): what each new position of a sequence sees."""
     B, n, _ = mask.shape
-    x = q.new_zeros(B, n, *q.shape[1:]).index_put((rows.row, rows.offset), q)
-    # with a mask, enable_gqa copies the keys for every query head: queries sharing a key become rows instead
-    x = x.transpose(1, 2).reshape(B, keys.shape[1], -1, q.shape[2])  # (B, Hkv, H / Hkv * n, d)
+    H, d = q.shape[1:]
+    x = q.new_zeros(B, n, H, d).index_put((rows.row, rows.offset), q)
+    # With a mask, enable_gqa would copy the keys for every query head. Queries that share a key
+    # become further queries of one head instead.
+    x = x.transpose(1, 2).reshape(B, keys.shape[1], -1, d)  # (B, Hkv, H / Hkv * n, d)
     mask = mask.repeat(1, x.shape[2] // n, 1)[:, None]
     x = F.scaled_dot_product_attention(x, keys, values, mask)
-    return x.reshape(B, -1, n, q.shape[2]).transpose(1, 2)[rows.row, rows.offset]
+    return x.reshape(B, H, n, d).transpose(1, 2)[rows.row, rows.offset]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Speech encoder: w2v-BERT 2.0 (arXiv 2312.05187), a Conformer (arXiv 2005.08100) with relative keys (arXiv 1803.02155)
+def depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """x (1, D, T) convolved with a weight (D, 1, kernel) of its own for every channel."""
+    return F.conv1d(x, weight, groups=len(weight))
+
+
+def call_layer(layer: nn.Module, *inputs) -> Tensor:
+    return layer(*inputs)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operators that have faster versions for some machines. A model gets them once, when it is
+    built: see default_kernels and train.training_kernels."""
+
+    attend: Callable = attend
+    depthwise: Callable = depthwise
+    call_layer: Callable = call_layer
+
+
+def default_kernels(device: str) -> Kernels:
+    """The fastest operators for a device. Those for the CPU are optional: without extras/ the plain
+    ones do."""
+    if str(device).startswith("cuda"):
+        try:
+            import torch.nn.attention.varlen  # noqa: F401  (since PyTorch 2.10)
+        except ImportError:
+            return Kernels()
+        return Kernels(attend=attend_varlen)
+    try:
+        from extras import cpu
+    except ImportError:
+        return Kernels()
+    return Kernels(attend=cpu.attend, depthwise=cpu.depthwise)
+
+
+def keep_freed_memory() -> None:
+    """Freed memory stays with the process, for its next step: the C library would return tensors of
+    32 MB and more to the system at once, which hands them out again page by page, filled with zeros
+    (a fifth of a training step on a CPU). Where the C library is not glibc, nothing happens."""
+    trim_threshold, mmap_max = -1, -4  # names of glibc's malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+
+
+# ------------------------------------------------------------------------------
+# Speech encoder: w2v-BERT 2.0 (arXiv 2312.05187), a Conformer (arXiv 2005.08100) with relative keys
+# (arXiv 1803.02155)
 
 
 class FeatureProjection(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.layer_norm = LayerNorm(config.feature_projection_input_dim, config.layer_norm_eps)
-        self.projection = Linear(config.feature_projection_input_dim, config.hidden_size)
+        inputs = config.feature_projection_input_dim
+        self.layer_norm = LayerNorm(inputs, config.layer_norm_eps)
+        self.projection = Linear(inputs, config.hidden_size)
         self.config = config
 
-    def forward(self, x):  # (N, 160) -> (N, D)
-        return F.dropout(self.projection(self.layer_norm(x)), self.config.feat_proj_dropout, self.training)
+    def forward(self, x: Tensor) -> Tensor:  # (N, 160) -> (N, D)
+        x = self.projection(self.layer_norm(x))
+        return F.dropout(x, self.config.feat_proj_dropout, self.training)
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config, act):
+    def __init__(self, config: EncoderConfig, act: str):
         super().__init__()
         self.intermediate_dense = Linear(config.hidden_size, config.intermediate_size)
         self.output_dense = Linear(config.intermediate_size, config.hidden_size)
         self.act = ACTIVATIONS[act]
         self.config = config
 
-    def forward(self, x):
-        x = F.dropout(self.act(self.intermediate_dense(x)), self.config.activation_dropout, self.training)
+    def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
+        x = self.act(self.intermediate_dense(x))
+        x = F.dropout(x, self.config.activation_dropout, self.training)
         return F.dropout(self.output_dense(x), self.config.hidden_dropout, self.training)
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional attention of encoder and adapter. With relative keys, the score of query i and key j gains
-    q_i . E[clip(j - i, -left, right)]: the product with all left + 1 + right embeddings is taken once per query, and
-    attend picks from it for every key."""
+    """Bidirectional attention of encoder and adapter. With relative keys, the score of query i and
+    key j gains q_i . E[clip(j - i, -left, right)]: the product with all left + 1 + right embeddings
+    is taken once a query, and attention picks from it for every key."""
 
-    def __init__(self, config, relative_key):
+    def __init__(self, config: EncoderConfig, kernels: Kernels, relative_key: bool):
         super().__init__()
-        self.linear_q, self.linear_k, self.linear_v, self.linear_out = (
-            Linear(config.hidden_size, config.hidden_size) for _ in range(4))
+        D = config.hidden_size
+        self.linear_q = Linear(D, D)
+        self.linear_k = Linear(D, D)
+        self.linear_v = Linear(D, D)
+        self.linear_out = Linear(D, D)
         self.config = config
+        self.kernels = kernels
+        self.distance_embedding = None
         if relative_key:
-            positions = config.left_max_position_embeddings + 1 + config.right_max_position_embeddings
-            self.distance_embedding = Embedding(positions, config.hidden_size // config.num_attention_heads)
+            places = config.left_max_position_embeddings + 1 + config.right_max_position_embeddings
+            self.distance_embedding = Embedding(places, D // config.num_attention_heads)
 
-    def forward(self, x, rows):  # (N, D) -> (N, D)
-        heads, dropout = self.config.num_attention_heads, self.config.attention_dropout if self.training else 0.0
-        q, k, v = (linear(x).view(len(x), heads, -1) for linear in (self.linear_q, self.linear_k, self.linear_v))
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (N, D) -> (N, D)
+        heads = self.config.num_attention_heads
+        q = self.linear_q(x).view(len(x), heads, -1)  # (N, H, d)
+        k = self.linear_k(x).view(len(x), heads, -1)
+        v = self.linear_v(x).view(len(x), heads, -1)
         bias = None
-        if rows.reach is not None:
-            bias = q @ (self.distance_embedding.weight * q.shape[-1] ** -0.5).to(q.dtype).T  # (N, H, left + 1 + right)
-        return self.linear_out(attend(q, k, v, rows, bias, dropout).flatten(1))
+        if self.distance_embedding is not None:
+            distances = self.distance_embedding.weight * q.shape[-1] ** -0.5
+            bias = q @ distances.to(q.dtype).T  # (N, H, left + 1 + right)
+        left = self.config.left_max_position_embeddings
+        dropout = self.config.attention_dropout if self.training else 0.0
+        y = self.kernels.attend(q, k, v, rows, bias=bias, left=left, dropout=dropout)
+        return self.linear_out(y.flatten(1))
 
 
 class ConvolutionModule(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: EncoderConfig, kernels: Kernels):
         super().__init__()
         D = config.hidden_size
         self.layer_norm = LayerNorm(D, config.layer_norm_eps)
         self.pointwise_conv1 = Conv1d(D, 2 * D, 1, bias=False)
-        self.depthwise_conv = DepthwiseConv1d(D, D, config.conv_depthwise_kernel_size, groups=D, bias=False)
+        self.depthwise_conv = DepthwiseConv1d(D, config.conv_depthwise_kernel_size, kernels)
         self.depthwise_layer_norm = LayerNorm(D, config.layer_norm_eps)
         self.pointwise_conv2 = Conv1d(D, D, 1, bias=False)
         self.act = ACTIVATIONS[config.hidden_act]
         self.config = config
 
-    def forward(self, x, rows):
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (N, D) -> (N, D)
         x = F.glu(self.pointwise_conv1(self.layer_norm(x)[:, None]))
         x = self.act(self.depthwise_layer_norm(self.depthwise_conv(x, rows)))
-        return F.dropout(self.pointwise_conv2(x[:, None]), self.config.conformer_conv_dropout, self.training)
+        x = self.pointwise_conv2(x[:, None])
+        return F.dropout(x, self.config.conformer_conv_dropout, self.training)
 
 
 class ConformerLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: EncoderConfig, kernels: Kernels):
         super().__init__()
         D, eps = config.hidden_size, config.layer_norm_eps
-        self.ffn1_layer_norm, self.ffn1 = LayerNorm(D, eps), FeedForward(config, config.hidden_act)
-        self.self_attn_layer_norm, self.self_attn = LayerNorm(D, eps), SelfAttention(config, relative_key=True)
-        self.conv_module = ConvolutionModule(config)
-        self.ffn2_layer_norm, self.ffn2 = LayerNorm(D, eps), FeedForward(config, config.hidden_act)
+        self.ffn1_layer_norm = LayerNorm(D, eps)
+        self.ffn1 = FeedForward(config, config.hidden_act)
+        self.self_attn_layer_norm = LayerNorm(D, eps)
+        self.self_attn = SelfAttention(config, kernels, relative_key=True)
+        self.conv_module = ConvolutionModule(config, kernels)
+        self.ffn2_layer_norm = LayerNorm(D, eps)
+        self.ffn2 = FeedForward(config, config.hidden_act)
         self.final_layer_norm = LayerNorm(D, eps)
         self.config = config
 
-    def forward(self, x, rows):
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (N, D) -> (N, D)
         x = x.add(self.ffn1(self.ffn1_layer_norm(x)), alpha=0.5)
         y = self.self_attn(self.self_attn_layer_norm(x), rows)
         x = x + F.dropout(y, self.config.attention_dropout, self.training)
@@ -382,99 +642,145 @@ class ConformerLayer(nn.Module):
 
 
 class SpeechEncoder(nn.Module):
-    def __init__(self, config, compute_dtype=torch.float32):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        kernels: Kernels = Kernels(),  # noqa: B008  (frozen)
+    ):
         super().__init__()
-        self.config, self.compute_dtype, self.checkpointing = config, compute_dtype, False
+        self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
         self.feature_projection = FeatureProjection(config)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
-            ConformerLayer(config) for _ in range(config.num_hidden_layers))})
+        layers = [ConformerLayer(config, kernels) for _ in range(config.num_hidden_layers)]
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         if config.mask_time_prob > 0 or config.mask_feature_prob > 0:
             self.masked_spec_embed = nn.Parameter(torch.rand(config.hidden_size))
 
-    def forward(self, features, lengths):
-        """Hidden states of the last layer. features (N, 160): log-mel frames of 20 ms, row after row; lengths: how many
-        each row has, at least 1 -> (N, D). In training, dropout, layerdrop and SpecAugment apply as the config says.
+    def forward(self, features: Tensor, lengths: list[int]) -> Tensor:
+        """Hidden states of the last layer. features (N, 160): log-mel frames of 20 ms, sequence
+        after sequence; lengths: how many frames each has, at least 1 -> (N, D). In training,
+        dropout, layerdrop and SpecAugment apply as the config says.
+
         Source: Wav2Vec2BertModel of transformers.
         """
-        c = self.config
-        rows = Rows(lengths, features.device, reach=(c.left_max_position_embeddings, c.right_max_position_embeddings))
+        rows = Rows(lengths, features.device)
         x = self.feature_projection(features.to(self.compute_dtype))
-        if self.training and c.apply_spec_augment:
+        if self.training and self.config.apply_spec_augment:
             x = self.spec_augment(x, rows)
-        x = F.dropout(x, c.hidden_dropout, self.training)
+        x = F.dropout(x, self.config.hidden_dropout, self.training)
         for layer in self.encoder.layers:
-            y = run(layer, self.checkpointing, x, rows)
-            # a dropped layer is computed too, so that compiled graphs and gradients keep their shape on every rank
-            x = torch.where(torch.rand((), device=x.device) < c.layerdrop, x, y) if self.training and c.layerdrop else y
+            y = self.kernels.call_layer(layer, x, rows)
+            if self.training and self.config.layerdrop:
+                # A dropped layer is computed, too, so that compiled graphs and gradients keep their
+                # shape on every rank.
+                dropped = torch.rand((), device=x.device) < self.config.layerdrop
+                y = torch.where(dropped, x, y)
+            x = y
         return x
 
-    def spec_augment(self, x, rows):
-        """Replaces spans of frames by a learned vector and zeroes spans of channels (SpecAugment, arXiv 1904.08779)."""
-        c, lengths = self.config, torch.tensor(rows.lengths, device=x.device)
+    def spec_augment(self, x: Tensor, rows: Rows) -> Tensor:
+        """Replaces spans of frames by a learned vector and zeroes spans of channels (SpecAugment,
+        arXiv 1904.08779): x (N, D) -> (N, D)."""
+        c = self.config
         if c.mask_time_prob > 0:
-            spans = span_mask(lengths, max(rows.lengths), c.mask_time_prob, c.mask_time_length, c.mask_time_min_masks)
-            x = torch.where(spans[rows.row, rows.offset, None], self.masked_spec_embed.to(x.dtype), x)
+            longest = max(rows.lengths)
+            frames = span_mask(
+                rows.count, longest, c.mask_time_prob, c.mask_time_length, c.mask_time_min_masks
+            )
+            masked = frames[rows.row, rows.offset, None]  # (N, 1)
+            x = torch.where(masked, self.masked_spec_embed.to(x.dtype), x)
         if c.mask_feature_prob > 0:
             D = x.shape[1]
-            channels = torch.full_like(lengths, D)
-            spans = span_mask(channels, D, c.mask_feature_prob, c.mask_feature_length, c.mask_feature_min_masks)
-            x = x.masked_fill(spans[rows.row], 0)
+            widths = torch.full_like(rows.count, D)
+            channels = span_mask(
+                widths, D, c.mask_feature_prob, c.mask_feature_length, c.mask_feature_min_masks
+            )
+            x = x.masked_fill(channels[rows.row], 0)
         return x
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, dtype=torch.float32, compute_dtype=None, device="cpu"):
-        """Loads a w2v-BERT 2.0 checkpoint, or the encoder inside a fine-tune of it (CTC, classification), whose head,
-        adapter and intermediate FFN are left out. Raises CheckpointError."""
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        kernels: Kernels | None = None,
+    ) -> "SpeechEncoder":
+        """Loads a w2v-BERT 2.0 checkpoint, or the encoder inside a fine-tune of it (CTC,
+        classification), whose head, adapter and intermediate feed-forward layers are left out.
+        Raises UserError."""
         directory = fetch(path_or_hub_id)
-        config = EncoderConfig.from_dict(read_json(directory / "config.json"), directory / "config.json")
-        return load(lambda compute: cls(config, compute), directory, lambda key: encoder_name(key, config), dtype,
-                    compute_dtype, device)
+        where = directory / "config.json"
+        kernels = kernels or default_kernels(device)
+        with one_line_errors(where, COPY_CONFIG):
+            config = EncoderConfig.from_dict(read_json(where), where)
 
-    def save_pretrained(self, directory):
-        save(directory, encoder_dict(self.config), self.state_dict())
+        def rename(key: str) -> str | None:
+            return encoder_key(key, config)
+
+        def build(compute: torch.dtype) -> nn.Module:
+            return cls(config, compute, kernels)
+
+        return load_weights(build, config, directory, rename, dtype, compute_dtype, device)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        save_weights(directory, encoder_dict(self.config), self.state_dict())
 
 
-def encoder_dict(config):
-    return {"model_type": "wav2vec2-bert", "position_embeddings_type": "relative_key", **asdict(config)}
+def encoder_dict(config: EncoderConfig) -> dict:
+    """The config.json of an encoder."""
+    kind = {"model_type": "wav2vec2-bert", "position_embeddings_type": "relative_key"}
+    return kind | asdict(config)
 
 
-def span_mask(lengths, size, prob, span, min_spans):
-    """Random spans covering at most a share `prob` of each row: lengths (B,) -> (B, size) bool.
+def span_mask(lengths: Tensor, size: int, prob: float, span: int, min_spans: int) -> Tensor:
+    """Random spans over at most a share `prob` of each sequence: lengths (B,) -> (B, size) bool.
 
-    A row of n positions gets floor(prob * n / span + u) spans, u uniform, at least min_spans and as many as fit, at
-    distinct starts. As _compute_mask_indices in transformers, except that what fits depends on the row, not on the
-    longest row of the batch, and a row shorter than a span is left alone instead of refused.
+    A sequence of n positions gets floor(prob * n / span + u) spans, u uniform, at least min_spans
+    and as many as fit, at distinct starts. As _compute_mask_indices in transformers, except that
+    what fits depends on the sequence, not on the longest of the batch, and that a sequence shorter
+    than a span is left alone instead of refused.
     """
-    device, at = lengths.device, torch.arange(size, device=lengths.device)
-    count = (prob * lengths / span + torch.rand(len(lengths), device=device)).long().clamp(min=min_spans)
-    count = count.minimum(lengths // span)
-    order = torch.rand(len(lengths), size, device=device).masked_fill(at > (lengths - span)[:, None], -1)
+    device = lengths.device
+    at = torch.arange(size, device=device)
+    count = (prob * lengths / span + torch.rand(len(lengths), device=device)).long()
+    count = count.clamp(min=min_spans).minimum(lengths // span)
+    # The places with the highest random numbers are where spans start.
+    order = torch.rand(len(lengths), size, device=device)
+    order = order.masked_fill(at > (lengths - span)[:, None], -1)
     starts = order.argsort(1, descending=True).argsort(1) < count[:, None]  # (B, size)
+    # A position is covered if a span began there or less than `span` positions ago.
     begun = starts.cumsum(1)
-    return begun > F.pad(begun, (span, 0))[:, :size]  # a span began here or less than `span` positions ago
+    return begun > F.pad(begun, (span, 0))[:, :size]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Length adapter: the reference system's (arXiv 2506.17019), 20 ms frames in, 80 ms frames of the LLM's width out
+# ------------------------------------------------------------------------------
+# Length adapter: the reference system's (arXiv 2506.17019), 20 ms frames of the encoder's width in,
+# 80 ms frames of the LLM's width out
 
 
 class AdapterLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: AdapterConfig, kernels: Kernels):
         super().__init__()
         D, eps = config.hidden_size, config.layer_norm_eps
+        kernel, stride = config.adapter_kernel_size, config.adapter_stride
         self.residual_layer_norm = LayerNorm(D, eps)
-        self.residual_conv = Conv1d(D, 2 * D, config.adapter_kernel_size, config.adapter_stride)
+        self.residual_conv = Conv1d(D, 2 * D, kernel, stride)
         self.self_attn_layer_norm = LayerNorm(D, eps)
-        self.self_attn_conv = Conv1d(D, 2 * D, config.adapter_kernel_size, config.adapter_stride)
-        self.self_attn = SelfAttention(config, relative_key=False)
-        self.ffn_layer_norm, self.ffn = LayerNorm(D, eps), FeedForward(config, config.adapter_act)
+        self.self_attn_conv = Conv1d(D, 2 * D, kernel, stride)
+        self.self_attn = SelfAttention(config, kernels, relative_key=False)
+        self.ffn_layer_norm = LayerNorm(D, eps)
+        self.ffn = FeedForward(config, config.adapter_act)
         self.config = config
 
-    def forward(self, x, reads, rows):
-        """x (N, D) -> (N', D): output i convolves the frames reads[i] (N', kernel) of x, N for a frame of zeros; rows are
-        those after the stride."""
-        def pool(norm, conv):
-            return F.glu(conv(F.pad(norm(x), (0, 0, 0, 1))[reads]))
+    def forward(self, x: Tensor, reads: Tensor, rows: Rows) -> Tensor:
+        """x (N, D) -> (N', D). Output i convolves the frames reads[i], of (N', kernel), of x, where
+        N stands for a frame of zeros; rows are those after the stride."""
+
+        def pool(norm: nn.Module, conv: nn.Module) -> Tensor:
+            with_zeros = F.pad(norm(x), (0, 0, 0, 1))  # (N + 1, D)
+            return F.glu(conv(with_zeros[reads]))  # (N', D)
 
         residual = pool(self.residual_layer_norm, self.residual_conv)
         y = self.self_attn(pool(self.self_attn_layer_norm, self.self_attn_conv), rows)
@@ -483,468 +789,693 @@ class AdapterLayer(nn.Module):
 
 
 class LengthAdapter(nn.Module):
-    def __init__(self, config, compute_dtype=torch.float32):
+    def __init__(
+        self,
+        config: AdapterConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        kernels: Kernels = Kernels(),  # noqa: B008  (frozen)
+    ):
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
-        self.layers = nn.ModuleList(AdapterLayer(config) for _ in range(config.num_adapter_layers))
+        self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
+        layers = [AdapterLayer(config, kernels) for _ in range(config.num_adapter_layers)]
+        self.layers = nn.ModuleList(layers)
         self.enc_to_dec_proj = Linear(config.hidden_size, config.output_size)
-        if config.prompt_tokens:
-            self.prompt_tokens = Embedding(config.prompt_tokens, config.output_size)
 
-    def forward(self, x, lengths):
-        """x (N, D) encoder states of 20 ms, lengths of the rows -> (N', LLM width) of 80 ms, lengths.
+    def forward(self, x: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
+        """x (N, D): encoder states of 20 ms, lengths of the sequences -> (N', D of the LLM) of
+        80 ms, their lengths.
 
-        Source: Wav2Vec2BertAdapter of transformers and the reference's projection, with two differences: a convolution
-        reads zeros past a row's end (there, padding, unless a length divides by 4), and there is no layerdrop (there a
-        dropped layer keeps its input's length and half of the frames get masked out).
+        Source: Wav2Vec2BertAdapter of transformers and the reference's projection, with two
+        differences. A convolution reads zeros past a sequence's end (there it reads padding, unless
+        a length divides by 4), and there is no layerdrop (there a dropped layer keeps its input's
+        length, and half of the frames get masked out).
         """
-        c, x, rows = self.config, x.to(self.compute_dtype), Rows(lengths, x.device)
+        x = x.to(self.compute_dtype)
+        rows = Rows(lengths, x.device)
         for layer in self.layers:
-            after = Rows([strided_length(n, c) for n in rows.lengths], x.device)
-            frame = torch.arange(c.adapter_kernel_size, device=x.device) - c.adapter_kernel_size // 2
-            frame = frame + c.adapter_stride * after.offset[:, None] + rows.begin[after.row, None]  # (N', kernel), in x
-            within = F.pad(rows.row, (0, 1), value=-1)[frame.clamp(-1, len(x))] == after.row[:, None]
-            x, rows = run(layer, False, x, torch.where(within, frame, len(x)), after), after
+            pooled = Rows([strided_length(n, self.config) for n in rows.lengths], x.device)
+            reads = self.convolved_frames(rows, pooled)
+            x = self.kernels.call_layer(layer, x, reads, pooled)
+            rows = pooled
         return self.enc_to_dec_proj(x), rows.lengths
 
+    def convolved_frames(self, rows: Rows, pooled: Rows) -> Tensor:
+        """The frames (N', kernel), of N, that each output of a layer convolves; N for a frame of
+        zeros, which stands for those beyond either end of the sequence."""
+        kernel, stride = self.config.adapter_kernel_size, self.config.adapter_stride
+        N = len(rows.row)
+        tap = torch.arange(kernel, device=rows.row.device) - kernel // 2
+        middle = rows.begin[pooled.row] + stride * pooled.offset  # (N',)
+        frame = middle[:, None] + tap
+        owner = F.pad(rows.row, (0, 1), value=-1)[frame.clamp(-1, N)]
+        return torch.where(owner == pooled.row[:, None], frame, N)
 
-def adapter_length(frames, config):
+
+def strided_length(frames: int, config: AdapterConfig) -> int:
+    """Frames after one layer of the adapter, whose convolutions pad kernel // 2 frames of zeros at
+    either end."""
+    padded = frames + 2 * (config.adapter_kernel_size // 2)
+    return (padded - config.adapter_kernel_size) // config.adapter_stride + 1
+
+
+def adapter_length(frames: int, config: AdapterConfig) -> int:
     """80 ms frames after the adapter, of a number of 20 ms frames, at least 1."""
     for _ in range(config.num_adapter_layers):
         frames = strided_length(frames, config)
     return frames
 
 
-def strided_length(frames, config):
-    """Frames after one layer of the adapter, whose convolutions pad kernel // 2 frames of zeros at either end."""
-    return (frames + 2 * (config.adapter_kernel_size // 2) - config.adapter_kernel_size) // config.adapter_stride + 1
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # LLM: one decoder for Qwen2.5, Qwen3 and Llama (also SmolLM2, EuroLLM)
 
 
-def rope(positions, config):
+def rope(positions: Tensor, config: LLMConfig) -> tuple[Tensor, Tensor]:
     """Rotary angles (arXiv 2104.09864): positions (N,) -> cos, sin (N, 1, d), float32.
 
-    Llama 3 scaling: wavelengths over the original context / low_freq_factor are slowed by `factor`, those under
-    context / high_freq_factor are kept, those between are interpolated.
+    Llama 3 scaling: wavelengths over the original context / low_freq_factor are slowed by `factor`,
+    those under context / high_freq_factor are kept, those between are interpolated.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
-    frequency = 1.0 / config.rope_theta**exponent  # (head_dim / 2,)
+    frequency = 1.0 / config.rope_theta**exponent  # (d / 2,)
     if config.rope_scaling is not None:
-        s = config.rope_scaling
-        turns = s["original_max_position_embeddings"] * frequency / (2 * torch.pi)  # within the original context
-        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / s["factor"]
+        scaling = config.rope_scaling
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        context = scaling["original_max_position_embeddings"]
+        turns = context * frequency / (2 * torch.pi)  # within the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
     angle = (positions[:, None] * frequency).repeat(1, 2)[:, None]  # (N, 1, d)
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
-    first, second = x.chunk(2, -1)  # the checkpoints pair channel i with channel i + head_dim / 2
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # The checkpoints pair channel i with channel i + d / 2.
+    first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: LLMConfig, kernels: Kernels):
         super().__init__()
         D, d = config.hidden_size, config.head_dim
+        queries, keys = config.num_attention_heads * d, config.num_key_value_heads * d
         qkv_bias = config.attention_bias or config.model_type == "qwen2"
-        self.q_proj = Linear(D, config.num_attention_heads * d, bias=qkv_bias)
-        self.k_proj = Linear(D, config.num_key_value_heads * d, bias=qkv_bias)
-        self.v_proj = Linear(D, config.num_key_value_heads * d, bias=qkv_bias)
-        self.o_proj = Linear(config.num_attention_heads * d, D, bias=config.attention_bias)
+        self.q_proj = Linear(D, queries, bias=qkv_bias)
+        self.k_proj = Linear(D, keys, bias=qkv_bias)
+        self.v_proj = Linear(D, keys, bias=qkv_bias)
+        self.o_proj = Linear(queries, D, bias=config.attention_bias)
         if config.model_type == "qwen3":
-            self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
+            self.q_norm = RMSNorm(d, config.rms_norm_eps)
+            self.k_norm = RMSNorm(d, config.rms_norm_eps)
         self.config = config
+        self.kernels = kernels
 
-    def forward(self, x, rows, cos, sin, cache=None, mask=None):
-        """Causal attention, x (N, D). With a cache, the new keys and values are written into it; with a mask (B, n, S),
-        attention runs over the whole cache, else over the new keys alone."""
-        q, k, v = (proj(x).view(len(x), -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x, rows, cos, sin, update=None, mask=None):
+        """Causal attention, x (N, D) -> (N, D). update(k, v, rows) puts new keys and values into a
+        cache and returns all of it, (B, Hkv, S, d) each; with a mask (B, n, S) attention runs over
+        the whole cache, else over the new keys alone."""
+        d = self.config.head_dim
+        q = self.q_proj(x).view(len(x), -1, d)  # (N, H, d)
+        k = self.k_proj(x).view(len(x), -1, d)  # (N, Hkv, d)
+        v = self.v_proj(x).view(len(x), -1, d)
         if self.config.model_type == "qwen3":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (N, H, d), (N, Hkv, d)
-        if cache is not None:
-            for store, new in zip(cache, (k, v)):
-                store[rows.row, :, rows.position] = new
-        if mask is None:
-            y = attend(q, k, v, rows, dropout=self.config.attention_dropout if self.training else 0.0)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if update is not None:
+            keys, values = update(k, v, rows)
+        if mask is not None:
+            y = attend_cache(q, keys, values, rows, mask)
         else:
-            y = attend_cache(q, *cache, rows, mask)
+            dropout = self.config.attention_dropout if self.training else 0.0
+            y = self.kernels.attend(q, k, v, rows, causal=True, dropout=dropout)
         return self.o_proj(y.flatten(1))
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: LLMConfig):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: LLMConfig, kernels: Kernels):
         super().__init__()
-        self.input_layernorm, self.self_attn = RMSNorm(config.hidden_size, config.rms_norm_eps), Attention(config)
-        self.post_attention_layernorm, self.mlp = RMSNorm(config.hidden_size, config.rms_norm_eps), MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, kernels)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
 
-    def forward(self, x, wanted, *attention):  # wanted: the positions that go on, of the last layer; None for all
+    def forward(self, x: Tensor, wanted: Tensor | None, *attention) -> Tensor:
+        # wanted: the positions that go on, of the last layer; None for all.
         y = self.self_attn(self.input_layernorm(x), *attention)
         x = x + y if wanted is None else x[wanted] + y[wanted]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LLM(nn.Module):
-    def __init__(self, config, compute_dtype=torch.float32):
+    def __init__(
+        self,
+        config: LLMConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        kernels: Kernels = Kernels(),  # noqa: B008  (frozen)
+    ):
         super().__init__()
-        self.config, self.compute_dtype, self.checkpointing = config, compute_dtype, False
-        self.fast = None  # takes decode_step's place in generation, see prepare/fast_decode.py
-        self.model = nn.ModuleDict({
-            "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-        })
-        if not config.tie_word_embeddings:  # tied: the embedding matrix itself is the output layer
+        self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
+        layers = [DecoderLayer(config, kernels) for _ in range(config.num_hidden_layers)]
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(layers),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        # Where the two are tied, the embedding matrix itself is the output layer.
+        if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, ids, lengths):
-        """ids (N,), row after row of these lengths -> logits (N, V), float32."""
+    def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
+        """ids (N,), sequence after sequence of these lengths -> logits (N, V), float32."""
         return self.logits(self.hidden(self.embed(ids), lengths))
 
-    def embed(self, ids):
-        return self.model.embed_tokens(ids).to(self.compute_dtype)  # (N,) -> (N, D)
+    def embed(self, ids: Tensor) -> Tensor:  # (N,) -> (N, D)
+        return self.model.embed_tokens(ids).to(self.compute_dtype)
 
-    def hidden(self, x, lengths, cache=None, start=None, wanted=None):
-        """x (N, D) embeddings, row after row of these lengths -> (N, D) states after the final norm, or those of the
-        `wanted` positions alone (n, D): behind its keys and values, the last layer computes no others.
+    def hidden(self, x: Tensor, lengths: list[int], cache=None, start=None, wanted=None) -> Tensor:
+        """x (N, D) embeddings, sequence after sequence of these lengths -> (N, D) states after the
+        final norm, or those of the `wanted` positions alone (n, D): behind its keys and values, the
+        last layer computes no others.
 
-        cache: one (keys, values) pair a layer, each (B, Hkv, S, d), written in place. start (B,): how many positions of
-        each row the cache already holds; None means none, and the rows begin here.
+        cache: a sample.KVCache, written in place. start (B,): how many positions of each sequence
+        it already holds; None means none, and the sequences begin here.
         """
-        rows, mask = Rows(lengths, x.device, causal=True, start=start), None
+        rows = Rows(lengths, x.device, start)
+        mask = None
         if start is not None:
-            last = start[:, None] + torch.arange(max(rows.lengths), device=x.device)  # (B, n)
-            mask = torch.arange(cache[0][0].shape[2], device=x.device) <= last[..., None]  # (B, n, S)
-        cos, sin = (table.to(x.dtype) for table in rope(rows.position, self.config))
-        for i, layer in enumerate(self.model.layers):
-            here = wanted if i == len(self.model.layers) - 1 else None
-            x = run(layer, self.checkpointing, x, here, rows, cos, sin, None if cache is None else cache[i], mask)
+            last = start[:, None] + torch.arange(max(lengths), device=x.device)  # (B, n)
+            mask = torch.arange(cache.size, device=x.device) <= last[..., None]  # (B, n, S)
+        cos, sin = rope(rows.position, self.config)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        layers = self.model.layers
+        for i, layer in enumerate(layers):
+            chosen = wanted if i == len(layers) - 1 else None
+            update = None if cache is None else partial(cache.update, i)
+            x = self.kernels.call_layer(layer, x, chosen, rows, cos, sin, update, mask)
         return self.model.norm(x)
 
     @property
-    def head(self):
-        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight  # (V, D)
+    def head(self) -> Tensor:
+        """The output layer's matrix (V, D)."""
+        tied = self.config.tie_word_embeddings
+        return (self.model.embed_tokens if tied else self.lm_head).weight
 
-    def logits(self, hidden):
+    def logits(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, V)
         if hasattr(self, "lm_head"):
-            return self.lm_head(hidden).float()  # (N, D) -> (N, V)
+            return self.lm_head(hidden).float()
         return F.linear(hidden, self.head.to(hidden.dtype)).float()
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, dtype=torch.float32, compute_dtype=None, device="cpu"):
-        """Loads a Qwen2.5, Qwen3 or Llama checkpoint, single-file or sharded. Raises CheckpointError."""
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        kernels: Kernels | None = None,
+    ) -> "LLM":
+        """Loads a Qwen2.5, Qwen3 or Llama checkpoint, single-file or sharded. Raises UserError."""
         directory = fetch(path_or_hub_id)
-        config = LLMConfig.from_dict(read_json(directory / "config.json"), directory / "config.json",
-                                     read_generation(directory))
-        check_tied(config, directory)
-        return load(lambda compute: cls(config, compute), directory, lambda key: llm_name(key, config), dtype,
-                    compute_dtype, device)
+        where, generation = directory / "config.json", directory / "generation_config.json"
+        kernels = kernels or default_kernels(device)
+        with one_line_errors(where, COPY_CONFIG):
+            end_tokens = read_json(generation) if generation.exists() else None
+            config = LLMConfig.from_dict(read_json(where), where, end_tokens)
+        if config.tie_word_embeddings:
+            check_tied(directory)
 
-    def save_pretrained(self, directory):
-        save(directory, asdict(self.config), self.state_dict(), self.config.eos_token_id)
+        def rename(key: str) -> str | None:
+            return llm_key(key, config)
+
+        def build(compute: torch.dtype) -> nn.Module:
+            return cls(config, compute, kernels)
+
+        return load_weights(build, config, directory, rename, dtype, compute_dtype, device)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        save_weights(directory, asdict(self.config), self.state_dict(), self.config.eos_token_id)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# SpeechLM: the join
+# ------------------------------------------------------------------------------
+# SpeechLM: the join, and its loss
 
 
 class AnswerLoss(torch.autograd.Function):
-    """Summed cross-entropy, float32, of hidden (N, D) @ head (V, D).T against labels (N,). Logits exist once and for
-    LOSS_CHUNK positions at a time: their gradient is taken there and then (as in arXiv 2410.10989), in their place."""
+    """Summed cross-entropy, float32, of hidden (N, D) @ head (V, D).T against labels (N,). Logits
+    exist once and for LOSS_CHUNK positions at a time: their gradient is taken there and then, in
+    their place (as in arXiv 2410.10989)."""
 
     @staticmethod
-    def forward(ctx, hidden, head, labels):
-        weight, total = head.to(hidden.dtype), torch.zeros((), device=hidden.device)
-        d_hidden, d_head, at_once = torch.empty_like(hidden), None, SOFTMAX_ROWS["cuda" if hidden.is_cuda else "cpu"]
-        for h, y, d in zip(*(t.split(LOSS_CHUNK) for t in (hidden, labels, d_hidden))):
-            logits = F.linear(h, weight)  # (n, V)
-            for some, label in zip(logits.split(at_once), y[:, None].split(at_once)):
-                p = some.float()
-                top, logit = p.amax(-1, keepdim=True), p.gather(1, label)
-                size = p.sub_(top).exp_().sum(-1, keepdim=True)
-                total += (size.log() + top - logit).sum()
-                if ctx.needs_input_grad[0]:
-                    some.copy_(p.div_(size).scatter_add_(1, label, torch.full_like(logit, -1)))
-            if ctx.needs_input_grad[0]:
-                torch.mm(logits, weight, out=d)
-            if all(ctx.needs_input_grad[:2]):
-                more = logits.T @ h
-                d_head = more if d_head is None else d_head.float().add_(more)  # chunks add up in float32
+    def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        learns, learns_head = ctx.needs_input_grad[0], all(ctx.needs_input_grad[:2])
+        weight = head.to(hidden.dtype)
+        total = torch.zeros((), device=hidden.device)
+        d_hidden, d_head = torch.empty_like(hidden), None
+        chunks = [x.split(LOSS_CHUNK) for x in (hidden, labels, d_hidden)]
+        for states, targets, d_states in zip(*chunks, strict=True):
+            logits = F.linear(states, weight)  # (n, V)
+            total += cross_entropy_in_place(logits, targets, learns)
+            if learns:
+                torch.mm(logits, weight, out=d_states)
+            if learns_head:
+                d_chunk = logits.T @ states
+                # Chunks add up in float32.
+                d_head = d_chunk if d_head is None else d_head.float().add_(d_chunk)
         ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head.dtype))
         return total
 
     @staticmethod
-    def backward(ctx, grad):
-        return *(None if d is None else d * grad for d in ctx.saved_tensors), None
+    def backward(ctx, grad: Tensor):
+        d_hidden, d_head = ctx.saved_tensors
+        return d_hidden * grad, None if d_head is None else d_head * grad, None
+
+
+def cross_entropy_in_place(logits: Tensor, labels: Tensor, with_gradient: bool) -> Tensor:
+    """The summed cross-entropy of logits (n, V) against labels (n,), computed in float32 a few rows
+    at a time. With its gradient, that replaces the logits."""
+    total = torch.zeros((), device=logits.device)
+    rows = SOFTMAX_ROWS["cuda" if logits.is_cuda else "cpu"]
+    for part, label in zip(logits.split(rows), labels[:, None].split(rows), strict=True):
+        p = part.float()
+        top = p.amax(-1, keepdim=True)
+        target = p.gather(1, label)
+        mass = p.sub_(top).exp_().sum(-1, keepdim=True)
+        total += (mass.log() + top - target).sum()
+        if with_gradient:
+            p.div_(mass).scatter_add_(1, label, torch.full_like(target, -1))
+            part.copy_(p)
+    return total
 
 
 class SpeechLM(nn.Module):
-    """A row is prompt tokens, audio frames, instruction tokens, answer tokens, without holes; rows stand end to end.
+    """A sequence is audio frames, instruction tokens, answer tokens (and before them a begin token,
+    if the LLM has one), without holes; the sequences of a batch stand end to end.
 
-    `ids` (N,) holds the tokens, and AUDIO at the position of every audio frame; adapter_length says how many frames a
-    recording gives. The lengths of rows, in frames or in ids, are lists of Python integers.
+    `ids` (N,) holds the tokens, and AUDIO at the position of every audio frame; adapter_length says
+    how many frames a recording gives. Lengths, in frames or in ids, are lists of Python integers.
     """
 
-    def __init__(self, encoder, adapter, llm):
+    def __init__(self, encoder: nn.Module, adapter: LengthAdapter, llm: LLM):
         super().__init__()
         self.encoder, self.adapter, self.llm = encoder, adapter, llm
 
-    def encode(self, features, lengths):
-        """features (N, 160) of 20 ms, lengths of the recordings -> audio embeddings (N', D) of 80 ms, their lengths.
-        With encoder None, features are the encoder's states (N, D), computed before."""
-        return self.adapter(features if self.encoder is None else self.encoder(features, lengths), lengths)
+    def encode(self, features: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
+        """features (N, 160) of 20 ms, lengths of the recordings -> audio embeddings (N', D) of
+        80 ms, their lengths."""
+        return self.adapter(self.encoder(features, lengths), lengths)
 
-    def embed(self, ids, audio=None):
-        """ids (N,), audio (N', D) -> (N, D). Each AUDIO placeholder takes the next frame; ids below AUDIO are the
-        adapter's own prompt tokens, the first of them AUDIO - 1."""
+    def embed(self, ids: Tensor, audio: Tensor | None = None) -> Tensor:
+        """ids (N,), audio (N', D) -> (N, D). Each AUDIO placeholder takes the next frame. Raises
+        ValueError, but not in training, where collate sees to it, if there are not N' of them."""
         x = self.llm.embed(ids.clamp(min=0))
-        if self.adapter is not None and self.adapter.config.prompt_tokens:
-            own = self.adapter.prompt_tokens((AUDIO - 1 - ids).clamp(0, self.adapter.config.prompt_tokens - 1))
-            x = torch.where((ids < AUDIO)[:, None], own.to(x.dtype), x)
         if audio is None:
             return x
-        here = ids == AUDIO
-        return torch.where(here[:, None], audio.to(x.dtype)[(here.cumsum(0) - 1).clamp(0, len(audio) - 1)], x)
+        placeholder = ids == AUDIO
+        if not self.training and placeholder.sum() != len(audio):
+            raise ValueError(
+                f"ids hold {int(placeholder.sum())} audio placeholders for {len(audio)} audio "
+                "frames; adapter_length(frames) says how many a recording needs"
+            )
+        frame = (placeholder.cumsum(0) - 1).clamp(0, len(audio) - 1)  # (N,)
+        return torch.where(placeholder[:, None], audio.to(x.dtype)[frame], x)
 
-    def forward(self, features, lengths, ids, ids_lengths, targets):
+    def forward(
+        self,
+        features: Tensor,
+        lengths: list[int],
+        ids: Tensor,
+        ids_lengths: list[int],
+        targets: Tensor,
+    ) -> tuple[Tensor, int]:
         """Summed cross-entropy of the answers, and the number of their tokens.
 
-        features (N, 160), lengths; ids (N,) int64, ids_lengths, with as many placeholders in a row as adapter_length
-        says; targets: the positions in ids of every supervised token (the answer from its first token to its end
-        token), none of them a row's first. Divide by the count over all batches of a step, not by each batch's.
+        features (N, 160) and lengths as in encode; ids (N',) int64 and ids_lengths, with as many
+        placeholders in a sequence as adapter_length says; targets: the places in ids of every
+        supervised token (the answer from its first token to its end token), none of them a
+        sequence's first. Divide by the count over all batches of a step, not by each batch's.
         """
         audio, _ = self.encode(features, lengths)
         hidden = self.llm.hidden(self.embed(ids, audio), ids_lengths, wanted=targets - 1)
         return AnswerLoss.apply(hidden, self.llm.head, ids[targets]), len(targets)
 
-    @torch.no_grad()
-    def read(self, ids, ids_lengths, features=None, lengths=None, heard=None):
-        """Encodes recordings and reads the given beginning of each row once; the result is a `prefix` for generate,
-        which may then be asked any number of instructions. Arguments as in generate."""
-        x = self.embed(ids, self.checked_audio(ids, ids_lengths, features, lengths, heard))
-        cache = new_cache(self.llm, len(ids_lengths), max(ids_lengths))
-        self.llm.hidden(x, ids_lengths, cache, wanted=[])
-        return Prefix(cache, ids_lengths)
-
-    @torch.no_grad()
-    def generate(self, ids, ids_lengths, features=None, lengths=None, heard=None, **options):
-        """Answers for a batch of rows. ids (N,) up to the answer, row after row, ids_lengths; features and lengths as in
-        encode, or heard, what encode gave, or none of them when a prefix has the audio; options as in the function
-        generate. Returns a list of ids for each row."""
-        x = self.embed(ids, self.checked_audio(ids, ids_lengths, features, lengths, heard))
-        return generate(self.llm, x, ids_lengths, **options)
-
-    @torch.no_grad()
-    def score(self, ids, ids_lengths, answer_lengths, prefix, prefix_rows):
-        """log p of the last answer_lengths ids of each row, which continue rows of a prefix: (B,), float32."""
-        start, cache = continued_cache(self.llm, prefix, prefix_rows, max(ids_lengths))
-        ends, device = accumulate(ids_lengths), ids.device
-        targets = torch.cat([torch.arange(end - n, end, device=device) for end, n in zip(ends, answer_lengths)])
-        hidden = self.llm.hidden(self.embed(ids), ids_lengths, cache, start, targets - 1)
-        log_p = self.llm.logits(hidden).log_softmax(-1).gather(1, ids[targets, None])[:, 0]
-        return torch.stack([some.sum() for some in log_p.split(answer_lengths)])
-
-    def checked_audio(self, ids, ids_lengths, features, lengths, heard):
-        heard = self.encode(features, lengths) if features is not None else heard
-        audio, found = heard or (None, [0] * len(ids_lengths))
-        places = [(row == AUDIO).sum().item() for row in ids.split(ids_lengths)]
-        if places != list(found):
-            raise ValueError(f"rows hold {places} audio placeholders for {list(found)} audio frames; "
-                             "adapter_length(frames) says how many a row needs")
-        return audio
-
     @classmethod
-    def from_parts(cls, encoder, llm, dtype=torch.float32, compute_dtype=None, device="cpu", float32=(), **adapter):
-        """Joins two pretrained checkpoints (directories or Hub ids) by a new adapter. float32: names of the parts whose
-        weights are float32 whatever dtype says; adapter: fields of AdapterConfig. Raises CheckpointError."""
-        kept = {part: torch.float32 if part in float32 else dtype for part in ("encoder", "adapter", "llm")}
-        encoder = SpeechEncoder.from_pretrained(encoder, kept["encoder"], compute_dtype or dtype, device)
-        llm = LLM.from_pretrained(llm, kept["llm"], compute_dtype or dtype, device)
+    def from_parts(
+        cls,
+        encoder: str | Path,
+        llm: str | Path,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        float32: tuple[str, ...] = (),
+        kernels: Kernels | None = None,
+        **adapter,
+    ) -> "SpeechLM":
+        """Joins two pretrained checkpoints (directories or Hub ids) by a new adapter. float32: the
+        names of the parts whose weights are float32 whatever dtype says; adapter: fields of
+        AdapterConfig. Raises UserError."""
+        parts = ("encoder", "adapter", "llm")
+        dtypes = {part: torch.float32 if part in float32 else dtype for part in parts}
+        compute = compute_dtype or dtype
+        kernels = kernels or default_kernels(device)
+        encoder = SpeechEncoder.from_pretrained(
+            encoder, dtypes["encoder"], compute, device, kernels
+        )
+        llm = LLM.from_pretrained(llm, dtypes["llm"], compute, device, kernels)
         config = AdapterConfig.between(encoder.config, llm.config, **adapter)
-        return cls(encoder, LengthAdapter(config, llm.compute_dtype).to(device, kept["adapter"]), llm).eval()
+        join = LengthAdapter(config, compute, kernels).to(device, dtypes["adapter"])
+        return cls(encoder, join, llm).eval()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Generation: prefill, decode step, drivers
+# ------------------------------------------------------------------------------
+# Low-rank updates (LoRA, arXiv 2106.09685)
 
 
-class Prefix(NamedTuple):
-    """Rows already read: the cache's keys and values, and how many positions each row fills."""
-
-    cache: list
-    lengths: list
-
-
-def new_cache(llm, batch, size):
-    """One (keys, values) pair a layer, each (B, Hkv, S, head_dim), zeros in the compute dtype."""
-    c, weight, size = llm.config, llm.model.embed_tokens.weight, llm.fast.room(size) if llm.fast else size
-    shape = (batch, c.num_key_value_heads, size, c.head_dim)
-    return [tuple(torch.zeros(shape, dtype=llm.compute_dtype, device=weight.device) for _ in range(2))
-            for _ in range(c.num_hidden_layers)]
-
-
-def continued_cache(llm, prefix, rows, more):
-    """How many positions these rows of a prefix fill (B,), and a cache that holds them with room for `more`."""
-    lengths = [prefix.lengths[row] for row in rows]
-    cache = new_cache(llm, len(rows), max(lengths) + more)
-    for new, old in zip(cache, prefix.cache):
-        for store, kept in zip(new, old):
-            store[:, :, :max(lengths)] = kept[rows, :, :max(lengths)]
-    return torch.tensor(lengths, device=cache[0][0].device), cache
+def add_lora(module: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
+    """Freezes a module and gives each linear layer of these names a trainable low-rank update: it
+    adds alpha / rank * B A x to its output, with A (rank, in) random and B (out, rank) zero, both
+    float32."""
+    module.requires_grad_(False)
+    for name, linear in module.named_modules():
+        if not isinstance(linear, Linear) or name.split(".")[-1] not in targets:
+            continue
+        device = linear.weight.device
+        linear.lora_scale = alpha / rank
+        linear.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+        linear.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(linear.lora_a, 5**0.5)
 
 
-def filled(cache, size):
-    """The first `size` positions of a cache, as views."""
-    return [tuple(store[:, :, :size] for store in layer) for layer in cache]
+def merged_state(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the module, or a part of one, with every low-rank update added into its
+    layer's weight, in the weight's dtype."""
+    merged = dict(state)
+    for name in state:
+        if not name.endswith(".lora_a"):
+            continue
+        layer = name.removesuffix(".lora_a")
+        a, b = merged.pop(f"{layer}.lora_a"), merged.pop(f"{layer}.lora_b")
+        weight = merged[f"{layer}.weight"]
+        update = module.get_submodule(layer).lora_scale * b @ a
+        merged[f"{layer}.weight"] = (weight.float() + update).to(weight.dtype)
+    return merged
 
 
-def prefill(llm, x, lengths, cache, start=None):
-    """Reads x (N, D), row after row of these lengths, into the cache, behind the `start` (B,) positions it already
-    holds. Returns the logits (B, V) that follow each row's last position."""
-    return llm.logits(llm.hidden(x, lengths, cache, start, [end - 1 for end in accumulate(lengths)]))
+# ------------------------------------------------------------------------------
+# Pretrained checkpoints: a directory with config.json and model.safetensors, or shards and an index
+
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+BLOCK = 2**24  # numbers converted at once: 64 MB of float32
+DOWNLOAD_AGAIN = "it is truncated or damaged: download it again"
 
 
-def decode_step(llm, ids, positions, cache):
-    """One token a row: ids (B,) at positions (B,) go into the cache; returns the logits (B, V) of the next."""
-    return llm.logits(llm.hidden(llm.embed(ids), [1] * len(ids), cache, positions))
+def fetch(path_or_hub_id: str | Path) -> Path:
+    """The local directory of a checkpoint. A Hub id is downloaded, only the files needed, into the
+    Hub's cache (HF_HOME), or taken from there alone (HF_HUB_OFFLINE=1). Raises UserError."""
+    path = Path(path_or_hub_id)
+    if os.path.isdir(path):
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
+        raise UserError(
+            f"{path}: no such directory; give the directory of a checkpoint (config.json and "
+            "model.safetensors) or a Hub id such as Qwen/Qwen2.5-1.5B"
+        )
+    from huggingface_hub import snapshot_download  # takes half a second, so only when needed
+
+    configs = ["config.json", "generation_config.json", "tokenizer.json"]
+    weights = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+    remedy = "give a directory that is here, or check the name, the network and HF_HUB_OFFLINE"
+    with one_line_errors(f"{path} (of the Hub)", remedy):
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=configs + weights))
 
 
-def sample(logits, temperature, top_p, generator):
-    """logits (B, V) -> ids (B,): the most likely at temperature 0, else drawn from the smallest set of tokens whose
-    probabilities reach top_p (nucleus sampling, arXiv 1904.09751)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # multinomial normalises again
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+def read_json(path: Path) -> dict:
+    """The object of a JSON file of a checkpoint. Raises UserError."""
+    with one_line_errors(path, "a checkpoint has config.json and model.safetensors: copy it again"):
+        raw = json.loads(path.read_bytes())
+        if not isinstance(raw, dict):
+            raise ValueError(f"found a {type(raw).__name__}, expected a JSON object")
+    return raw
 
 
-@torch.no_grad()
-def generate(llm, x, lengths, max_new_tokens=256, num_beams=1, length_penalty=1.0, temperature=0.0, top_p=1.0,
-             generator=None, on_token=None, prefix=None, prefix_rows=None, never_first=(), stop_loops=False):
-    """Continues rows of embeddings, greedily unless told otherwise, until each meets an end token.
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory, single or sharded. Raises UserError."""
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        pickled = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".ckpt")]
+        raise UserError(
+            f"{directory}: found {', '.join(sorted(pickled)) or 'no weights'}, expected "
+            "model.safetensors or model.safetensors.index.json; pickled weights are not opened: "
+            "take the checkpoint's safetensors version or convert it"
+        )
+    with one_line_errors(index, "copy it from the checkpoint again"):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+    if missing or not names:
+        raise UserError(f"{index}: no shard {', '.join(missing)} beside it; download them all")
+    return [directory / name for name in names]
 
-    x (N, D), row after row of these lengths. num_beams > 1 is beam search with scores sum(log p) / n**length_penalty;
-    temperature and top_p are for sampling, with an optional torch generator. on_token(row, id) is called for every
-    token as it is made (not with beams). prefix: rows read before, of which prefix_rows are continued here (row b by
-    row b when not given). never_first: ids that no answer begins with. stop_loops ends an answer that repeats
-    itself and keeps one turn of the loop. Returns a list of ids for each row, without the end token. Raises ValueError when a row
-    could outgrow the model's context.
+
+def fingerprint(path_or_hub_id: str | Path) -> dict[str, str]:
+    """Where a checkpoint is, and a hash of its config.json and of 64 KB at 16 places of each of its
+    weight files. Raises UserError."""
+    directory = fetch(path_or_hub_id)
+    read_json(directory / "config.json")  # says what is wrong with it
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in weight_files(directory):
+        size = path.stat().st_size
+        with one_line_errors(path, "correct its rights"), open(path, "rb") as file:
+            for i in range(16):
+                file.seek(size * i // 16)
+                digest.update(file.read(2**16))
+    place = directory.resolve() if os.path.isdir(path_or_hub_id) else path_or_hub_id
+    return {"path": str(place), "sha256": digest.hexdigest()}
+
+
+def check_tied(directory: Path) -> None:
+    """Raises UserError if the output layer is to be the embedding, but the file has another one."""
+    pair = {}
+    for path in weight_files(directory):
+        with one_line_errors(path, DOWNLOAD_AGAIN), safe_open(path, framework="pt") as file:
+            for key in ("lm_head.weight", "model.embed_tokens.weight"):
+                if key in file.keys():
+                    pair[key] = file.get_tensor(key)
+    if len(pair) == 2 and not torch.equal(*pair.values()):
+        raise UserError(
+            f"{directory}: tie_word_embeddings is true in config.json, but lm_head.weight differs "
+            "from the embedding; set it to false to use both"
+        )
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer.json of an LLM's directory. Raises UserError."""
+    path = Path(directory) / "tokenizer.json"
+    with one_line_errors(path, "copy the LLM's own tokenizer.json there"):
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.decode(tokenizer.encode("A b. 1\n中").ids)
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+    config = path.with_name("config.json")
+    size = read_json(config).get("vocab_size") if config.exists() else None
+    if largest < 0 or (is_number(size) and largest >= size):
+        raise UserError(
+            f"{path}: has tokens up to {largest}, expected them below the vocab_size of "
+            f"config.json, {size}; copy both from the same LLM"
+        )
+    return tokenizer
+
+
+def fast_dtype(directory: Path, device: str) -> torch.dtype:
+    """bfloat16 where an LLM computes faster in it: on CUDA, and on CPUs that have it if the LLM is
+    not tiny. Raises UserError."""
+    width = read_json(Path(directory) / "config.json").get("hidden_size")
+    large = is_number(width) and width >= 512
+    fast_cpu = large and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if device != "cpu" or fast_cpu else torch.float32
+
+
+ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
+
+
+def encoder_key(key: str, config: EncoderConfig) -> str | None:
+    """Our name of a tensor of a w2v-BERT checkpoint or a fine-tune of it; None if not needed."""
+    key = key.removeprefix("wav2vec2_bert.")
+    masks = config.mask_time_prob > 0 or config.mask_feature_prob > 0
+    unused = key == "masked_spec_embed" and not masks
+    return None if unused or key.startswith(ENCODER_KEYS_LEFT_OUT) else key
+
+
+def llm_key(key: str, config: LLMConfig) -> str | None:
+    """Our name of an LLM checkpoint's tensor; None for RoPE tables and the copy of a tied head."""
+    tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
+    return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
+
+
+def load_weights(
+    build: Callable[[torch.dtype], nn.Module],
+    config: EncoderConfig | LLMConfig,
+    directory: Path,
+    rename: Callable[[str], str | None],
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None,
+    device: str,
+) -> nn.Module:
+    """The module that build(compute_dtype) gives, with its weights read from the directory, in eval
+    mode. rename gives the module's name of a checkpoint's tensor, or None to leave it out.
+
+    Tensors already in `dtype` stay memory-mapped; others are converted in blocks of 64 MB, so that
+    loading needs hardly more memory than the weights. Raises UserError that lists missing,
+    unexpected and mis-shaped tensors.
     """
-    B = len(lengths)
-    if max_new_tokens < 1 or num_beams < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens} and num_beams {num_beams} must be at least 1, temperature "
-                         f"{temperature} at least 0, top_p {top_p} above 0 and at most 1")
-    if num_beams > 1 and (temperature > 0 or on_token is not None):
-        raise ValueError("beam search neither samples nor streams; give num_beams, or temperature and on_token")
-    if min(lengths) < 1 or sum(lengths) != len(x):
-        raise ValueError(f"row lengths {lengths} of {len(x)} positions; expected at least 1 each, and as many in all")
-    if prefix is not None and prefix_rows is None and len(prefix.lengths) != B:
-        raise ValueError(f"a prefix of {len(prefix.lengths)} rows for {B} rows; say with prefix_rows which to continue")
-    prefix_rows = range(B) if prefix_rows is None else prefix_rows
-    whole = [n + prefix.lengths[row] for n, row in zip(lengths, prefix_rows)] if prefix else lengths
-    needed, context = max(whole) + max_new_tokens, llm.config.max_position_embeddings
-    if needed > context:
-        raise ValueError(f"a row needs {needed} positions with its {max_new_tokens} new tokens, the model's context "
-                         f"has {context}; give shorter audio or text, or lower max_new_tokens")
-    if prefix is None:
-        start, cache = None, new_cache(llm, B, needed)
-    else:
-        start, cache = continued_cache(llm, prefix, list(prefix_rows), max(lengths) + max_new_tokens)
-    logits = prefill(llm, x, lengths, cache, start)
-    logits[:, list(never_first)] = float("-inf")
-    positions = torch.tensor(whole, device=x.device)
-    if num_beams > 1:
-        answers = beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length_penalty)
-        return [ids[:len(ids) - looped(ids)] if stop_loops else ids for ids in answers]
-
-    answers, done, rows = [[] for _ in range(B)], [False] * B, list(range(B))  # rows: those in the batch
-    for step in range(max_new_tokens):
-        ids = sample(logits, temperature, top_p, generator)
-        for row, token in zip(rows, ids.tolist()):
-            done[row] = done[row] or token in llm.config.eos_token_id
-            if not done[row]:
-                answers[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
-            if stop_loops and not done[row] and (extra := looped(answers[row])):
-                done[row], answers[row] = True, answers[row][:-extra]
-        if all(done) or step == max_new_tokens - 1:
-            return answers
-        order = sorted(range(len(rows)), key=lambda i: done[rows[i]])
-        kept = 1 << (len(rows) - sum(done[row] for row in rows) - 1).bit_length()
-        if kept < len(rows):  # those that are done leave the batch, which shrinks to a power of two
-            order = order[:kept]
-            rows, ids, positions = [rows[i] for i in order], ids[order], positions[order]
-            cache = [tuple(store[order] for store in layer) for layer in cache]
-        logits = (llm.fast or decode_step)(llm, ids, positions + step, filled(cache, max(whole[row] for row in rows) + step + 1))
+    for precision in (dtype, compute_dtype or dtype):
+        if precision not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"precision {precision}, expected torch.float32 or torch.bfloat16")
+    shapes = stored_tensors(directory)
+    if config.num_hidden_layers > len(shapes):  # before so many layers are built
+        raise UserError(
+            f"{directory}: config.json has {config.num_hidden_layers} layers for {len(shapes)} "
+            "tensors; the weights and config.json are of different models"
+        )
+    with one_line_errors(directory / "config.json", COPY_CONFIG), torch.device("meta"):
+        model = build(compute_dtype or dtype)
+    sources = match_tensors(model.state_dict(), shapes, rename, directory)
+    device = str(torch.empty(0, device=device).device)  # "cuda" alone would be GPU 0
+    state = {}
+    for name, (path, key) in sources.items():
+        with one_line_errors(path, DOWNLOAD_AGAIN):
+            state[name] = read_tensor(path, key, dtype, device)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
 
 
-def looped(ids):
-    """How many ids at the end repeat what stands before them: those of a loop of up to 32 ids gone through at least four
-    times and over at least 24 ids, without its first turn; 0 if there is no such loop."""
-    for period in range(1, 33):
-        size = max(4 * period, 24)
-        if len(ids) >= size and ids[-size:-period] == ids[period - size:]:
-            while size < len(ids) and ids[-size - 1] == ids[period - size - 1]:
-                size += 1
-            return size - period
-    return 0
+def stored_tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """The file, shape and dtype of every tensor of a checkpoint, by its key. Raises UserError."""
+    tensors = {}
+    for path in weight_files(directory):
+        with one_line_errors(path, DOWNLOAD_AGAIN), safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                tensor = file.get_slice(key)
+                tensors[key] = path, tuple(tensor.get_shape()), tensor.get_dtype()
+    return tensors
 
 
-def beam_search(llm, logits, positions, cache, max_new_tokens, num_beams, length_penalty):
-    """Keeps the num_beams likeliest beginnings of each row and stops a row when no beginning can still beat its
-    num_beams finished answers at the present length. Same results as beam search in transformers.
+def match_tensors(wanted: dict, shapes: dict, rename: Callable, directory: Path) -> dict:
+    """{name in the module: (file, key)} of all wanted tensors. Raises UserError listing misfits."""
+    sources, problems = {}, []
+    for key, (path, shape, stored) in shapes.items():
+        name = rename(key)
+        if name is None:
+            continue
+        if name not in wanted:
+            problems.append(f"unexpected {key} {shape}")
+        elif name in sources:
+            problems.append(f"{key} is there twice")
+        elif shape != wanted[name].shape:
+            problems.append(f"{key} is {shape}, expected {tuple(wanted[name].shape)}")
+        elif stored not in STORED:
+            problems.append(f"{key} is {stored}, expected {', '.join(STORED)}")
+        sources[name] = path, key
+    problems += [f"missing {name}" for name in sorted(wanted.keys() - sources.keys())]
+    if problems:
+        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise UserError(
+            f"{directory}: {len(problems)} tensors do not fit config.json: "
+            f"{'; '.join(problems[:12])}{more}; the weights and config.json are of different models"
+        )
+    return sources
 
-    logits (B, V), positions (B,) and cache as prefill leaves them. Returns B lists of ids, without the end token.
-    """
-    (B, V), K, eos = logits.shape, num_beams, llm.config.eos_token_id
-    rows = torch.arange(B, device=logits.device).repeat_interleave(K)
-    cache = [tuple(store[rows] for store in layer) for layer in cache]  # (B * K, Hkv, S, head_dim)
-    logits, positions, size = logits[rows], positions[rows], int(positions.max())
-    scores = torch.tensor([0.0] + [float("-inf")] * (K - 1), device=logits.device).repeat(B)  # (B * K,)
-    beams = [[[]] * K for _ in range(B)]
-    finished, done = [[] for _ in range(B)], [False] * B
-    for step in range(1, max_new_tokens + 1):
-        totals = (scores[:, None] + logits.log_softmax(-1)).view(B, K * V)
-        # a beam can end in len(eos) ways, so this many candidates leave num_beams that go on
-        best, index = (t.tolist() for t in totals.topk(min(K * max(2, 1 + len(eos)), K * V)))
-        chosen = []  # (score, row of the old cache, token) of every new beam
-        for b in range(B):
-            going_on = []
-            for rank, (score, i) in enumerate(zip(best[b], index[b])):
-                parent, token = divmod(i, V)
-                if token in eos or step == max_new_tokens:
-                    if rank < K and not done[b]:
-                        ids = beams[b][parent] + [token] * (token not in eos)
-                        finished[b].append((score / step**length_penalty, ids))
-                elif len(going_on) < K:
-                    going_on.append((score, parent, token))
-            finished[b] = sorted(finished[b], key=lambda f: -f[0])[:K]
-            if going_on:
-                done[b] |= len(finished[b]) == K and going_on[0][0] / step**length_penalty <= finished[b][-1][0]
-                beams[b] = [beams[b][parent] + [token] for _, parent, token in going_on]
-                chosen += [(score, b * K + parent, token) for score, parent, token in going_on]
-        if all(done) or step == max_new_tokens:
-            return [f[0][1] for f in finished]
-        scores = torch.tensor([c[0] for c in chosen], device=logits.device)
-        rows, ids = torch.tensor([c[1:] for c in chosen], device=logits.device).T
-        for layer in cache:
-            for store in layer:
-                store[:, :, :size + step - 1] = store[rows, :, :size + step - 1]
-        logits = (llm.fast or decode_step)(llm, ids, positions + step - 1, filled(cache, size + step))
+
+def read_tensor(path: Path, key: str, dtype: torch.dtype, device: str) -> Tensor:
+    """One tensor of a safetensors file in a dtype."""
+    with safe_open(path, framework="pt", device=device) as file:
+        stored = file.get_slice(key)
+        if STORED[stored.get_dtype()] == dtype:
+            return file.get_tensor(key)
+        shape = stored.get_shape()
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    rows = max(1, BLOCK // max(1, tensor[0].numel()))
+    for i in range(0, len(tensor), rows):
+        # The file is opened again for each block, as what it maps into memory stays while it is.
+        with safe_open(path, framework="pt", device=device) as file:
+            tensor[i : i + rows] = file.get_slice(key)[i : i + rows]
+    return tensor
+
+
+def save_weights(directory, config: dict, state: dict[str, Tensor], end_ids=None) -> None:
+    """Writes the weights and the JSON files of a checkpoint directory; each replaces its forerunner
+    only when all of them are on disk."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    objects = {"config.json": config}
+    if end_ids is not None:
+        objects["generation_config.json"] = {"eos_token_id": end_ids}
+    weights = directory / "model.safetensors.tmp"
+    written = [weights, *(directory / f"{name}.tmp" for name in objects)]
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(contiguous, weights, metadata={"format": "pt"})
+        for path, values in zip(written[1:], objects.values(), strict=True):
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(written[1], weights)  # safetensors lets nobody else read its file
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    for path in written:
+        os.replace(path, path.with_suffix(""))
+
+
+# ------------------------------------------------------------------------------
+# Checkpoints of this project: one file with the parts that were trained, see train.py
+
+CHECKPOINT_PARTS = {"model", "adapter", "bases", "config", "data", "window", "step"}
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint as a dict, its tensors mapped into memory. Raises UserError."""
+    with one_line_errors(path, "give an align.pt or ift.pt of this project, or train it first"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        missing = CHECKPOINT_PARTS - set(checkpoint)
+        if missing:
+            raise ValueError(f"not a checkpoint of this project (it lacks {min(missing)})")
+    return checkpoint
+
+
+def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) -> None:
+    """Puts the parts that a checkpoint holds into the model. bases: the fingerprints of the models
+    that it was built from. Raises UserError if the checkpoint is of others, or does not fit."""
+    with one_line_errors(path, "it is damaged or of another version: train it again"):
+        for name, base in bases.items():
+            trained = checkpoint["bases"][name]
+            if trained["sha256"] != base["sha256"]:
+                raise UserError(
+                    f"{path}: was trained on the {name} {trained['path']}, found another model at "
+                    f"{base['path']}; give the same --{name}"
+                )
+        state = checkpoint["model"]
+        parts = {name.split(".")[0] for name in state}
+        wanted = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name.split(".")[0] in parts:
+                wanted[name] = parameter.shape
+        saved = {name: tensor.shape for name, tensor in state.items()}
+        misfits = [name for name in wanted | saved if wanted.get(name) != saved.get(name)]
+        if misfits:
+            raise ValueError(f"{len(misfits)} tensors do not fit, {min(misfits)} first")
+        # The parts that it does not hold are the base models'.
+        model.load_state_dict(state, strict=False)

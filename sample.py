@@ -1,7 +1,10 @@
 """Follows an instruction about recordings: python sample.py audio.wav "Translate to German"
 
-Uses the newest of out/ift.pt and out/align.pt unless told otherwise, and prints the answer as it is made. Without an
-instruction it asks for one after another.
+Uses the newest of out/ift.pt and out/align.pt unless told otherwise, and prints the answer as it is
+made. Without an instruction it asks for one after another.
+
+As a library, in reading order: the LLM's cache, generation (greedy, sampling, beams), answers to
+instructions about recordings of any length.
 """
 
 import argparse
@@ -10,246 +13,844 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
-import torch
+# Idle threads sleep, see tests/bench/README.md. It counts only before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from data import cut, fbank, join, render, windows
-from model import AUDIO, SpeechLM
-from prepare.audio import SAMPLE_RATE, load_audio
-from prepare.checkpoint import fast_dtype, fetch, fingerprint, load_checkpoint, load_tokenizer, newest_checkpoint, restore
-from prepare.errors import AudioError, CheckpointError, visible
-from prepare.fast_decode import FastDecode, quantise
-from prepare.instructions import INSTRUCTIONS, REFUSALS, language_of, task_of
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from data import (
+    REFUSALS,
+    SAMPLE_RATE,
+    AudioError,
+    cut_batches,
+    cut_windows,
+    fbank,
+    join_texts,
+    load_audio,
+    render,
+    task_of,
+)
+from model import (
+    AUDIO,
+    LLM,
+    Rows,
+    SpeechLM,
+    UserError,
+    fast_dtype,
+    fetch,
+    fingerprint,
+    load_checkpoint,
+    load_tokenizer,
+    restore,
+    visible,
+)
 
 BATCH_FRAMES = 6000  # 20 ms frames encoded together: two minutes
 BATCH_POSITIONS = 16384  # LLM positions read together
 MAX_NEW_TOKENS = 512  # of the answer to a window
 
-
-def load_model(path, device="cpu", int8=False):
-    """The model of a checkpoint, on its two base models, in float32 or, where that is faster, bfloat16, or with the LLM's
-    weights rounded to 8 bits; its tokenizer; the checkpoint without weights. Raises CheckpointError."""
-    state = load_checkpoint(path)
-    bases = {name: base["path"] for name, base in state["bases"].items()}
-    llm = fetch(bases["llm"])
-    dtype = fast_dtype(llm, device)
-    model = SpeechLM.from_parts(bases["encoder"], bases["llm"], dtype, device=device, **state["adapter"])
-    restore(model, state, {name: fingerprint(base) for name, base in bases.items()}, path)
-    del state["model"]
-    if int8:
-        quantise(model.llm)
-    model.llm.fast = FastDecode()
-    return model.eval(), load_tokenizer(llm), state
+# ------------------------------------------------------------------------------
+# The cache of keys and values, and the two ways to fill it
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Answering
+@dataclass
+class KVCache:
+    """Keys and values of the positions that were read: of every layer (B, Hkv, S, d) each."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def empty(cls, llm: LLM, batch: int, size: int) -> "KVCache":
+        """Zeros for at least `size` positions: a power of two, as few sizes mean few compilations
+        of a step."""
+        config = llm.config
+        size = max(256, 1 << (size - 1).bit_length())
+        shape = (batch, config.num_key_value_heads, size, config.head_dim)
+        options = {"dtype": llm.compute_dtype, "device": llm.model.norm.weight.device}
+        layers = range(config.num_hidden_layers)
+        keys = [torch.zeros(shape, **options) for _ in layers]
+        values = [torch.zeros(shape, **options) for _ in layers]
+        return cls(keys, values)
+
+    @property
+    def size(self) -> int:
+        return self.keys[0].shape[2]
+
+    def update(self, layer: int, keys: Tensor, values: Tensor, rows: Rows):
+        """Writes new keys and values (N, Hkv, d) to the places of their positions; returns all."""
+        self.keys[layer][rows.row, :, rows.position] = keys
+        self.values[layer][rows.row, :, rows.position] = values
+        return self.keys[layer], self.values[layer]
+
+    def view(self, size: int) -> "KVCache":
+        """Its first positions, in the same memory."""
+        keys = [x[:, :, :size] for x in self.keys]
+        return KVCache(keys, [x[:, :, :size] for x in self.values])
+
+    def select(self, sequences: list[int] | Tensor) -> "KVCache":
+        """A new cache of these sequences of it."""
+        return KVCache([x[sequences] for x in self.keys], [x[sequences] for x in self.values])
+
+    def copy_from(self, other: "KVCache", sequences: list[int] | Tensor, size: int) -> None:
+        """Writes the first positions of these sequences of another cache, or of itself."""
+        for stores, sources in ((self.keys, other.keys), (self.values, other.values)):
+            for store, source in zip(stores, sources, strict=True):
+                store[:, :, :size] = source[sequences, :, :size]
+
+
+class Prefix(NamedTuple):
+    """Sequences already read, and how many positions each of them fills."""
+
+    cache: KVCache
+    lengths: list[int]
+
+
+@torch.no_grad()
+def read_prefix(llm: LLM, x: Tensor, lengths: list[int]) -> Prefix:
+    """Reads x (N, D), the beginnings of sequences of these lengths, once, for any number of
+    continuations: generate(..., prefix=...)."""
+    cache = KVCache.empty(llm, len(lengths), max(lengths))
+    none = torch.empty(0, dtype=torch.long, device=x.device)
+    llm.hidden(x, lengths, cache, wanted=none)
+    return Prefix(cache, list(lengths))
+
+
+def continue_prefix(llm: LLM, prefix: Prefix, rows: list[int], more: int) -> tuple[Tensor, KVCache]:
+    """How many positions these sequences of a prefix fill (B,), and a cache that holds them with
+    room for `more` behind each."""
+    lengths = [prefix.lengths[row] for row in rows]
+    cache = KVCache.empty(llm, len(rows), max(lengths) + more)
+    cache.copy_from(prefix.cache, rows, max(lengths))
+    return torch.tensor(lengths, device=cache.keys[0].device), cache
+
+
+def prefill(llm: LLM, x: Tensor, lengths: list[int], cache: KVCache, start=None) -> Tensor:
+    """Reads x (N, D), sequence after sequence of these lengths, into the cache, behind the `start`
+    (B,) positions that it already holds. Returns the logits (B, V) that follow each one's last."""
+    last = torch.tensor(lengths, device=x.device).cumsum(0) - 1
+    return llm.logits(llm.hidden(x, lengths, cache, start, wanted=last))
+
+
+def decode_step(llm: LLM, ids: Tensor, positions: Tensor, cache: KVCache, filled: int) -> Tensor:
+    """One token each: ids (B,) at positions (B,) go into the cache, of which the first `filled`
+    positions are in use with them. Returns the logits (B, V) of the next."""
+    hidden = llm.hidden(llm.embed(ids), [1] * len(ids), cache.view(filled), positions)
+    return llm.logits(hidden)
+
+
+def fast_step() -> Callable:
+    """The step of decoding to generate with: extras/decode.py's, or else the plain one."""
+    try:
+        from extras.decode import FastDecode
+    except ImportError:
+        return decode_step
+    return FastDecode(decode_step)
+
+
+# ------------------------------------------------------------------------------
+# Generation
+
+
+def draw_token(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
+    """logits (B, V) -> ids (B,): the most likely at temperature 0, else drawn from the smallest set
+    of tokens whose probabilities reach top_p (nucleus sampling, arXiv 1904.09751)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
+    beyond = probs.cumsum(-1) - probs >= top_p
+    probs = probs.masked_fill(beyond, 0)  # multinomial normalises again
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+
+@torch.no_grad()
+def generate(
+    llm: LLM,
+    x: Tensor,
+    lengths: list[int],
+    max_new_tokens: int = 256,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+    prefix: Prefix | None = None,
+    prefix_rows: list[int] | None = None,
+    never_first: tuple[int, ...] = (),
+    stop_loops: bool = False,
+    step: Callable = decode_step,
+) -> list[list[int]]:
+    """Continues sequences of embeddings, greedily unless told otherwise, until each meets an end
+    token. Returns the ids of each, without the end token.
+
+    x (N, D), sequence after sequence of these lengths: llm.embed(ids) or model.embed(ids, audio).
+    num_beams > 1 is beam search with scores sum(log p) / n**length_penalty; temperature, top_p and
+    generator are for sampling. on_token(row, id) is called for every token as it is made (not with
+    beams). prefix: sequences read before, of which prefix_rows are continued here (row b by row b
+    when not given). never_first: ids that no answer begins with. stop_loops ends an answer that
+    repeats itself and keeps one turn of the loop. step: decode_step, or a faster one.
+
+    Raises ValueError when options contradict each other, or a sequence could outgrow the context.
+    """
+    check_options(max_new_tokens, num_beams, temperature, top_p, on_token)
+    if min(lengths) < 1 or sum(lengths) != len(x):
+        raise ValueError(f"lengths {lengths} of {len(x)} positions, expected their sum, each >= 1")
+    totals = list(lengths)
+    if prefix is not None:
+        prefix_rows = list(prefix_rows or range(len(prefix.lengths)))
+        totals = [n + prefix.lengths[r] for n, r in zip(lengths, prefix_rows, strict=True)]
+    needed, context = max(totals) + max_new_tokens, llm.config.max_position_embeddings
+    if needed > context:
+        raise ValueError(
+            f"a row needs {needed} positions with its {max_new_tokens} new tokens, the model's "
+            f"context has {context}; give shorter audio or text, or lower max_new_tokens"
+        )
+
+    # Read what is given, then make the answers token by token.
+    if prefix is None:
+        start, cache = None, KVCache.empty(llm, len(lengths), needed)
+    else:
+        room = max(lengths) + max_new_tokens
+        start, cache = continue_prefix(llm, prefix, prefix_rows, room)
+    logits = prefill(llm, x, lengths, cache, start)
+    logits[:, list(never_first)] = float("-inf")
+    step = partial(step, llm)
+    end_ids = set(llm.config.eos_token_id)
+    if num_beams > 1:
+        search = partial(Beams, num_beams, length_penalty, end_ids)
+        answers = beam_search(search, logits, totals, cache, max_new_tokens, num_beams, step)
+        return [ids[: len(ids) - loop_size(ids)] if stop_loops else ids for ids in answers]
+    draw = partial(draw_token, temperature=temperature, top_p=top_p, generator=generator)
+    answers = [Continuation(row, end_ids, on_token, stop_loops) for row in range(len(lengths))]
+    extend(answers, logits, totals, cache, max_new_tokens, draw, step)
+    return [answer.ids for answer in answers]
+
+
+def check_options(max_new_tokens, num_beams, temperature, top_p, on_token) -> None:
+    """Raises ValueError for options of generate that are impossible or exclude each other."""
+    if max_new_tokens < 1 or num_beams < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens} and num_beams {num_beams} must be at least 1, "
+            f"temperature {temperature} at least 0, top_p {top_p} above 0 and at most 1"
+        )
+    if num_beams > 1 and (temperature > 0 or on_token is not None):
+        raise ValueError(
+            "beam search neither samples nor streams; give num_beams, or temperature and on_token"
+        )
+
+
+class Continuation:
+    """The answer to one sequence while it is made."""
+
+    def __init__(self, row: int, end_ids: set[int], on_token: Callable | None, stop_loops: bool):
+        self.row, self.end_ids, self.on_token, self.stop_loops = row, end_ids, on_token, stop_loops
+        self.ids: list[int] = []
+        self.done = False
+
+    def add(self, token: int) -> None:
+        if self.done or token in self.end_ids:
+            self.done = True
+            return
+        self.ids.append(token)
+        if self.on_token is not None:
+            self.on_token(self.row, token)
+        extra = loop_size(self.ids) if self.stop_loops else 0
+        if extra:
+            self.done = True
+            del self.ids[-extra:]
+
+
+def extend(
+    answers: list[Continuation],
+    logits: Tensor,
+    totals: list[int],
+    cache: KVCache,
+    max_new_tokens: int,
+    draw: Callable,
+    step: Callable,
+) -> None:
+    """Adds tokens to the answers until all are done. logits (B, V) and cache as prefill leaves
+    them; totals: how many positions each sequence fills."""
+    live = list(range(len(answers)))  # which answers the rows of the batch are
+    positions = torch.tensor(totals, device=logits.device)
+    for count in range(1, max_new_tokens + 1):
+        ids = draw(logits)
+        for row, token in zip(live, ids.tolist(), strict=True):
+            answers[row].add(token)
+        remaining = sum(not answers[row].done for row in live)
+        if not remaining or count == max_new_tokens:
+            return
+
+        # Those that are done leave the batch, which shrinks to a power of two.
+        kept_rows = 1 << (remaining - 1).bit_length()
+        if kept_rows < len(live):
+            order = sorted(range(len(live)), key=lambda i: answers[live[i]].done)[:kept_rows]
+            live = [live[i] for i in order]
+            ids, positions, cache = ids[order], positions[order], cache.select(order)
+        filled = max(totals[row] for row in live) + count
+        logits = step(ids, positions + count - 1, cache, filled)
+
+
+def loop_size(ids: list[int]) -> int:
+    """How many ids at the end repeat what stands before them: those of a loop of up to 32 ids gone
+    through at least four times and over at least 24 ids, without its first turn; 0 if there is no
+    such loop."""
+    for period in range(1, 33):
+        size = max(4 * period, 24)
+        if len(ids) < size or ids[-size:-period] != ids[period - size :]:
+            continue
+        while size < len(ids) and ids[-size - 1] == ids[period - size - 1]:
+            size += 1
+        return size - period
+    return 0
+
+
+class Beams:
+    """The beam search of one sequence: the likeliest beginnings of an answer, and finished answers
+    with their scores, best first. Same results as beam search in transformers."""
+
+    def __init__(self, num_beams: int, length_penalty: float, end_ids: set[int]):
+        self.num_beams, self.length_penalty, self.end_ids = num_beams, length_penalty, end_ids
+        self.beginnings: list[list[int]] = [[] for _ in range(num_beams)]
+        self.finished: list[tuple[float, list[int]]] = []
+        self.done = False
+
+    def advance(self, candidates: list[tuple], length: int, last: bool) -> list[tuple]:
+        """Takes candidates (sum of log p, number of a beginning, token), best first, for the next
+        token, at which answers have this length. Returns those that go on, at most num_beams."""
+        going_on = []
+        for rank, (score, parent, token) in enumerate(candidates):
+            ends = token in self.end_ids
+            if not ends and not last:
+                if len(going_on) < self.num_beams:
+                    going_on.append((score, parent, token))
+            elif rank < self.num_beams and not self.done:
+                ids = self.beginnings[parent] + ([] if ends else [token])
+                self.finished.append((score / length**self.length_penalty, ids))
+        self.finished.sort(key=lambda answer: -answer[0])
+        del self.finished[self.num_beams :]
+        if going_on:
+            # The search ends when no beginning can still beat the finished answers at this length.
+            best = going_on[0][0] / length**self.length_penalty
+            full = len(self.finished) == self.num_beams
+            self.done = self.done or (full and best <= self.finished[-1][0])
+            self.beginnings = [self.beginnings[parent] + [token] for _, parent, token in going_on]
+        return going_on
+
+
+def beam_search(
+    new_search: Callable[[], Beams],
+    logits: Tensor,
+    totals: list[int],
+    cache: KVCache,
+    max_new_tokens: int,
+    num_beams: int,
+    step: Callable,
+) -> list[list[int]]:
+    """The best answer to each sequence. logits (B, V) and cache as prefill leaves them; totals: how
+    many positions each sequence fills."""
+    (B, V), K, device = logits.shape, num_beams, logits.device
+    searches = [new_search() for _ in range(B)]
+    # Every sequence becomes K rows, of which only the first counts at the beginning.
+    rows = torch.arange(B, device=device).repeat_interleave(K)
+    cache, logits = cache.select(rows), logits[rows]
+    positions = torch.tensor(totals, device=device)[rows]
+    scores = torch.tensor([0.0] + [float("-inf")] * (K - 1), device=device).repeat(B)  # (B * K,)
+    # A beam can end in as many ways as there are end tokens, so this many candidates leave K.
+    width = min(K * max(2, 1 + len(searches[0].end_ids)), K * V)
+    for length in range(1, max_new_tokens + 1):
+        sums = (scores[:, None] + logits.log_softmax(-1)).view(B, K * V)
+        best, index = sums.topk(width)
+        chosen = []  # (score, row of the cache, token) of every row to come
+        for b, search in enumerate(searches):
+            places = [divmod(i, V) for i in index[b].tolist()]
+            candidates = [(s, *p) for s, p in zip(best[b].tolist(), places, strict=True)]
+            going_on = search.advance(candidates, length, length == max_new_tokens)
+            chosen += [(score, b * K + parent, token) for score, parent, token in going_on]
+        if all(search.done for search in searches) or length == max_new_tokens:
+            break
+        new_scores, new_rows, new_ids = zip(*chosen, strict=True)
+        scores = torch.tensor(new_scores, device=device)
+        filled = max(totals) + length
+        cache.copy_from(cache, torch.tensor(new_rows, device=device), filled - 1)
+        ids = torch.tensor(new_ids, device=device)
+        logits = step(ids, positions + length - 1, cache, filled)
+    return [search.finished[0][1] for search in searches]
+
+
+@torch.no_grad()
+def score(
+    llm: LLM,
+    ids: Tensor,
+    lengths: list[int],
+    answer_lengths: list[int],
+    prefix: Prefix,
+    prefix_rows: list[int],
+) -> Tensor:
+    """log p of the last answer_lengths ids of each sequence, which continue rows of a prefix:
+    (B,), float32. ids (N,), sequence after sequence of these lengths."""
+    start, cache = continue_prefix(llm, prefix, prefix_rows, max(lengths))
+    targets = []
+    for end, answer in zip(accumulate(lengths), answer_lengths, strict=True):
+        targets.append(torch.arange(end - answer, end, device=ids.device))
+    targets = torch.cat(targets)
+    hidden = llm.hidden(llm.embed(ids), lengths, cache, start, wanted=targets - 1)
+    log_p = llm.logits(hidden).log_softmax(-1).gather(1, ids[targets, None])[:, 0]
+    return torch.stack([part.sum() for part in log_p.split(answer_lengths)])
+
+
+def pack(rows: list[list[int]], device: torch.device) -> tuple[Tensor, list[int]]:
+    """Lists of ids -> ids (N,) of all of them end to end, their lengths."""
+    ids = [token for row in rows for token in row]
+    return torch.tensor(ids, device=device), [len(row) for row in rows]
+
+
+# ------------------------------------------------------------------------------
+# Recordings, encoded
+
+# A recording is a list of windows: features (F, 160), then audio embeddings (A, D).
+Windows = list[Tensor]
+
+
+@torch.no_grad()
+def encode_recordings(model: SpeechLM, recordings: list[Windows]) -> list[Windows]:
+    """Encodes recordings, each a list of windows: features (F, 160), or encoder states (F, D) where
+    the model's encoder is a CachedEncoder. Returns for each a list of audio embeddings (A, D)."""
+    device = next(model.adapter.parameters()).device
+    windows = [window for recording in recordings for window in recording]
+    embeddings = [None] * len(windows)
+    sizes = sorted((len(window), 0, i) for i, window in enumerate(windows))
+    for batch in cut_batches(sizes, BATCH_FRAMES, math.inf):
+        features = torch.cat([windows[i] for i in batch]).to(device)
+        audio, lengths = model.encode(features, [len(windows[i]) for i in batch])
+        for i, part in zip(batch, audio.split(lengths), strict=True):
+            embeddings[i] = part
+    remaining = iter(embeddings)
+    return [[next(remaining) for _ in recording] for recording in recordings]
+
+
+def encode_waves(model: SpeechLM, waves: list[Tensor], longest: float) -> list[Windows]:
+    """Encodes waveforms (N,), each cut into windows of at most `longest` seconds."""
+    device = next(model.adapter.parameters()).device
+    recordings = []
+    for wave in waves:
+        features, lengths = fbank(cut_windows(wave.to(device), longest))
+        recordings.append(list(features.split(lengths)))
+    return encode_recordings(model, recordings)
+
+
+# ------------------------------------------------------------------------------
+# Answers
 
 
 class Answer(NamedTuple):
     text: str
-    margin: float | None = None  # of a question: log p(refusal) - log p(best other answer), if it was weighed
+    margin: float | None = None  # of a question: log p(refusal) - log p(best other answer)
     other: str | None = None  # that best other answer
     cut: bool = False  # longer than max_new_tokens, so the rest is missing
 
 
-@torch.no_grad()
-def listen(model, recordings):
-    """Encodes recordings, each a list of windows (F, 160), or of encoder states (F, D). Returns for each a list of audio
-    embeddings (A, D)."""
-    device, flat = next(model.parameters()).device, [window for recording in recordings for window in recording]
-    heard = [None] * len(flat)
-    for batch in cut(sorted((len(window), 0, i) for i, window in enumerate(flat)), BATCH_FRAMES, math.inf):
-        features = torch.cat([flat[i] for i in batch])
-        audio, lengths = model.encode(features.to(device), [len(flat[i]) for i in batch])
-        for i, part in zip(batch, audio.split(lengths)):
-            heard[i] = part
-    parts = iter(heard)
-    return [[next(parts) for _ in recording] for recording in recordings]
+class Request(NamedTuple):
+    """An instruction about a window of a recording."""
 
-
-def hear_waves(model, waves, longest):
-    """listen to waveforms (N,), each cut into windows of at most `longest` seconds."""
-    device = next(model.parameters()).device
-    made = [fbank(windows(wave.to(device), longest)) for wave in waves]
-    return listen(model, [features.split(lengths) for features, lengths in made])
-
-
-def pack(rows, device):
-    """Lists of ids -> ids (N,) of all rows end to end, their lengths."""
-    return torch.tensor([token for row in rows for token in row], device=device), [len(row) for row in rows]
+    example: int  # its number
+    window: int  # the window's number
+    audio: Tensor  # (A, D)
+    ids: list[int]  # the sequence up to where the answer begins
 
 
 @torch.no_grad()
-def answer_rows(model, tokenizer, rows, heard, form="text", refuse_above=None, weigh=False, on_text=None, batch_size=16,
-                max_new_tokens=MAX_NEW_TOKENS, **options):
-    """Answers the instruction of every row about its recording.
+def answer_examples(
+    model: SpeechLM,
+    tokenizer: Tokenizer,
+    examples: list[dict],
+    recordings: list[Windows],
+    refuse_above: float | None = None,
+    weigh: bool = False,
+    on_text: Callable[[str], None] | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    **options,
+) -> list[Answer | AudioError]:
+    """Answers the instruction of every example about its recording.
 
-    rows: manifest rows, whose text is not shown to the model. heard: for each row what listen gave for its recording;
-    rows that share it share its place in the LLM's cache. asr and st are answered window by window and joined, sqa
-    hears all windows at once. refuse_above: a question with a greater margin is refused; None leaves that to the model,
-    and weigh asks for the margins all the same. on_text gets each new piece of the first row's text as it is made.
-    options: of generate. Returns for each row an Answer, or an AudioError if it does not fit into the LLM's context.
+    examples: manifest rows, whose text is not shown to the model. recordings: for each example what
+    encode_recordings gave for its recording; examples that share one share its place in the LLM's
+    cache. sqa is asked of all windows at once, everything else window by window, and joined.
+    refuse_above: a question with a greater margin is refused; None leaves that to the model, and
+    weigh asks for the margins all the same. on_text gets each new piece of the first example's
+    answer as it is made. options: those of generate. Returns for each example an Answer, or an
+    AudioError if it does not fit into the LLM's context.
     """
-    llm, device, weigh = model.llm.config, next(model.parameters()).device, weigh or refuse_above is not None
-    whole = {id(parts): parts if len(parts) == 1 else [torch.cat(parts)] for parts in heard}
-    found, shown, pieces = [{} for _ in rows], "", []  # row -> window -> Answer; pieces: row, window, (A, D), ids
-    for i, (row, parts) in enumerate(zip(rows, heard)):
-        for w, audio in enumerate(whole[id(parts)] if row["task"] == "sqa" else parts):
-            ids, _ = render({**row, "text": None}, len(audio), tokenizer, llm.eos_token_id[0], form)
-            pieces.append((i, w, audio, ids))
-            if len(ids) + 32 > llm.max_position_embeddings:
-                found[i] = AudioError(f"{0.08 * len(audio):.0f} s of audio and the instruction take {len(ids)} of the "
-                                      f"LLM's {llm.max_position_embeddings} positions, which leaves no room for an "
-                                      "answer; ask about a shorter part")
-    pieces = [piece for piece in pieces if not isinstance(found[piece[0]], AudioError)]
+    weigh = weigh or refuse_above is not None
+    requests, failures = make_requests(model, tokenizer, examples, recordings)
+    live = None
     if on_text is None:
-        pieces.sort(key=lambda piece: -len(piece[2]))
-
-    def show(text, last=False):
-        nonlocal shown
-        text = join([*(answer.text for answer in found[0].values()), text])
-        if last or not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-            on_text(text[len(shown):] if text.startswith(shown) else "\n" + text)  # anew if a loop was cut off
-            shown = text
-
-    for some in cut([(len(piece[3]), 1, piece) for piece in pieces], BATCH_POSITIONS, batch_size):
-        live, firsts = [], [len(ids) - ids[::-1].index(AUDIO) for *_, ids in some]  # where the instruction begins
-        begun = {id(audio): (audio, ids[:first]) for (*_, audio, ids), first in zip(some, firsts)}
-        audios, begins = zip(*begun.values())
-        prefix = model.read(*pack(begins, device), heard=(torch.cat(audios), [len(audio) for audio in audios]))
-        asked = [ids[first:] for (*_, ids), first in zip(some, firsts)]
-        of = [list(begun).index(id(audio)) for _, _, audio, _ in some]
-        room = llm.max_position_embeddings - max(len(ids) for *_, ids in some)
-        continued = {"max_new_tokens": min(max_new_tokens, room), "stop_loops": True, **options}
-
-        def on_token(b, token):
-            if b == 0:
-                live.append(token)
-                show(tokenizer.decode(live))
-
-        if on_text and not (weigh and rows[0]["task"] == "sqa") and options.get("num_beams", 1) == 1:
-            continued["on_token"] = on_token
-        answers = model.generate(*pack(asked, device), prefix=prefix, prefix_rows=of, **continued)
-        continued.pop("on_token", None)
-        for b, (i, w, *_) in enumerate(some):
-            found[i][w] = Answer(tokenizer.decode(answers[b]).strip(), cut=len(answers[b]) == continued["max_new_tokens"])
-            if rows[i]["task"] == "sqa" and weigh:
-                found[i][w] = weigh_answer(model, tokenizer, rows[i], asked[b], answers[b], refuse_above,
-                                           prefix=prefix, prefix_rows=of[b:b + 1], **continued)._replace(
-                                               cut=found[i][w].cut)
-        if on_text:
-            show("", last=True)
-    return [said if isinstance(said, AudioError) else Answer(
-        join([said[w].text for w in sorted(said)]), *said[0][1:3], any(part.cut for part in said.values()))
-        for said in found]
+        requests.sort(key=lambda request: -len(request.audio))
+    else:
+        live = LiveText(tokenizer, on_text)
+    answers: list[dict[int, Answer]] = [{} for _ in examples]
+    sizes = [(len(request.ids), 1, request) for request in requests]
+    for batch in cut_batches(sizes, BATCH_POSITIONS, batch_size):
+        streams = live is not None and options.get("num_beams", 1) == 1
+        if weigh and examples[batch[0].example]["task"] == "sqa":
+            streams = False  # its first answer may not be the last word
+        batch_options = {"max_new_tokens": max_new_tokens, "stop_loops": True, **options}
+        batch_options["on_token"] = live.add if streams else None
+        batch_answers = answer_batch(
+            model, tokenizer, examples, batch, refuse_above, weigh, batch_options
+        )
+        for request, answer in zip(batch, batch_answers, strict=True):
+            answers[request.example][request.window] = answer
+        if live is not None:
+            live.finish([answer.text for answer in answers[0].values()])
+    return [failures.get(i) or join_answers(windows) for i, windows in enumerate(answers)]
 
 
-def weigh_answer(model, tokenizer, row, asked, said, refuse_above, prefix, prefix_rows, **options):
-    """The Answer to a question: what the model said or, if it refused, the best it would have said instead, against
-    refusing; in the row's language if that is known, else in the likeliest. asked, said: ids."""
-    def encode(text):
+def make_requests(model, tokenizer, examples, recordings):
+    """The requests that examples make, and {number: AudioError} of those for which the LLM's
+    context is too short."""
+    config = model.llm.config
+    requests, failures = [], {}
+    joined = {}  # windows of one recording that are heard at once, made once for all its questions
+    for i, (example, recording) in enumerate(zip(examples, recordings, strict=True)):
+        windows = recording
+        if example["task"] == "sqa" and len(recording) > 1:
+            if id(recording) not in joined:
+                joined[id(recording)] = [torch.cat(recording)]
+            windows = joined[id(recording)]
+        own_requests = []
+        for w, audio in enumerate(windows):
+            unanswered = {**example, "text": None}
+            ids, _ = render(unanswered, len(audio), tokenizer, config.eos_token_id[0])
+            own_requests.append(Request(i, w, audio, ids))
+            if len(ids) + 32 > config.max_position_embeddings:
+                failures[i] = AudioError(
+                    f"{0.08 * len(audio):.0f} s of audio and the instruction take {len(ids)} of "
+                    f"the LLM's {config.max_position_embeddings} positions, which leaves no room "
+                    "for an answer; ask about a shorter part"
+                )
+        if i not in failures:
+            requests += own_requests
+    return requests, failures
+
+
+def answer_batch(
+    model: SpeechLM,
+    tokenizer: Tokenizer,
+    examples: list[dict],
+    batch: list[Request],
+    refuse_above: float | None,
+    weigh: bool,
+    options: dict,
+) -> list[Answer]:
+    """The answers to a batch of requests. What is before an instruction, the audio, is read once
+    for all requests about it."""
+    llm, device = model.llm, next(model.adapter.parameters()).device
+    places, audios, prefix_ids, prefix_rows, instructions = {}, [], [], [], []
+    for request in batch:
+        first = len(request.ids) - request.ids[::-1].index(AUDIO)  # where the instruction begins
+        if id(request.audio) not in places:
+            places[id(request.audio)] = len(places)
+            audios.append(request.audio)
+            prefix_ids.append(request.ids[:first])
+        prefix_rows.append(places[id(request.audio)])
+        instructions.append(request.ids[first:])
+    ids, lengths = pack(prefix_ids, device)
+    prefix = read_prefix(llm, model.embed(ids, torch.cat(audios)), lengths)
+
+    room = llm.config.max_position_embeddings - max(len(request.ids) for request in batch)
+    options = options | {"max_new_tokens": min(options["max_new_tokens"], room)}
+    ids, lengths = pack(instructions, device)
+    outputs = generate(
+        llm, llm.embed(ids), lengths, prefix=prefix, prefix_rows=prefix_rows, **options
+    )
+    answers = []
+    for b, request in enumerate(batch):
+        cut = len(outputs[b]) == options["max_new_tokens"]
+        answer = Answer(tokenizer.decode(outputs[b]).strip(), cut=cut)
+        if weigh and examples[request.example]["task"] == "sqa":
+            language = examples[request.example]["target_language"]
+            weighed = weigh_answer(
+                llm,
+                tokenizer,
+                language,
+                instructions[b],
+                outputs[b],
+                refuse_above,
+                Prefix(prefix.cache.select([prefix_rows[b]]), [prefix.lengths[prefix_rows[b]]]),
+                options | {"on_token": None},
+            )
+            answer = weighed._replace(cut=cut)
+        answers.append(answer)
+    return answers
+
+
+def weigh_answer(
+    llm: LLM,
+    tokenizer: Tokenizer,
+    language: str | None,
+    instruction: list[int],
+    output: list[int],
+    refuse_above: float | None,
+    prefix: Prefix,
+    options: dict,
+) -> Answer:
+    """The Answer to a question, of which instruction and output are ids and prefix is one row: what
+    the model answered or, if it refused, the best that it would have answered instead, against
+    refusing, in the language of the question if that is known, else in the likeliest."""
+
+    def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    text, texts = tokenizer.decode(said).strip(), list(REFUSALS.values())
-    own = [REFUSALS[row["target_language"]]] if row["target_language"] in REFUSALS else texts
-    device, end = next(model.parameters()).device, model.llm.config.eos_token_id[0]
+    texts = list(REFUSALS.values())
+    refusals = [REFUSALS[language]] if language in REFUSALS else texts
+    device = llm.model.norm.weight.device
+    text = tokenizer.decode(output).strip()
     if text in texts:
-        firsts = {encode(refusal)[0] for refusal in texts}
-        said, = model.generate(*pack([asked], device), prefix=prefix, prefix_rows=prefix_rows, never_first=firsts,
-                               **options)
-    candidates = [ids + [end] for ids in (said, *map(encode, own))]
-    scores = model.score(*pack([asked + ids for ids in candidates], device), [len(ids) for ids in candidates], prefix,
-                         prefix_rows * len(candidates))
-    margin, other = (scores[1:].logsumexp(0) - scores[0]).item(), tokenizer.decode(said).strip()
+        first_ids = tuple({encode(refusal)[0] for refusal in texts})
+        ids, lengths = pack([instruction], device)
+        (output,) = generate(
+            llm, llm.embed(ids), lengths, prefix=prefix, never_first=first_ids, **options
+        )
+    end = [llm.config.eos_token_id[0]]
+    candidates = [output + end] + [encode(refusal) + end for refusal in refusals]
+    ids, lengths = pack([instruction + candidate for candidate in candidates], device)
+    answer_lengths = [len(candidate) for candidate in candidates]
+    scores = score(llm, ids, lengths, answer_lengths, prefix, [0] * len(candidates))
+    margin = (scores[1:].logsumexp(0) - scores[0]).item()
+    other = tokenizer.decode(output).strip()
     if refuse_above is not None:
-        text = own[scores[1:].argmax()] if margin > refuse_above else other
+        text = refusals[scores[1:].argmax()] if margin > refuse_above else other
     return Answer(text, margin, other)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def join_answers(windows: dict[int, Answer]) -> Answer:
+    """The answers to all windows of a recording as one."""
+    ordered = [windows[w] for w in sorted(windows)]
+    text = join_texts(answer.text for answer in ordered)
+    cut = any(answer.cut for answer in ordered)
+    return Answer(text, ordered[0].margin, ordered[0].other, cut)
+
+
+class LiveText:
+    """The first example's answer as it is made: gives on_text each new piece."""
+
+    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]):
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.finished: list[str] = []  # of windows before
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def add(self, row: int, token: int) -> None:
+        if row > 0:
+            return
+        self.ids.append(token)
+        text = join_texts([*self.finished, self.tokenizer.decode(self.ids)])
+        if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+            self.show(text)
+
+    def finish(self, texts: list[str]) -> None:
+        self.finished, self.ids = texts, []
+        self.show(join_texts(texts))
+
+    def show(self, text: str) -> None:
+        # If a loop was cut off, the text is shown anew.
+        anew = not text.startswith(self.shown)
+        self.on_text("\n" + text if anew else text[len(self.shown) :])
+        self.shown = text
+
+
+# ------------------------------------------------------------------------------
 # The program
 
 
-def expect_words(state, path):
-    if state["config"]["prompt"] == "tokens":
-        raise CheckpointError(f"{path}: knows <|language|><|task|> prompts only, not instructions in words; train with "
-                              "--prompt text")
+def newest_checkpoint() -> Path:
+    """The newest of out/ift.pt and out/align.pt. Raises UserError if there is none."""
+    paths = [path for path in (Path("out/align.pt"), Path("out/ift.pt")) if path.exists()]
+    if not paths:
+        raise UserError(
+            "no out/align.pt or out/ift.pt; run python train.py --phase align first, or give --ckpt"
+        )
+    return max(paths, key=lambda path: path.stat().st_mtime)
 
 
-def ask(model, tokenizer, state, heard, instruction, on_text=None, **options):
-    """The answer to an instruction in words about a recording, as listen gave it. Raises AudioError."""
-    row = {"instruction": instruction, "task": task_of(instruction), "target_language": language_of(instruction)}
-    if state["config"]["phase"] == "align" and row["task"] != "asr":
-        print("sample.py: this checkpoint was trained on transcribing only (phase align); trying", file=sys.stderr)
-    if row["target_language"] is None:
-        print(f"sample.py: no word of {instruction!r} is known in {', '.join(INSTRUCTIONS['targets'])}, the languages of "
-              "the training instructions; trying", file=sys.stderr)
-    answer, = answer_rows(model, tokenizer, [row], [heard], "text", state.get("refuse_above"), on_text=on_text, **options)
+def load_model(path: str | Path, device: str = "cpu", int8: bool = False):
+    """The model of a checkpoint on its two base models, in float32 or, where that is faster, in
+    bfloat16, or with the LLM's weights rounded to 8 bits; its tokenizer; the checkpoint without
+    weights. Raises UserError."""
+    checkpoint = load_checkpoint(path)
+    bases = {name: base["path"] for name, base in checkpoint["bases"].items()}
+    directory = fetch(bases["llm"])
+    dtype = fast_dtype(directory, device)
+    adapter = checkpoint["adapter"]
+    model = SpeechLM.from_parts(bases["encoder"], bases["llm"], dtype, device=device, **adapter)
+    identities = {name: fingerprint(base) for name, base in bases.items()}
+    restore(model, checkpoint, identities, path)
+    del checkpoint["model"]
+    if int8:
+        try:
+            from extras.int8 import quantise
+        except ImportError:
+            raise UserError(
+                "--int8 needs extras/int8.py; put the folder beside sample.py"
+            ) from None
+        quantise(model.llm)
+    return model.eval(), load_tokenizer(directory), checkpoint
+
+
+def ask(model, tokenizer, checkpoint, recording, instruction, task=None, on_text=None, **options):
+    """The task and the Answer of an instruction in words about a recording as encode_waves gave it.
+    task: sqa to ask about all of it at once; None leaves that to task_of. Raises AudioError."""
+    task = task or task_of(instruction)
+    example = {"instruction": instruction, "task": task, "target_language": None}
+    if checkpoint["config"]["phase"] == "align" and task != "asr":
+        print(
+            "sample.py: this checkpoint was trained on transcribing only (phase align); trying",
+            file=sys.stderr,
+        )
+    (answer,) = answer_examples(
+        model,
+        tokenizer,
+        [example],
+        [recording],
+        checkpoint.get("refuse_above"),
+        on_text=on_text,
+        **options,
+    )
     if isinstance(answer, AudioError):
         raise answer
     if answer.cut:
-        print(f"sample.py: the answer is longer than {MAX_NEW_TOKENS} tokens a window; the rest is missing", file=sys.stderr)
-    return row["task"], answer
+        print(
+            f"sample.py: the answer is longer than {MAX_NEW_TOKENS} tokens a window; the rest is "
+            "missing",
+            file=sys.stderr,
+        )
+    return task, answer
 
 
-def main(argv=None):
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, with its last word in args.instruction if that is one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("audio", nargs="+", help="recordings, and behind them the instruction, such as "
-                        '"Transcribe the English speech."; without one you are asked for instructions')
-    parser.add_argument("--ckpt", help="checkpoint; otherwise the newest of out/ift.pt and out/align.pt")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per recording and instruction")
-    parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams; 1 is greedy")
-    parser.add_argument("--temperature", type=float, default=0.0, help="draw the answer at random at this temperature")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    parser.add_argument("--int8", action="store_true", help="8-bit LLM weights: less memory, faster one answer at a time")
+    add = parser.add_argument
+    add(
+        "audio",
+        nargs="+",
+        help='recordings, and behind them the instruction, such as "Transcribe the English '
+        'speech."; without one you are asked for instructions',
+    )
+    add("--ckpt", help="checkpoint; otherwise the newest of out/ift.pt and out/align.pt")
+    add("--json", action="store_true", help="print one JSON object per recording and instruction")
+    add(
+        "--whole",
+        action="store_true",
+        help="ask about a long recording as a whole, as questions are, not window by window",
+    )
+    add("--beams", type=int, default=1, help="beam search with so many beams; 1 is greedy")
+    add("--temperature", type=float, default=0.0, help="draw the answer at this temperature")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share")
+    add("--seed", type=int, default=0, help="of the drawing")
+    add(
+        "--int8",
+        action="store_true",
+        help="8-bit LLM weights: less memory, faster one answer at a time",
+    )
     args = parser.parse_args(argv)
-    *files, last = args.audio
-    if not files or os.path.exists(last) or re.fullmatch(r"\S*[.](wav|flac|mp3|ogg|opus|oga|aiff?|m4a)", last, re.I):
-        files, instruction = args.audio, None
-    elif not last.strip():
-        parser.error("the instruction is empty; say what to do, such as \"Translate to German\"")
-    else:
-        instruction = last
-    if args.beams < 1 or args.temperature < 0 or not 0 < args.top_p <= 1 or args.beams > 1 and args.temperature:
-        parser.error("--beams is at least 1, --temperature at least 0, --top-p within 0 and 1; beams do not draw")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"num_beams": args.beams, "temperature": args.temperature, "top_p": args.top_p,
-               "generator": torch.Generator(device).manual_seed(args.seed)}
+    last = args.audio[-1]
+    suffixes = r"\S*[.](wav|flac|mp3|ogg|opus|oga|aiff?|m4a)"
+    is_recording = os.path.exists(last) or re.fullmatch(suffixes, last, re.IGNORECASE)
+    args.instruction = None
+    if len(args.audio) > 1 and not is_recording:
+        args.instruction = args.audio.pop()
+        if not args.instruction.strip():
+            parser.error('the instruction is empty; say what to do, such as "Translate to German"')
     try:
-        waves = {file: load_audio(file) for file in files}
-        model, tokenizer, state = load_model(ckpt := args.ckpt or newest_checkpoint(), device, args.int8)
-        expect_words(state, ckpt)
-    except (AudioError, CheckpointError) as error:
+        check_options(1, args.beams, args.temperature, args.top_p, None)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {
+        "num_beams": args.beams,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "generator": torch.Generator(device).manual_seed(args.seed),
+        "step": fast_step(),
+        "task": "sqa" if args.whole else None,
+    }
+    try:
+        waves = {path: load_audio(path) for path in args.audio}
+        model, tokenizer, checkpoint = load_model(
+            args.ckpt or newest_checkpoint(), device, args.int8
+        )
+    except UserError as error:
         sys.exit(f"sample.py: {error}")
-    heard, failed = {}, False
-    for instruction in [instruction] if instruction else iter(ask_user, None):
-        for file, wave in waves.items():
-            if file not in heard:
-                heard[file], = hear_waves(model, [wave], state["window"])
-            live = None if args.json else lambda text: print(visible(text, keep="\n\t"), end="", flush=True)
-            if len(files) > 1 and not args.json:
-                print(visible(f"{file}: "), end="")
+    recordings, failed = {}, False
+    for instruction in instructions(args.instruction):
+        for path, wave in waves.items():
+            if path not in recordings:
+                (recordings[path],) = encode_waves(model, [wave], checkpoint["window"])
+            on_text = None
+            if not args.json:
+                print(visible(f"{path}: ") if len(waves) > 1 else "", end="")
+                on_text = print_piece
             try:
-                task, answer = ask(model, tokenizer, state, heard[file], instruction, live, **options)
+                task, answer = ask(
+                    model,
+                    tokenizer,
+                    checkpoint,
+                    recordings[path],
+                    instruction,
+                    on_text=on_text,
+                    **options,
+                )
             except AudioError as error:
                 failed = True
-                print(f"sample.py: {visible(file)}: {error}", file=sys.stderr)
+                print(f"sample.py: {visible(path)}: {error}", file=sys.stderr)
                 continue
-            print(visible(json.dumps({"audio": file, "instruction": instruction, "task": task, "text": answer.text,
-                                      "seconds": len(wave) / SAMPLE_RATE}, ensure_ascii=False)) if args.json else "")
+            line = {
+                "audio": path,
+                "instruction": instruction,
+                "task": task,
+                "text": answer.text,
+                "seconds": len(wave) / SAMPLE_RATE,
+            }
+            print(visible(json.dumps(line, ensure_ascii=False)) if args.json else "")
     if failed:
         sys.exit(1)
 
 
-def ask_user():
-    """An instruction typed by the user; None when there is none any more."""
-    try:
-        return input("instruction> " if sys.stdin.isatty() else "").strip() or None
-    except (EOFError, KeyboardInterrupt):
-        return None
+def print_piece(text: str) -> None:
+    print(visible(text, keep="\n\t"), end="", flush=True)
+
+
+def instructions(given: str | None) -> Iterator[str]:
+    """The instruction given, or those that the user types until there is none any more."""
+    if given is not None:
+        yield given
+        return
+    while True:
+        try:
+            text = input("instruction> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not text:
+            return
+        yield text
 
 
 if __name__ == "__main__":

@@ -1,456 +1,1293 @@
-"""Training, both phases: python train.py --phase align, then python train.py --phase ift --init out/align.pt.
+"""Training, both phases: python train.py --phase align, then
+python train.py --phase ift --init out/align.pt
 
 One config, one table of phases, one loop. python train.py --help lists every option.
 """
 
 import argparse
+import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
+import shutil
+import signal
+import statistics
 import sys
+import sysconfig
 import time
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 
+# Idle threads sleep, see tests/bench/README.md. Large tensors stand on pages of 2 MB: getting a
+# small one takes longer than filling it. Both count only before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from data import POOL, PROMPT_TOKENS, TASKS, Examples, collate, cut, schedule
-from eval import quick_figures, refusal_threshold
-from model import SpeechLM, add_lora, merged_state
-from prepare.checkpoint import (fast_dtype, fetch, fingerprint, load_checkpoint, load_tokenizer, read_lines, restore,
-                                write_checkpoint, write_text)
-from prepare.distributed import (distribute, full, full_state, last_backward, load_resume, read_resume, remove_shards,
-                                 save_resume, whole)
-from prepare.draw import draw_curves
-from prepare.encoder_cache import encoder_states
-from prepare.errors import AudioError, CheckpointError, ManifestError, RankError, TrainError, visible
-from prepare.faults import Stop, expect_finite, ignore_signals, leave_out, next_batch
-from prepare.licences import notice, used
-from prepare.memory import keep_freed
-from prepare.mixture import open_manifests
-from prepare.plan import dry_run, meta_parts
-from prepare.ranks import deal, gather, rank, ranks, seed_for, start, together, world
-from sample import answer_rows, listen
+from data import (
+    POOL,
+    TASKS,
+    AudioError,
+    Examples,
+    Manifest,
+    Mixture,
+    collate,
+    cut_batches,
+    fbank,
+    feature_length,
+    merge_hours,
+    notice,
+    open_mixture,
+    read_lines,
+    schedule,
+    write_atomically,
+    write_text,
+)
+from eval import refusal_threshold, validation_scores
+from model import (
+    ConformerLayer,
+    DecoderLayer,
+    Kernels,
+    SpeechEncoder,
+    SpeechLM,
+    UserError,
+    add_lora,
+    call_layer,
+    default_kernels,
+    fast_dtype,
+    fetch,
+    fingerprint,
+    keep_freed_memory,
+    load_checkpoint,
+    load_tokenizer,
+    merged_state,
+    restore,
+    visible,
+)
+from sample import answer_examples, encode_recordings
 
-ROOT = Path(__file__).resolve().parent
-LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+DEMO = Path(__file__).resolve().parent / "demo"
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RESUME = "what was saved is intact: mend this and start again with --resume"
+
+# ------------------------------------------------------------------------------
+# The configuration, and the phases
+
+
+def option(default, help: str, low: float = 0, high: float = math.inf, choices=None):
+    """A field of TrainConfig with its help text and the values that it may have."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class TrainConfig:
-    phase: str = "align"  # which row of PHASES
-    encoder: str = str(ROOT / "demo/encoder")  # w2v-BERT 2.0 checkpoint, directory or Hub id
-    llm: str = str(ROOT / "demo/llm")  # Qwen2.5, Qwen3 or Llama checkpoint, directory or Hub id
-    data: list[str] = field(default_factory=lambda: [str(ROOT / "demo/train.jsonl")])  # manifests; PATH=2 counts double
-    dev: str = str(ROOT / "demo/dev.jsonl")  # manifest for validation
-    trust_paths: bool = False  # take audio from outside a manifest's folder, too, where its rows or links lead there
-    allow_licence: list[str] = field(default_factory=list)  # accept data of these licences, too (SPDX)
-    out: str = "out"  # directory of checkpoints, log and picture
-    init: str = ""  # start from this checkpoint of an earlier phase
-    resume: bool = False  # go on where the last run of this phase stopped
-    dry_run: bool = False  # only print what the run would need: memory, steps, time
-    steps: int = 0  # optimizer steps; 0: the phase's own number
-    warmup: int = 0  # steps of rising learning rate; 0: the phase's own number
-    min_lr: float = 0.1  # the cosine ends at this share of the learning rate
-    adapter_lr: float = 0.0  # learning rate of the adapter; 0: the phase's own
-    encoder_lr: float = 0.0  # of the encoder, in a phase that trains it
-    llm_lr: float = 0.0  # of the LLM, in a phase that trains it
-    temperature: float = 1.0  # a task and language is drawn as often as its rows to the power 1 / temperature
-    lora_rank: int = 0  # train the LLM by low-rank updates of this rank, merged on saving; 0: train all of it
-    lora_alpha: float = 32.0  # their scale, times the rank
-    lora_targets: list[str] = field(default_factory=lambda: LINEAR.split())  # the layers of the LLM that they are added to
-    weight_decay: float = 0.01  # of matrices; norms and biases have none
-    clip: float = 1.0  # gradient norm
-    batch_frames: int = 0  # 20 ms frames in a batch, of which each rank has its own; 0: the phase's own
-    batch_tokens: int = 4000  # LLM positions in a batch
-    accumulate: int = 1  # batches of each rank in a step; a resumed run keeps their number over all ranks
-    fsdp: bool = False  # split weights and optimizer among the ranks of torchrun, where one GPU has no room for them
-    max_seconds: float = 30.0  # longer recordings are left out and counted as bad
-    prompt: str = "text"  # text: instructions in words; tokens: the reference's <|lang|><|task|>
-    length_hint: float = 0.0  # with prompt tokens: share of rows told the answer's length (reference: 0.9)
-    adapter_layers: int = 2  # each divides the frame rate by the stride
-    adapter_kernel: int = 3  # frames
-    adapter_stride: int = 2  # frames
-    precision: str = "auto"  # compute in float32 or bfloat16; auto: bfloat16 where it is faster
-    checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
-    cache_gb: float = 2.0  # keep a frozen encoder's outputs on disk if they fit in this; 0: never
-    workers: int = 2  # processes that read audio and compute features
-    eval_every: int = 500  # steps between validations, each of which also saves
-    eval_rows: int = 200  # rows for the validation loss
-    eval_clips: int = 48  # clips transcribed for the validation WER
-    seed: int = 0  # of everything random
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
+    """Every option of a run. None stands for the phase's own value."""
+
+    phase: str = option("align", "The row of the table of phases to run.", choices=("align", "ift"))
+    init: str = option("", "Start from this checkpoint of an earlier phase.")
+    out: str = option("out", "Directory of checkpoints, log and picture.")
+    resume: bool = option(False, "Go on where the last run of this phase stopped.")
+    dry_run: bool = option(False, "Measure three steps of the largest batches, and leave nothing.")
+    seed: int = option(0, "Seed of everything random.")
+
+    encoder: str = option(str(DEMO / "encoder"), "w2v-BERT 2.0 checkpoint, directory or Hub id.")
+    llm: str = option(str(DEMO / "llm"), "Qwen2.5, Qwen3 or Llama checkpoint, directory or Hub id.")
+    adapter_layers: int = option(2, "Layers of the adapter; each divides the frame rate.", low=1)
+    adapter_kernel: int = option(3, "Frames that its convolutions read.", low=1)
+    adapter_stride: int = option(2, "By what each layer divides the frame rate.", low=1)
+
+    data: list[str] = option([str(DEMO / "train.jsonl")], "Manifests; PATH=2 counts double.")
+    dev: str = option(str(DEMO / "dev.jsonl"), "Manifest for validation.")
+    allow_licence: list[str] = option([], "Accept data of these licences, too (SPDX).")
+    temperature: float = option(1.0, "A task and language is drawn by rows ** (1 / this).", low=1)
+    max_seconds: float = option(30.0, "Longer recordings are left out and counted.", low=1)
+
+    steps: int | None = option(None, "Optimizer steps.")
+    warmup: int | None = option(None, "Steps of rising learning rate.")
+    adapter_lr: float | None = option(None, "Learning rate of the adapter; 0 freezes a part.")
+    encoder_lr: float | None = option(None, "That of the encoder, in a phase that trains it.")
+    llm_lr: float | None = option(None, "That of the LLM, in a phase that trains it.")
+    min_lr: float = option(0.1, "The cosine ends at this share of the learning rate.", high=1)
+    weight_decay: float = option(0.01, "Of matrices; norms and biases have none.")
+    clip: float = option(1.0, "Largest gradient norm.", low=1e-9)
+    lora_rank: int = option(0, "Train the LLM by low-rank updates of this rank; 0: all of it.")
+    lora_alpha: float = option(32.0, "Their scale, times the rank.")
+    lora_targets: list[str] = option(LINEAR, "Layers of the LLM that they are added to.")
+
+    batch_frames: int | None = option(None, "20 ms frames in a batch, of which each rank has one.")
+    batch_tokens: int = option(4000, "LLM positions in a batch.", low=1)
+    accumulate: int = option(1, "Batches of each rank in a step.", low=1)
+    precision: str = option(
+        "auto", "auto is bfloat16 where it is faster.", choices=("auto", "float32", "bfloat16")
+    )
+    checkpointing: bool = option(False, "Compute activations again in the backward pass.")
+    cache_gb: float = option(2.0, "Keep a frozen encoder's outputs on disk if they fit; 0: never.")
+    fsdp: bool = option(False, "Split weights and optimizer among the ranks of torchrun.")
+    workers: int = option(2, "Processes that read audio and compute features.")
+    device: str = option(
+        "cuda" if torch.cuda.is_available() else "cpu",
+        "cuda or cpu.",
+        choices=("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
+    )
+
+    eval_every: int = option(500, "Steps between validations, each of which also saves.", low=1)
+    eval_rows: int = option(200, "Rows for the validation loss.", low=2)
+    eval_clips: int = option(48, "Clips of each task that are answered in a validation.")
+
+
+GROUPS = {  # of --help, by the first option of each
+    "phase": "run",
+    "encoder": "models",
+    "data": "data",
+    "steps": "optimization",
+    "batch_frames": "batches, speed and memory",
+    "eval_every": "validation",
+}
 
 
 @dataclass(frozen=True)
 class Phase:
-    rates: dict  # parts that are trained, with their learning rates; every other part is frozen
-    tasks: tuple
+    rates: dict[str, float]  # parts that are trained, with their learning rates; others are frozen
+    tasks: tuple[str, ...]
     steps: int
     warmup: int
-    batch_frames: int
+    batch_frames: int  # 20 ms
 
 
+IFT_RATES = {"adapter": 2e-4, "encoder": 6e-6, "llm": 2e-5}
 PHASES = {
     "align": Phase({"adapter": 2e-4}, ("asr",), 2000, 30, 3000),
-    "ift": Phase({"adapter": 2e-4, "encoder": 6e-6, "llm": 2e-5}, ("asr", "st", "sqa"), 4000, 50, 3000),
+    "ift": Phase(IFT_RATES, TASKS, 4000, 50, 3000),
 }
-DEMO_PHASES = {  # for the tiny models of demo/, when nothing else is named
+DEMO_RATES = {"adapter": 7e-4, "encoder": 1e-4, "llm": 1.5e-4}
+DEMO_PHASES = {  # for the tiny models and the corpus of demo/
     "align": Phase({"adapter": 2e-3}, ("asr",), 1500, 100, 1500),
-    "ift": Phase({"adapter": 7e-4, "encoder": 1e-4, "llm": 1.5e-4}, ("asr", "st", "sqa"), 300, 30, 3000),
+    "ift": Phase(DEMO_RATES, TASKS, 300, 30, 3000),
 }
 
+# Every other option must stay for a run to be resumed.
+MAY_CHANGE = ("resume", "dry_run", "out", "device", "workers", "fsdp")
+CURVES = [  # panels of the picture
+    {"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
+    {
+        "wer": "#2a8a3e",
+        "exact_match": "#1f6fb4",
+        "refusals": "#7b4fa3",
+        "false_refusals": "#d1662b",
+    },
+    {"bleu": "#1f6fb4"},
+]
 
-CHOICES = {"phase": PHASES, "prompt": ("text", "tokens"), "precision": ("auto", "float32", "bfloat16"),
-           "device": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)}
-BOUNDS = {"min_lr": (0, 1), "length_hint": (0, 1), "clip": (1e-9, math.inf), **dict.fromkeys(
-    ["temperature", "batch_tokens", "accumulate", "adapter_layers", "adapter_kernel", "adapter_stride", "eval_every",
-     "max_seconds"], (1, math.inf)), "eval_rows": (2, math.inf)}  # other numbers: at least 0
-CURVES = [{"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
-          {"wer": "#2a8a3e", "exact_match": "#1f6fb4", "refusals": "#7b4fa3", "false_refusals": "#d1662b"},
-          {"bleu": "#1f6fb4"}]  # the picture's panels
-# every other option must stay for a run to be resumed
-MAY_CHANGE = ("resume", "dry_run", "out", "device", "workers", "fsdp", "trust_paths")
 
-
-def parse(argv):
-    """The TrainConfig of a command line. Exits with code 2 on an unknown flag or value."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    comments = re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(encoding="utf-8"), re.M)
+def parse(argv: list[str] | None) -> TrainConfig:
+    """The TrainConfig of a command line. Exits with code 2 on an unknown option or value."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    group = parser
     for f in fields(TrainConfig):
-        kind = {bool: {"action": "store_true"}, list[str]: {"nargs": "+"}}.get(f.type, {"type": f.type})
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        kind = next(iter(typing.get_args(f.type)), f.type)
+        more = {"type": kind, "choices": f.metadata["choices"]}
+        if f.type is bool:
+            more = {"action": "store_true"}
+        elif f.type == list[str]:
+            more = {"nargs": "+"}
         default = f.default_factory() if f.type == list[str] else f.default
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=default, help=dict(comments)[f.name], **kind)
+        name = "--" + f.name.replace("_", "-")
+        group.add_argument(name, default=default, help=f.metadata["help"], **more)
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
-    for name, allowed in CHOICES.items():
-        if getattr(cfg, name) not in allowed:
-            parser.error(f"--{name} is {getattr(cfg, name)!r}, expected {' or '.join(allowed)}")
-    for f in fields(TrainConfig):
-        low, high = BOUNDS.get(f.name, (0, math.inf))
-        if f.type in (int, float) and not (low <= getattr(cfg, f.name) <= high and math.isfinite(getattr(cfg, f.name))):
-            parser.error(f"--{f.name.replace('_', '-')} is {getattr(cfg, f.name)}, expected {low} to {high}")
-    if set(cfg.lora_targets) - set(LINEAR.split()) or cfg.lora_rank and "llm" not in PHASES[cfg.phase].rates:
-        parser.error(f"--lora-rank is for phase ift, --lora-targets are some of {LINEAR}")
-    if cfg.fsdp and "LOCAL_RANK" not in os.environ:
-        parser.error("--fsdp is for several ranks: torchrun --nproc_per_node=8 train.py --fsdp ...")
+    problem = misuse(cfg)
+    if problem:
+        parser.error(problem)
     return cfg
 
 
-def settle(cfg):
-    """The config with the phase's own numbers where it leaves them open, {part: learning rate} of the parts that are
-    trained, and the tasks."""
-    demo = all(getattr(cfg, name) == getattr(TrainConfig(), name) for name in ("encoder", "llm", "data"))
-    phase = (DEMO_PHASES if demo else PHASES)[cfg.phase]
-    rates = {part: getattr(cfg, f"{part}_lr") or rate for part, rate in phase.rates.items()}
-    own = {name: getattr(cfg, name) or getattr(phase, name) for name in ("steps", "warmup", "batch_frames")}
-    return replace(cfg, **own), rates, phase.tasks
+def misuse(cfg: TrainConfig) -> str | None:
+    """What is wrong with the values of a configuration."""
+    for f in fields(TrainConfig):
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
+            return f"--{f.name.replace('_', '-')} is {value}, expected {low} to {high}"
+    if cfg.lora_rank and "llm" not in PHASES[cfg.phase].rates:
+        return "--lora-rank is for phase ift, in which the LLM is trained"
+    if set(cfg.lora_targets) - set(LINEAR):
+        return f"--lora-targets are some of {' '.join(LINEAR)}"
+    if cfg.fsdp and "LOCAL_RANK" not in os.environ:
+        return "--fsdp is for several ranks: torchrun --nproc_per_node=8 train.py --fsdp ..."
+    return None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model, optimizer, schedule
+def resolve_phase(cfg: TrainConfig) -> tuple[TrainConfig, dict[str, float], tuple[str, ...]]:
+    """The config with the phase's own numbers where it leaves them open, {part: learning rate} of
+    the parts that are trained, and the tasks. Raises UserError if nothing is trained."""
+    phase = PHASES[cfg.phase]
+    paths = [Path(path).resolve() for path in (cfg.encoder, cfg.llm, *cfg.data)]
+    if paths == [DEMO / "encoder", DEMO / "llm", DEMO / "train.jsonl"]:
+        print("preset: the rates and steps for the tiny models of demo/")
+        phase = DEMO_PHASES[cfg.phase]
+    rates = {}
+    for part, rate in phase.rates.items():
+        stated = getattr(cfg, f"{part}_lr")
+        rates[part] = rate if stated is None else stated
+    rates = {part: rate for part, rate in rates.items() if rate > 0}
+    if not rates:
+        raise UserError("every learning rate is 0, so nothing would be trained; leave one above 0")
+    defaults = {}
+    for name in ("steps", "warmup", "batch_frames"):
+        if getattr(cfg, name) is None:
+            defaults[name] = getattr(phase, name)
+    return replace(cfg, **defaults), rates, phase.tasks
 
 
-def build(cfg, rates, meta=False):
-    """The model, its tokenizer and the fingerprints of its two base checkpoints. Trained parts have float32 weights,
-    frozen parts the compute dtype's. An --init checkpoint brings its adapter's shape with it. meta: shapes alone."""
-    bases = {} if meta else {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
+# ------------------------------------------------------------------------------
+# Model and optimizer
+
+
+def compiler_found() -> bool:
+    """Whether there is Triton and the C compiler that it needs, and TORCH_COMPILE_DISABLE is not 1.
+    If not, nothing is compiled, and that is said."""
+    from torch.utils._triton import has_triton
+
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    has_compiler = any(map(shutil.which, compilers))
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    disabled = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+    usable = has_compiler and has_headers and not disabled and has_triton()
+    if not usable:
+        print(
+            "training is not compiled and therefore slower: it needs Triton, a C compiler (gcc), "
+            "Python's headers, and TORCH_COMPILE_DISABLE not set",
+            file=sys.stderr,
+        )
+    return usable
+
+
+def training_kernels(device: str, checkpointing: bool = False, compiled: bool = False) -> Kernels:
+    """The operators to train with: default_kernels, and layers that are compiled, or whose
+    activations are computed again in the backward pass, or both."""
+    kernels = default_kernels(device)
+    call = call_layer
+    if compiled:
+        import torch._dynamo
+
+        torch._dynamo.config.optimize_ddp = False  # which would cut the layers to pieces
+        torch._dynamo.config.recompile_limit = 256
+        compiled_layer = torch.compile(call_layer, dynamic=True)
+
+        def call(layer: nn.Module, *inputs) -> Tensor:
+            # Answers have shapes of their own and would wait for the compiler.
+            run = compiled_layer if torch.is_grad_enabled() else call_layer
+            return run(layer, *inputs)
+
+        # These are not traced: PyTorch's convolution would be compiled for every size.
+        attend = torch.compiler.disable(kernels.attend)
+        kernels = Kernels(attend, torch.compiler.disable(kernels.depthwise))
+    if checkpointing:
+        return replace(kernels, call_layer=partial(recompute_layer, call))
+    return replace(kernels, call_layer=call)
+
+
+def recompute_layer(call: Callable, layer: nn.Module, *inputs) -> Tensor:
+    if torch.is_grad_enabled():
+        return recompute(call, layer, *inputs, use_reentrant=False)
+    return call(layer, *inputs)
+
+
+def build(cfg: TrainConfig, rates: dict[str, float]):
+    """The model, its tokenizer and the fingerprints of its two base checkpoints. Trained parts have
+    float32 weights, frozen parts the compute dtype's. An --init checkpoint brings its adapter's
+    shape with it. Raises UserError."""
+    bases = {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
     init = load_checkpoint(cfg.init) if cfg.init else None
-    frozen = sorted({name.split(".")[0] for name in init["model"]} - rates.keys()) if init else []
-    if frozen:
-        raise TrainError(f"{cfg.init} holds a trained {' and '.join(frozen)}, which phase {cfg.phase} would freeze and not "
-                         "save; start this phase from the base models, or from a checkpoint of phase align")
-    directory = fetch(cfg.llm)
-    tokenizer = load_tokenizer(directory)
-    compute = fast_dtype(directory, cfg.device) if cfg.precision == "auto" else getattr(torch, cfg.precision)
-    adapter = {"num_adapter_layers": cfg.adapter_layers, "adapter_kernel_size": cfg.adapter_kernel,
-               "adapter_stride": cfg.adapter_stride, "prompt_tokens": len(PROMPT_TOKENS) * (cfg.prompt == "tokens")}
+    adapter = {
+        "num_adapter_layers": cfg.adapter_layers,
+        "adapter_kernel_size": cfg.adapter_kernel,
+        "adapter_stride": cfg.adapter_stride,
+    }
     if init:
         adapter = init["adapter"]
-        if bool(adapter["prompt_tokens"]) != (cfg.prompt == "tokens"):
-            raise TrainError(f"{cfg.init} was trained with --prompt {init['config']['prompt']}; give the same")
-    join, exact = meta_parts if meta else SpeechLM.from_parts, rates.keys() - ({"llm"} if cfg.lora_rank else set())
-    model = join(cfg.encoder, cfg.llm, compute, compute, cfg.device, exact, **adapter)
-    if init and not meta:
+        frozen = sorted({name.split(".")[0] for name in init["model"]} - rates.keys())
+        if frozen:
+            raise UserError(
+                f"{cfg.init} holds a trained {' and '.join(frozen)}, which this run would freeze "
+                "and not save; start from the base models, or from a checkpoint of phase align"
+            )
+    directory = fetch(cfg.llm)
+    tokenizer = load_tokenizer(directory)
+    compute = fast_dtype(directory, cfg.device)
+    if cfg.precision != "auto":
+        compute = getattr(torch, cfg.precision)
+    # Low-rank updates leave the LLM's own weights alone, so these need not be float32.
+    float32 = set(rates) - ({"llm"} if cfg.lora_rank else set())
+    compiled = cfg.device == "cuda" and not cfg.fsdp and compiler_found()
+    kernels = training_kernels(cfg.device, cfg.checkpointing, compiled)
+    model = SpeechLM.from_parts(
+        cfg.encoder, cfg.llm, compute, compute, cfg.device, float32, kernels, **adapter
+    )
+    if init:
         restore(model, init, bases, cfg.init)
-    for name, part in model.named_children():
-        part.requires_grad_(name in rates).train(name in rates)
-    spec = model.encoder.config
-    if not (spec.apply_spec_augment and spec.mask_time_prob) and hasattr(model.encoder, "masked_spec_embed"):
-        model.encoder.masked_spec_embed.requires_grad_(False)  # nothing reads it, so it would wait for a gradient
-    if cfg.lora_rank and "llm" in rates:
-        add_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    model.encoder.checkpointing = model.llm.checkpointing = cfg.checkpointing
+    freeze(model, rates, cfg)
     return model, tokenizer, bases
 
 
-def parameter_groups(model, rates, weight_decay):
-    """AdamW groups: the matrices of each part, and its vectors. Every trained parameter is in exactly one."""
+def freeze(model: SpeechLM, rates: dict[str, float], cfg: TrainConfig) -> None:
+    """Leaves only the parts with a learning rate to be trained."""
+    for name, part in model.named_children():
+        part.requires_grad_(name in rates).train(name in rates)
+    config = model.encoder.config
+    masks_frames = config.apply_spec_augment and config.mask_time_prob > 0
+    if hasattr(model.encoder, "masked_spec_embed") and not masks_frames:
+        # Nothing reads it, so it would wait for a gradient.
+        model.encoder.masked_spec_embed.requires_grad_(False)
+    if cfg.lora_rank and "llm" in rates:
+        add_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+
+
+def parameter_groups(model: SpeechLM, rates: dict[str, float], weight_decay: float) -> list[dict]:
+    """AdamW groups: the matrices of each part, and its vectors. Every trained parameter is in
+    exactly one."""
     groups = []
     for part, rate in rates.items():
-        parameters = [p for p in getattr(model, part).parameters() if p.requires_grad]
-        for decayed in (True, False):
-            chosen = [p for p in parameters if (p.ndim > 1) == decayed]
-            groups.append({"params": chosen, "rate": rate, "weight_decay": weight_decay * decayed})
+        trained = [p for p in getattr(model, part).parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.ndim > 1]
+        vectors = [p for p in trained if p.ndim <= 1]
+        groups.append({"params": matrices, "rate": rate, "weight_decay": weight_decay})
+        groups.append({"params": vectors, "rate": rate, "weight_decay": 0.0})
     grouped = [id(p) for group in groups for p in group["params"]]
-    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(grouped) == len(set(grouped)) and set(grouped) == trained
     return groups
 
 
-def on_device(batch, device):
-    """What SpeechLM.forward takes of a batch; lengths stay on the host."""
-    names = ("features", "lengths", "ids", "ids_lengths", "targets")
-    return {name: batch[name] if "lengths" in name else batch[name].to(device, non_blocking=True) for name in names}
-
-
-def scale_projection(model, batch):
-    """Scales a new adapter's projection so that its output spreads like the LLM's token embeddings."""
-    with torch.no_grad():
-        audio, _ = model.encode(batch["features"], batch["lengths"])
-        factor = model.llm.model.embed_tokens.weight.float().std() / audio.float().std()
-        for p in model.adapter.enc_to_dec_proj.parameters():
-            p.mul_(factor)
-
-
-def lr_at(step, cfg):
-    """Share of the learning rate at a step, counted from 0: linear warmup, then a cosine from 1 down to min_lr."""
+def rate_share(step: int, cfg: TrainConfig) -> float:
+    """Share of the learning rate at a step, counted from 0: linear warmup, then a cosine from 1
+    down to min_lr."""
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
     done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
     return cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def on_device(batch: dict, device: str) -> dict:
+    """What SpeechLM.forward takes of a batch. Lengths stay on the host."""
+    inputs = {name: batch[name] for name in ("lengths", "ids_lengths")}
+    for name in ("features", "ids", "targets"):
+        inputs[name] = batch[name].to(device, non_blocking=True)
+    return inputs
+
+
+@torch.no_grad()
+def scale_projection(model: SpeechLM, batch: dict) -> None:
+    """Scales a new adapter's projection so that its output spreads like the LLM's embeddings."""
+    audio, _ = model.encode(batch["features"], batch["lengths"])
+    embeddings = model.llm.model.embed_tokens.weight
+    factor = embeddings.float().std() / audio.float().std()
+    for p in model.adapter.enc_to_dec_proj.parameters():
+        p.mul_(factor)
+
+
+# ------------------------------------------------------------------------------
+# The outputs of a frozen encoder, computed once and kept on disk
+
+
+class CachedEncoder(nn.Module):
+    """Stands in for an encoder whose outputs were computed before: the features are those."""
+
+    def forward(self, features: Tensor, lengths: list[int]) -> Tensor:
+        return features
+
+
+def encoder_states(cfg: TrainConfig, encoder: SpeechEncoder, manifests: list[Manifest], base: dict):
+    """Runs the frozen encoder once over the audio of the manifests, each rank over a share, into
+    files of the out directory, which later runs find again if encoder, rows and audio files are the
+    same. Returns a function (manifest, row) -> (F, D) states that raises AudioError for a row that
+    cannot be used; or None if they would not fit on the disk or in cache_gb."""
+    clips, numbers = list_clips(manifests)
+    sizes = [(feature_length(clip[3]), 0, n) for n, clip in enumerate(clips)]
+    sizes = sorted(size for size in sizes if clips[size[2]][3] <= cfg.max_seconds)
+    frames = sum(size[0] for size in sizes)
+    gigabytes = frames * encoder.config.hidden_size * encoder.compute_dtype.itemsize / 1e9
+    free = gather(shutil.disk_usage(cfg.out).free)[0] / 1e9
+    print(
+        f"encoder outputs: {frames / 180000:.2f} h, {gigabytes:.2f} GB on disk ({free:.0f} GB free)"
+    )
+    if gigabytes > min(cfg.cache_gb, 0.9 * free):
+        print(
+            f"they do not fit in --cache-gb {cfg.cache_gb:g} or on the disk: the encoder runs in "
+            "every step"
+        )
+        return None
+    stamps = audio_stamps(manifests, clips)
+    dtype = str(encoder.compute_dtype)
+    key = json.dumps([base["sha256"], dtype, cfg.batch_frames, stamps, clips])
+    name = f"encoder-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    paths = [Path(cfg.out) / f"{name}-{r + 1}-of-{world()}.pt" for r in range(world())]
+    if not all(gather(load_states(paths[rank()]) is not None)):
+        states = encode_clips(cfg, encoder, manifests, clips, sizes)
+        write_atomically(paths[rank()], partial(torch.save, states))
+        gather("written")
+    states = {}
+    for path in paths:
+        states |= load_states(path)
+
+    def states_of(m: int, i: int) -> Tensor:
+        value = states.get(numbers[m][i], f"longer than {cfg.max_seconds:g} s")
+        if isinstance(value, str):
+            raise AudioError(value)
+        return value  # (F, D)
+
+    return states_of
+
+
+def list_clips(manifests: list[Manifest]) -> tuple[list[tuple], list[list[int]]]:
+    """The different clips (manifest, audio, start, seconds) of all rows, and for each manifest the
+    numbers of its rows' clips."""
+    clips, numbers = {}, []
+    for m, manifest in enumerate(manifests):
+        rows = []
+        for example in manifest:
+            clip = m, example["audio"], example["start"], manifest.seconds(example)
+            rows.append(clips.setdefault(clip, len(clips)))
+        numbers.append(rows)
+    return list(clips), numbers
+
+
+def audio_stamps(manifests: list[Manifest], clips: list[tuple]) -> list[tuple]:
+    """Path, size and time of the files that clips come from."""
+    paths = set()
+    for m, audio, *_ in clips:
+        shard, tar, _ = str(manifests[m].path.parent / audio).partition(".tar/")
+        paths.add(shard + ".tar" if tar else shard)
+    stamps = []
+    for path in sorted(paths):
+        if os.path.exists(path):
+            status = os.stat(path)
+            stamps.append((path, status.st_size, status.st_mtime_ns))
+    return stamps
+
+
+def load_states(path: Path) -> dict | None:
+    """The states in a file of the cache, mapped into memory; None if it is absent or damaged."""
+    try:
+        return torch.load(path, weights_only=True, mmap=True)
+    except Exception:
+        return None
+
+
+@torch.no_grad()
+def encode_clips(cfg, encoder, manifests, clips: list[tuple], sizes: list[tuple]) -> dict:
+    """The encoder's states (F, D) of this rank's share of the clips, or why there are none, by the
+    numbers of the clips. sizes: (frames, 0, number), the shortest first."""
+    states = {}
+    batches = cut_batches(sizes, cfg.batch_frames, math.inf)[rank() :: world()]
+    for batch in tqdm(batches, "encoder", unit=" batches", disable=rank() > 0):
+        waves = {}
+        for n in batch:
+            m, audio, start, seconds = clips[n]
+            clip = {"audio": audio, "start": start, "duration": seconds}
+            try:
+                waves[n] = manifests[m].audio(clip)
+            except AudioError as error:
+                states[n] = str(error)
+        if waves:
+            features, lengths = fbank(list(waves.values()))
+            outputs = encoder(features.to(cfg.device), lengths).split(lengths)
+            for n, output in zip(waves, outputs, strict=True):
+                states[n] = output.cpu().clone()
+    return states
+
+
+# ------------------------------------------------------------------------------
+# Several processes, the ranks, which torchrun starts: on a GPU each, or on the CPU. Without
+# torchrun there is one rank and no process group, and every function here does the plain thing.
+
+RANK_TIMEOUT = timedelta(minutes=30)  # the longest wait is for rank 0 to write a checkpoint
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_ranks(device: str) -> None:
+    """Joins the other ranks, by gloo and on CUDA by nccl. Rank 0 alone prints from here on. Raises
+    UserError."""
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(f"more ranks than the {gpus} GPUs here; give --nproc_per_node={gpus}")
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=RANK_TIMEOUT)
+    if rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def gather(value) -> list:
+    """The values of all ranks, in their order. Every rank must take part."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def distribute(model: SpeechLM, cfg: TrainConfig) -> nn.Module:
+    """The module to call in training: the model, a DistributedDataParallel of it, or with --fsdp
+    the model as an FSDP2 module, whose layers are gathered in the compute dtype when their turn
+    comes. Gradients are averaged over the ranks, in float32."""
+    if not dist.is_initialized():
+        return model
+    if not cfg.fsdp:
+        devices = None if cfg.device == "cpu" else [torch.cuda.current_device()]
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(
+        param_dtype=model.llm.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    mesh = dist.init_device_mesh(cfg.device, (world(),))
+    for module in list(model.modules()):
+        if isinstance(module, ConformerLayer | DecoderLayer):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return hasattr(module, "unshard")
+
+
+def backward_context(net: nn.Module, last: bool):
+    """For a batch of a step: only after the last one are the ranks' gradients brought together."""
+    if is_sharded(net):
+        net.set_requires_gradient_sync(last)
+    if isinstance(net, DistributedDataParallel) and not last:
+        return net.no_sync()
+    return nullcontext()
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Inside, every rank has all of a sharded model, and can call it without the other ranks."""
+    shards = [module for module in model.modules() if is_sharded(module)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in shards:
+        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.reshard()
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded. Every rank must take part."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def to_save(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All of each tensor. Sharded ones are in CPU memory, and on rank 0 alone."""
+    complete = {}
+    for name, tensor in tensors.items():
+        value = full_tensor(tensor)
+        if value is not tensor:
+            value = value.cpu() if rank() == 0 else None
+        complete[name] = value
+    return complete
+
+
+def like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's share of a tensor that all ranks have, split as the parameter is."""
+    if not hasattr(parameter, "full_tensor") or tensor.ndim == 0:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def seed_for(seed: int, position: dict) -> None:
+    """Makes dropout and masks of a batch follow from its place in the schedule, so that they are
+    the same on any rank and after any pause."""
+    sequence = np.random.SeedSequence([seed, position["pool"], position["batch"]])
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+def rank_batches(order: Iterator, size: Callable, total: int) -> Iterator[tuple[dict, list]]:
+    """This rank's batches of a schedule, of which each step takes the next `total` over all ranks.
+    size(*key) gives the frames and LLM positions of an example.
+
+    Longest first, every rank gets a batch in turn, and the longer of these goes to the rank with
+    the least to do; so the ranks have equally many, of like cost at any time. Where the batches of
+    a step do not suffice, a rank gets an empty one. The sum over a step does not depend on who
+    takes which.
+    """
+    if world() == 1:
+        yield from order
+    while True:
+        step = list(islice(order, total))
+        costs = [sum(sum(size(*key)) for key in batch) for _, batch in step]
+        longest = sorted(range(total), key=lambda i: -costs[i])
+        loads = [0] * world()
+        for first in range(0, total, world()):
+            idlest = sorted(range(world()), key=loads.__getitem__)
+            mine = step[-1][0], []
+            for taker, n in zip(idlest, longest[first : first + world()], strict=False):
+                loads[taker] += costs[n]
+                mine = step[n] if taker == rank() else mine
+            yield mine
+
+
+# ------------------------------------------------------------------------------
+# Signals, and loader processes
+
+LOADER_SECONDS = 600  # a loader may take so long for one batch
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stop:
+    """How a run answers SIGINT and SIGTERM: `with Stop() as stop`. A signal raises
+    KeyboardInterrupt; while `waits` is true it is only noted, in `signal`, for the step to be
+    finished and saved. A second signal ends the process there and then."""
+
+    def __init__(self):
+        self.signal, self.waits = None, False
+
+    def __enter__(self) -> "Stop":
+        self.before = [signal.signal(number, self.note) for number in SIGNALS]
+        return self
+
+    def __exit__(self, *_):
+        for process in multiprocessing.active_children():  # loaders, which know no other signal
+            process.kill()
+        for number, handler in zip(SIGNALS, self.before, strict=True):
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame) -> None:
+        self.signal = number
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        if not self.waits:
+            raise KeyboardInterrupt
+        # print must not be entered twice.
+        os.write(2, b"\ntrain.py: stopping after this step; a second signal stops at once\n")
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it a signal does not wait: it is noted and leaves the block."""
+        self.waits = False
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.signal is None:
+                raise
+        finally:
+            self.waits = True
+
+
+def ignore_signals(_) -> None:
+    """For loader processes: a terminal signals them, too, but the run decides when they end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def next_batch(loader: Iterator) -> dict:
+    """The next batch of a DataLoader. Raises UserError if its processes died, hang, or met a bad
+    row."""
+    try:
+        return next(loader)
+    except (RuntimeError, OSError, UserError) as error:
+        lines = str(error.args[0] if error.args else error).strip().splitlines()
+        reason = lines[-1] if lines else type(error).__name__
+        raise UserError(f"the loader failed ({reason}); {RESUME}") from error
+
+
+# ------------------------------------------------------------------------------
+# A run, and what is saved of it
+
+
+@dataclass
+class RunState:
+    """How far a run is."""
+
+    step: int = 0
+    position: dict | None = None  # in the schedule, behind the last batch
+    seen: int = 0  # examples drawn
+    bad: dict = field(default_factory=dict)  # why recordings could not be used, by file and line
+    validated: int = 0  # the step of the last validation
+    skipped: int = 0  # steps just left out in a row
+
+
+@dataclass
+class Run:
+    """What the loop works with."""
+
+    cfg: TrainConfig
+    rates: dict[str, float]
+    tasks: tuple[str, ...]
+    mixture: Mixture
+    model: SpeechLM
+    bases: dict[str, dict]
+    examples: Examples
+    data: list  # hours of this phase and those before, see data.notice
+    net: nn.Module | None = None  # the model as it is called in training
+    optimizer: torch.optim.Optimizer | None = None
+    state: RunState = field(default_factory=RunState)
+
+    def path(self, ending: str) -> Path:
+        return Path(self.cfg.out) / f"{self.cfg.phase}{ending}"
+
+    @property
+    def batches_a_step(self) -> int:
+        return self.cfg.accumulate * world()
+
+    def record(self, **figures) -> None:
+        if rank() == 0:
+            with open(self.path(".jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps(figures) + "\n")
+
+
+def open_run(cfg: TrainConfig) -> Run:
+    """Everything that a run needs, as it was saved or new. Raises UserError."""
+    cfg, rates, tasks = resolve_phase(cfg)
+    torch.manual_seed(cfg.seed)
+    if not cfg.dry_run:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    allowed = tuple(cfg.allow_licence)
+    mixture = open_mixture(cfg.data, cfg.dev, tasks, allowed, cfg.temperature, cfg.max_seconds)
+    model, tokenizer, bases = build(cfg, rates)
+    for name, part in model.named_children():
+        millions = sum(p.numel() for p in part.parameters()) / 1e6
+        how = f"lr {rates[name]:g}" if name in rates else "frozen"
+        dtype = next(part.parameters()).dtype
+        print(f"{name}: {millions:.2f} M parameters, {how}, {dtype} weights")
+    manifests, states = [*mixture.manifests, mixture.dev], None
+    if "encoder" not in rates and cfg.cache_gb and not cfg.dry_run:
+        states = encoder_states(cfg, model.encoder, manifests, bases["encoder"])
+    if states is not None:
+        model = SpeechLM(CachedEncoder(), model.adapter, model.llm)
+    end_id, adapter = model.llm.config.eos_token_id[0], model.adapter.config
+    examples = Examples(manifests, tokenizer, end_id, adapter, cfg.max_seconds, states, cfg.seed)
+    data = merge_hours(load_checkpoint(cfg.init)["data"] if cfg.init else [], mixture.hours)
+    run = Run(cfg, rates, tasks, mixture, model, bases, examples, data)
+
+    resumed = None
+    if gather(cfg.resume and run.path(".resume.pt").exists())[0]:
+        resumed = read_resume(run)
+        run.state = RunState(**resumed["state"])
+    elif not cfg.init:
+        start_adapter(run)
+    run.net = distribute(model, cfg)
+    groups = parameter_groups(model, rates, cfg.weight_decay)
+    run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    if resumed:
+        load_optimizer(run, resumed["optimizer"])
+    if rank() == 0 and not cfg.dry_run:
+        start_files(run, bool(resumed))
+    return run
+
+
+def start_adapter(run: Run) -> None:
+    """Scales a new adapter by the first batch that can be used."""
+    for scheduled in islice(run_schedule(run), 100):
+        batch = run.examples[scheduled]
+        if batch["examples"]:
+            seed_for(run.cfg.seed, batch["position"])
+            scale_projection(run.model, on_device(batch, run.cfg.device))
+            return
+
+
+def start_files(run: Run, resumed: bool) -> None:
+    """The log keeps its lines up to where the run goes on; files of another run go."""
+    lines = read_lines(run.path(".jsonl")) if resumed else []
+    lines = [line for line in lines if line["step"] <= run.state.step]
+    write_text(run.path(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(Path(run.cfg.out) / "config.json", json.dumps(asdict(run.cfg), indent=2))
+    if not resumed:
+        run.path(".resume.pt").unlink(missing_ok=True)
+        run.path(".nonfinite.jsonl").unlink(missing_ok=True)
+
+
+def run_schedule(run: Run) -> Iterator[tuple[dict, list]]:
+    cfg, mixture = run.cfg, run.mixture
+    budgets = cfg.batch_frames, cfg.batch_tokens
+    size = lru_cache(2 * POOL)(run.examples.size)
+    position = run.state.position
+    return schedule(mixture.manifests, mixture.weights, size, *budgets, cfg.seed, position)
+
+
+def open_loader(run: Run) -> Iterator[dict]:
+    """This rank's batches from where the run is, made by worker processes."""
+    workers = 0 if run.examples.states else run.cfg.workers
+    size = lru_cache(2 * POOL)(run.examples.size)
+    return iter(
+        torch.utils.data.DataLoader(
+            run.examples,
+            sampler=rank_batches(run_schedule(run), size, run.batches_a_step),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=run.cfg.device != "cpu",
+            worker_init_fn=ignore_signals,
+            timeout=LOADER_SECONDS if workers else 0,
+        )
+    )
+
+
+def save(run: Run, **thresholds) -> None:
+    """Writes the checkpoint and what the run can be resumed from. Every rank must take part. A run
+    that was stopped before its first validation leaves the result of an earlier one."""
+    model, optimizer = run.model, run.optimizer
+    names = {p: name for name, p in model.named_parameters()}
+    trained = {name: p.detach() for p, name in names.items() if p.requires_grad}
+    moments = {names[p]: to_save(state) for p, state in optimizer.state.items()}
+    parts = {}
+    for name, tensor in model.state_dict().items():
+        if name.split(".")[0] in run.rates:
+            parts[name] = tensor
+    parts, trained = to_save(parts), to_save(trained)
+    if rank() > 0:
+        return
+    checkpoint = {
+        "config": asdict(run.cfg),
+        "adapter": asdict(model.adapter.config),
+        "bases": run.bases,
+        "data": run.data,
+        "window": min(30.0, max(1.0, run.mixture.longest)),
+        "step": run.state.step,
+        "versions": {"torch": str(torch.__version__), "python": sys.version},
+        **thresholds,
+    }
+    if run.state.validated:
+        weights = {"model": merged_state(model, parts)}
+        write_atomically(run.path(".pt"), partial(torch.save, weights | checkpoint))
+        write_text(run.path(".NOTICE"), notice(run.data))
+    resume = {"model": trained, "optimizer": moments, "state": asdict(run.state)}
+    resume["batches_a_step"] = run.batches_a_step
+    write_atomically(run.path(".resume.pt"), partial(torch.save, checkpoint | resume))
+
+
+def read_resume(run: Run) -> dict:
+    """What save wrote for a run to go on, with its weights put into the model. Raises UserError if
+    this run is not the one that wrote it: of another configuration, or of other than its number of
+    batches a step over all ranks."""
+    path, config = run.path(".resume.pt"), asdict(run.cfg)
+    resumed = load_checkpoint(path)
+    if "state" not in resumed:
+        raise UserError(f"{path}: is of an older version; start anew without --resume")
+    same_batches = resumed["batches_a_step"] == run.batches_a_step
+    for name, value in resumed["config"].items():
+        free = name in MAY_CHANGE or (name == "accumulate" and same_batches)
+        if not free and config.get(name) != value:
+            raise UserError(
+                f"{path}: was trained with {name} {value!r}, found {config.get(name)!r}; give the "
+                "same, or start anew without --resume"
+            )
+    if not same_batches:
+        raise UserError(
+            f"{path}: had {resumed['batches_a_step']} batches a step over all ranks, found "
+            f"{run.batches_a_step}; change --accumulate, or start anew without --resume"
+        )
+    restore(run.model, resumed, run.bases, path)
+    return resumed
+
+
+def load_optimizer(run: Run, moments: dict[str, dict]) -> None:
+    """Puts saved moments into the optimizer, whatever the ranks were then and are now."""
+    names = {p: name for name, p in run.model.named_parameters()}
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    state = {}
+    for i, p in enumerate(parameters):
+        if names[p] in moments:
+            state[i] = {key: like(p, tensor) for key, tensor in moments[names[p]].items()}
+    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
+
+
+# ------------------------------------------------------------------------------
 # Validation
 
 
 @torch.no_grad()
-def validate(cfg, model, examples, picks):
-    """Loss on the picked rows of the dev manifest (the last one), the loss when every row hears another row's audio,
-    and the scores of answering the first rows of each task. Returns figures, and (reference, hypothesis) pairs."""
-    dev, rows, frames = len(examples.manifests) - 1, [], []
-    for i in picks:
-        row = examples.manifests[dev][i]
-        try:
-            frames.append(examples.frames(dev, i, row))
-        except AudioError as error:
-            tqdm.write(f"validation leaves out {row['where']}: {error}")
-            continue
-        rows.append(row)
-    if len(rows) < 2:
-        raise TrainError(f"{cfg.dev}: {len(rows)} recordings can be used, expected at least 2; mend the files")
-    training = {name: part.training for name, part in model.named_children()}
+def validate(run: Run) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """Loss on some rows of the dev manifest, the loss when every row hears another row's audio, and
+    the scores of answering the first rows of each task. Returns figures, and (reference,
+    hypothesis) pairs. Raises UserError."""
+    cfg, model, examples = run.cfg, run.model, run.examples
+    rows, frames = dev_rows(run)
+    modes = {name: part.training for name, part in model.named_children()}
     model.eval()
-    figures = {}
-    for name, heard in [("dev_loss", frames), ("shuffled_loss", frames[1:] + frames[:1])]:
-        made = [examples.example(row, x) for row, x in zip(rows, heard)]
-        made.sort(key=lambda example: len(example[2]))
-        total = count = 0
-        for batch in cut([(len(e[2]), len(e[0]), e) for e in made], cfg.batch_frames, cfg.batch_tokens):
-            loss, n = model(**on_device(collate(batch), cfg.device))
-            total, count = total + loss.item(), count + n
-        figures[name] = total / max(1, count)
-    some = [i for task in TASKS for i in [i for i, row in enumerate(rows) if row["task"] == task][:cfg.eval_clips]]
-    rows = [rows[i] for i in some]
-    answers = answer_rows(model, examples.tokenizer, rows, listen(model, [[frames[i]] for i in some]), cfg.prompt)
-    said = [(row, answer.text) for row, answer in zip(rows, answers) if not isinstance(answer, AudioError)]
+    figures = {
+        "dev_loss": mean_loss(run, rows, frames),
+        "shuffled_loss": mean_loss(run, rows, frames[1:] + frames[:1]),
+    }
+    answered = []
+    for task in TASKS:
+        of_task = [i for i, example in enumerate(rows) if example["task"] == task]
+        answered += of_task[: cfg.eval_clips]
+    recordings = encode_recordings(model, [[frames[i]] for i in answered])
+    asked = [rows[i] for i in answered]
+    answers = answer_examples(model, examples.tokenizer, asked, recordings)
+    pairs = []
+    for example, answer in zip(asked, answers, strict=True):
+        if not isinstance(answer, AudioError):
+            pairs.append((example, answer.text))
     for name, part in model.named_children():
-        part.train(training[name])
-    return figures | quick_figures(said), [(row["text"], text) for row, text in said]
+        part.train(modes[name])
+    texts = [(example["text"], text) for example, text in pairs]
+    return figures | validation_scores(pairs), texts
 
 
-def settle_refusals(cfg, model, examples):
-    """The threshold above which questions are refused, set on up to 500 questions of the dev manifest: {} if it has
-    too few."""
-    dev, asked, heard = len(examples.manifests) - 1, [], []
-    for i in np.random.default_rng(0).permutation(len(examples.manifests[dev])).tolist():
-        if len(asked) == 500:
-            break
-        row = examples.manifests[dev][i]
-        if row["task"] == "sqa":
-            try:
-                heard.append([examples.frames(dev, i, row)])
-            except AudioError:
-                continue
-            asked.append(row)
-    model.eval()
-    answers = answer_rows(model, examples.tokenizer, asked, listen(model, heard), cfg.prompt, weigh=True)
+def dev_rows(run: Run) -> tuple[list[dict], list[Tensor]]:
+    """The rows of the dev manifest that validations use, and their frames."""
+    dev, rows, frames = run.mixture.dev, [], []
+    m = len(run.examples.manifests) - 1
+    for i in np.random.default_rng(0).permutation(len(dev))[: run.cfg.eval_rows].tolist():
+        example = dev[i]
+        try:
+            frames.append(run.examples.frames(m, i, example))
+        except AudioError as error:
+            tqdm.write(f"validation leaves out {example['where']}: {error}")
+            continue
+        rows.append(example)
+    if len(rows) < 2:
+        raise UserError(
+            f"{run.cfg.dev}: {len(rows)} recordings can be used, expected at least 2; mend them"
+        )
+    return rows, frames
+
+
+def mean_loss(run: Run, rows: list[dict], frames: list[Tensor]) -> float:
+    """The loss per target token of rows that hear these frames."""
+    sequences = [run.examples.sequence(row, x) for row, x in zip(rows, frames, strict=True)]
+    sequences.sort(key=lambda sequence: len(sequence[2]))
+    sizes = [(len(sequence[2]), len(sequence[0]), sequence) for sequence in sequences]
+    total, count = 0.0, 0
+    for batch in cut_batches(sizes, run.cfg.batch_frames, run.cfg.batch_tokens):
+        loss, tokens = run.model(**on_device(collate(batch), run.cfg.device))
+        total += loss.item()
+        count += tokens
+    return total / max(1, count)
+
+
+def find_refusal_threshold(run: Run) -> dict[str, float]:
+    """The threshold above which questions are refused, by up to 500 questions of the dev manifest:
+    {} if it has too few."""
+    dev, asked, recordings = run.mixture.dev, [], []
+    m = len(run.examples.manifests) - 1
+    for i in np.random.default_rng(0).permutation(len(dev)).tolist():
+        example = dev[i]
+        if len(asked) == 500 or example["task"] != "sqa":
+            continue
+        try:
+            recordings.append([run.examples.frames(m, i, example)])
+        except AudioError:
+            continue
+        asked.append(example)
+    run.model.eval()
+    recordings = encode_recordings(run.model, recordings)
+    answers = answer_examples(run.model, run.examples.tokenizer, asked, recordings, weigh=True)
     return refusal_threshold(asked, answers)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The loop
 
+NONFINITE_STEPS = 5  # so many in a row end a run
+BAD_SHARE = 0.01  # of the recordings; more that cannot be used end a run
+LOWER_RATE = "the last checkpoint is untouched: lower the learning rate or leave such rows out"
 
-def train(cfg, stop):
-    start(cfg.device)
-    cfg, rates, tasks = settle(cfg)
-    torch.manual_seed(cfg.seed)
+
+def next_step(run: Run, loader: Iterator[dict]) -> tuple[list[dict], int, float]:
+    """This rank's batches of the next step, and over all ranks the target tokens and the seconds of
+    audio; batches without a usable row are passed over. Raises UserError if too many recordings
+    cannot be used."""
+    state, tries = run.state, 0
+    while True:
+        tries += 1
+        count = math.ceil(run.batches_a_step / world())
+        batches = [next_batch(loader) for _ in range(count)]
+        tokens, audio = reduce_step(state, batches)
+        met = min(state.seen, sum(map(len, run.mixture.manifests)))  # different recordings
+        if len(state.bad) > BAD_SHARE * max(met, 300) or (not tokens and tries == 100):
+            reasons = [f"{where}: {why}" for where, why in list(state.bad.items())[-3:]]
+            raise UserError(
+                f"{len(state.bad)} of {met} recordings could not be used, more than 1 %: "
+                + "; ".join(reasons)
+            )
+        if tokens:
+            return batches, tokens, audio
+
+
+def reduce_step(state: RunState, batches: list[dict]) -> tuple[int, float]:
+    """Adds what all ranks drew for a step to the state. Returns the step's target tokens and
+    seconds of audio."""
+    drawn = []
+    for batch in batches:
+        frames = sum(batch["lengths"]) if batch["examples"] else 0
+        rows = len(batch["examples"]) + len(batch["bad"])
+        drawn.append((batch["position"], rows, batch["bad"], len(batch["targets"]), frames))
+    drawn = list(chain(*gather(drawn)))
+    positions = [position for position, *_ in drawn]
+    state.position = max(positions, key=lambda place: (place["pool"], place["batch"]))
+    state.seen += sum(rows for _, rows, *_ in drawn)
+    for _, _, bad, *_ in drawn:
+        state.bad |= dict(bad)
+    return sum(tokens for *_, tokens, _ in drawn), sum(frames for *_, frames in drawn) / 50
+
+
+def backward(run: Run, batches: list[dict], tokens: int) -> tuple[float, float]:
+    """Gradients of a step: every batch's summed loss over the target tokens of all batches, on all
+    ranks. Returns the step's loss, and the norm of the gradients, which are clipped."""
+    loss = 0.0
+    for batch in batches:
+        seed_for(run.cfg.seed, batch["position"])
+        with backward_context(run.net, batch is batches[-1]):
+            part, _ = run.net(**on_device(batch, run.cfg.device))
+            (part * world() / tokens).backward()  # gradients are averaged over the ranks
+        loss += part.item()
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    norm = full_tensor(nn.utils.clip_grad_norm_(parameters, run.cfg.clip)).item()
+    return sum(gather(loss)) / tokens, norm
+
+
+def leave_out(run: Run, batches: list[dict], loss: float, norm: float) -> dict:
+    """Writes down the rows of a step without a finite loss or gradient, and passes over it. Returns
+    the figures of the step; raises UserError when NONFINITE_STEPS in a row were like that."""
+    step, path = run.state.step + 1, run.path(".nonfinite.jsonl")
+    figures = {"skipped": f"loss {loss}, gradient norm {norm}"}
+    run.state.skipped += 1
+    rows = chain(*gather([row for batch in batches for row in batch["examples"]]))
+    if rank() == 0:
+        # Later lines are those of a run that was cut off.
+        lines = [line for line in read_lines(path) if line["step"] < step]
+        lines += [{"step": step, **figures, "seed": run.cfg.seed, **row} for row in rows]
+        text = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
+        write_text(path, "".join(text))
+    if run.state.skipped >= NONFINITE_STEPS:
+        raise UserError(
+            f"step {step}: {figures['skipped']}, as in {run.state.skipped} steps in a row, whose "
+            f"rows are in {path}; {LOWER_RATE}"
+        )
+    tqdm.write(f"step {step}: {figures['skipped']}: left out, its rows are in {path}")
+    return figures
+
+
+def validate_and_save(run: Run, stop: Stop) -> bool:
+    """Once in a while: validates, shows some answers, saves. Returns whether it did: a signal ends
+    a validation, and --resume makes up for it."""
+    cfg, state = run.cfg, run.state
+    results = None
+    with unsharded(run.model), stop.at_once():
+        results = validate(run), {}
+        if state.step == cfg.steps and "sqa" in run.tasks:
+            results = results[0], find_refusal_threshold(run)
+    if results is None or any(gather(stop.signal)):
+        return False
+    (figures, pairs), threshold = results
+    if not math.isfinite(figures["dev_loss"]):
+        raise UserError(f"step {state.step}: dev_loss {figures['dev_loss']}; {LOWER_RATE}")
+    state.validated = state.step
+    run.record(step=state.step, **figures)
+    if rank() == 0:
+        texts = [f"{name} {value:.3f}" for name, value in figures.items()]
+        tqdm.write(f"step {state.step}: {', '.join(texts)}")
+        shown = pairs[:: max(1, len(pairs) // 4)][:4] if len(run.tasks) > 1 else pairs[:2]
+        for reference, hypothesis in shown:
+            tqdm.write(f"  said: {visible(reference)}\n  read: {visible(hypothesis)}")
+    save(run, **threshold)
+    return True
+
+
+def stop_now(run: Run, saved: bool) -> None:
+    """Ends a run that was asked to, with its last step saved."""
+    # Weights that give no finite gradient are not worth an older checkpoint.
+    if not saved and not run.state.skipped and run.state.step > 0:
+        save(run)
+    gather("saved")  # torchrun ends the others when one ends
+    raise KeyboardInterrupt
+
+
+def train(cfg: TrainConfig, stop: Stop) -> None:
+    """Runs a phase, from its beginning or from where it was stopped."""
+    run = open_run(cfg)
+    cfg, state, optimizer = run.cfg, run.state, run.optimizer
     if cfg.dry_run:
-        return dry_run(cfg, rates, open_manifests(cfg, tasks), build, parameter_groups, on_device)
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if rank() == 0:
-        write_text(out / "config.json", json.dumps(asdict(cfg), indent=2))
-    checkpoint_path, resume_path, log_path, rows_path = (
-        out / f"{cfg.phase}{end}" for end in (".pt", ".resume.pt", ".jsonl", ".nonfinite.jsonl"))
-    manifests, weights, dev, hours, longest = open_manifests(cfg, tasks)
-    model, tokenizer, bases = build(cfg, rates)
-    data = used(load_checkpoint(cfg.init)["data"] if cfg.init else [], hours)  # of earlier phases and this one
-    for name, part in model.named_children():
-        count, how = sum(p.numel() for p in part.parameters()), f"lr {rates[name]:g}" if name in rates else "frozen"
-        print(f"{name}: {count / 1e6:.2f} M parameters, {how}, {next(part.parameters()).dtype} weights")
-    states = None
-    if "encoder" not in rates and cfg.cache_gb:
-        states = encoder_states(cfg, model.encoder, [*manifests, dev], bases["encoder"])
-    if states is not None:
-        model.encoder = None
-    examples = Examples([*manifests, dev], tokenizer, model.llm.config.eos_token_id[0], model.adapter.config,
-                        cfg.prompt, cfg.length_hint, cfg.max_seconds, states, cfg.seed)
-    picks = np.random.default_rng(0).permutation(len(dev))[:cfg.eval_rows].tolist()
-
-    first, position, total = 0, None, cfg.accumulate * world()  # total: batches in a step
-    seen, bad = 0, {}  # rows drawn; file and line of those that could not be used -> why
-    validated = skipped = 0  # the step of the last validation; steps just left out in a row
-    resumed = gather(cfg.resume and resume_path.exists())[0]
-    if resumed:
-        state = read_resume(resume_path, asdict(cfg), MAY_CHANGE, total)
-        restore(model, state, bases, resume_path)
-        first, position, total, seen, bad, validated, skipped = (state[name] for name in (
-            "step", "position", "total", "seen", "bad", "validated", "skipped"))
-        if validated == cfg.steps:
-            print(f"{checkpoint_path}: all {first} steps are done")
-            return
-    size = lru_cache(2 * POOL)(examples.size)
-    order = partial(schedule, manifests, weights, size, cfg.batch_frames, cfg.batch_tokens, cfg.seed)
-    if not resumed and not cfg.init:
-        usable = (batch for batch in map(examples.__getitem__, islice(order(), 100)) if batch["rows"])
-        if batch := next_batch(chain(usable, [None])):
-            seed_for(cfg.seed, batch["position"])
-            scale_projection(model, on_device(batch, cfg.device))
-    net = distribute(model, cfg.fsdp, cfg.device)
-    groups = parameter_groups(model, rates, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    if resumed:
-        load_resume(resume_path, state, model, optimizer)
-    if rank() == 0:
-        kept = [line for line in read_lines(log_path) if resumed and line["step"] <= first]
-        write_text(log_path, "".join(json.dumps(line) + "\n" for line in kept))
-        if not resumed:
-            for path in (resume_path, rows_path):  # of another run
-                path.unlink(missing_ok=True)
-            remove_shards(resume_path)
-    loader = iter(torch.utils.data.DataLoader(
-        examples, sampler=deal(order(position), size, total), batch_size=None, num_workers=0 if states else cfg.workers,
-        pin_memory=cfg.device != "cpu", worker_init_fn=ignore_signals))
-
-    def save(step, **settled):
-        state = {"config": asdict(cfg), "adapter": asdict(model.adapter.config), "bases": bases, "data": data,
-                 "window": min(30.0, max(1.0, longest)), "step": step, **settled,
-                 "versions": {"torch": str(torch.__version__), "python": sys.version}}
-        if validated:  # a run stopped before that leaves the result of an earlier one
-            merged = merged_state(model, full_state(model, rates))  # every rank takes part
-            if rank() == 0:
-                write_checkpoint(checkpoint_path, {"model": merged, **state})
-                write_text(out / f"{cfg.phase}.NOTICE", notice(data))
-        save_resume(resume_path, model, optimizer, {**state, "position": position, "total": total, "seen": seen,
-                                                    "bad": bad, "validated": validated, "skipped": skipped})
-
-    def record(**figures):
-        if rank() == 0:
-            with open(log_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
-
-    bar = tqdm(total=cfg.steps, initial=first, desc=cfg.phase, unit=" steps", dynamic_ncols=True, disable=rank() > 0)
-    for step in range(first, cfg.steps + 1):
-        # once in a while: validate, show two transcripts, save; a signal ends a validation, which --resume makes up for
-        found, stop.waits = None, True
-        due = step > validated and (step % cfg.eval_every == 0 or step == cfg.steps)
-        if due and not any(gather(stop.asked)):
-            with whole(model), stop.at_once():
-                found = *validate(cfg, model, examples, picks), (
-                    settle_refusals(cfg, model, examples) if step == cfg.steps and "sqa" in tasks else {})
-            found = None if any(gather(stop.asked)) else found
-        if found:
-            figures, pairs, settled = found
-            expect_finite(step, figures["dev_loss"])
-            validated = step
-            record(step=step, **figures)
-            bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-            for reference, hypothesis in pairs[::max(1, len(pairs) // 4)][:4] if len(tasks) > 1 else pairs[:2]:
-                bar.write(f"  said: {visible(reference)}\n  read: {visible(hypothesis)}")
-            save(step, **settled)
-        if any(gather(stop.asked)):
-            # weights that give no finite gradient are not worth an older checkpoint
-            if not found and not skipped and step > first:
-                save(step)
-            gather("saved")  # torchrun ends the others when one ends
-            raise KeyboardInterrupt
-        if step == cfg.steps:
+        return dry_run(run)
+    if state.validated == cfg.steps:
+        return print(f"{run.path('.pt')}: all {state.step} steps are done")
+    loader = open_loader(run)
+    bar = tqdm(
+        total=cfg.steps,
+        initial=state.step,
+        desc=cfg.phase,
+        unit=" steps",
+        dynamic_ncols=True,
+        disable=rank() > 0,
+    )
+    while True:
+        # Once in a while, validate and save. A signal is answered here, between two steps.
+        stop.waits, saved = True, False
+        due = state.step % cfg.eval_every == 0 or state.step == cfg.steps
+        if due and state.step > state.validated and not any(gather(stop.signal)):
+            saved = validate_and_save(run, stop)
+        if any(gather(stop.signal)):
+            stop_now(run, saved)
+        if state.step == cfg.steps:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * lr_at(step, cfg)
 
-        # one step: every batch's summed loss over the target tokens of all its batches, on all ranks
-        began, tokens, tries = time.time(), 0, 0  # again if no row of them can be used
-        while not tokens:
-            tries += 1
-            batches = [next_batch(loader) for _ in range(math.ceil(total / world()))]
-            position, drawn, missed, tokens, audio = together(batches)
-            seen, bad = seen + drawn, bad | missed
-            met = min(seen, sum(map(len, manifests)))  # different recordings, as far as one can tell
-            if len(bad) > 0.01 * max(met, 300) or not tokens and tries == 100:
-                raise TrainError(f"{len(bad)} of {met} recordings could not be used, more than 1 %: "
-                                 + "; ".join(f"{where}: {why}" for where, why in list(bad.items())[-3:]))
-        loss = 0.0
-        for batch in batches:
-            seed_for(cfg.seed, batch["position"])
-            with last_backward(net, batch is batches[-1]):
-                part, _ = net(**on_device(batch, cfg.device))
-                (part * world() / tokens).backward()  # the ranks' gradients are averaged
-            loss += part.item()
-        loss = sum(gather(loss)) / tokens
-        norm = full(torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], cfg.clip)).item()
+        # The learning rate of this step.
+        share = rate_share(state.step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * share
+
+        # One step, on the batches of all ranks. It counts only if its gradients are finite.
+        began = time.time()
+        batches, tokens, audio = next_step(run, loader)
+        loss, norm = backward(run, batches, tokens)
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
-            figures, skipped = {"loss": loss, "norm": norm}, 0
-        else:  # no update
-            figures, skipped = {"skipped": f"loss {loss}, gradient norm {norm}"}, skipped + 1
-            rows = sum(gather([row for batch in batches for row in batch["rows"]]), [])
-            bar.write(leave_out(rows_path, step + 1, rows, skipped, seed=cfg.seed, **figures))
+            state.skipped = 0
+            figures = {"loss": loss, "norm": norm}
+        else:
+            figures = leave_out(run, batches, loss, norm)
         optimizer.zero_grad()
-        record(step=step + 1, **figures, lr=lr_at(step, cfg), tokens=tokens, audio=audio)
+        state.step += 1
+
+        # What a person wants to see.
+        run.record(step=state.step, **figures, lr=share, tokens=tokens, audio=audio)
         bar.set_postfix(loss=f"{loss:.3f}", audio_s_per_s=f"{audio / (time.time() - began):.0f}")
         bar.update()
     bar.close()
-    lines = read_lines(log_path)
-    if rank() == 0:
-        write_text(out / f"{cfg.phase}.svg", draw_curves(lines, CURVES))
-    for where, why in bad.items():
-        print(visible(f"left out: {where}: {why}"))
-    print(f"{checkpoint_path}: {seen} rows drawn, {sum('skipped' in line for line in lines)} steps and {len(bad)} "
-          f"recordings left out; curves in {out / cfg.phase}.svg")
+    report(run)
 
 
-def main(argv=None):
-    cfg = parse(argv)
-    keep_freed()
+def report(run: Run) -> None:
+    """The picture of the curves, and what was left out."""
+    lines = read_lines(run.path(".jsonl"))
+    picture = ""
     try:
-        with ranks(), Stop() as stop:
+        from extras.curves import draw_curves
+    except ImportError:
+        pass
+    else:
+        picture = f"; curves in {run.path('.svg')}"
+        if rank() == 0:
+            write_text(run.path(".svg"), draw_curves(lines, CURVES))
+    for where, why in run.state.bad.items():
+        print(visible(f"left out: {where}: {why}"))
+    skipped = sum("skipped" in line for line in lines)
+    print(
+        f"{run.path('.pt')}: {run.state.seen} rows drawn, {skipped} steps and {len(run.state.bad)} "
+        f"recordings left out{picture}"
+    )
+
+
+TIMED_STEPS = 3
+
+
+def dry_run(run: Run) -> None:
+    """Takes the largest steps of the first pool of batches, and prints what the run would need.
+    Leaves nothing behind. Raises UserError if they do not fit into memory."""
+    cfg = run.cfg
+    scheduled = []
+    for position, batch in run_schedule(run):
+        if position["pool"] > 0 and scheduled:
+            break
+        scheduled.append((sum(sum(run.examples.size(*key)) for key in batch), position, batch))
+    scheduled.sort(key=lambda entry: -entry[0])
+    seconds = []
+    try:
+        for _, position, batch in scheduled[:TIMED_STEPS]:
+            began = time.time()
+            example_batch = run.examples[position, batch]
+            backward(run, [example_batch], max(1, len(example_batch["targets"])))
+            for group in run.optimizer.param_groups:
+                group["lr"] = 0.0
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            seconds.append(time.time() - began)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        raise UserError(
+            "the largest batches do not fit into memory; lower --batch-frames and --batch-tokens, "
+            "or give --checkpointing, --lora-rank 16 or, with several GPUs, --fsdp"
+        ) from error
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if cfg.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    rows = sum(len(batch) for *_, batch in scheduled) / len(scheduled) * run.batches_a_step
+    passes = cfg.steps * rows / sum(map(len, run.mixture.manifests))
+    step = statistics.median(seconds) * cfg.accumulate
+    print(
+        f"dry run: peak memory {peak / 1e9:.2f} GB, {step:.2f} s a step of the largest batches, "
+        f"at most {step * cfg.steps / 3600:.1f} h for {cfg.steps} steps, which pass over the data "
+        f"{passes:.1f} times; validations and the encoder cache come on top"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse(argv)
+    keep_freed_memory()
+    with Stop() as stop:
+        try:
+            join_ranks(cfg.device)
             train(cfg, stop)
-    except KeyboardInterrupt:
-        print("train.py: stopped" + "; what was saved is intact: go on with --resume" * (not cfg.dry_run), file=sys.stderr)
-        sys.exit(128 + stop.asked if stop.asked else 130)
-    except (CheckpointError, ManifestError, AudioError, RankError, TrainError) as error:
-        sys.exit(f"train.py: {error}")
-    except OSError as error:
-        sys.exit(visible(f"train.py: {error.filename or cfg.out}: {error.strerror}; what was saved before is intact: mend "
-                         "this and start again with --resume"))
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        except KeyboardInterrupt:
+            print(f"train.py: stopped; {RESUME}" if not cfg.dry_run else "", file=sys.stderr)
+            sys.exit(128 + (stop.signal or signal.SIGINT))
+        except OSError as error:
+            place = f"{error.filename or cfg.out}: {error.strerror}"
+            sys.exit(visible(f"train.py: {place}; {RESUME}"))
+        except (UserError, RuntimeError) as error:
+            sys.exit(f"train.py: {explain(error)}")
+
+
+def explain(error: Exception) -> str:
+    """The line about an error that a user can do something about; others are raised again."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)  # torchrun ends the other ranks when one ends, and rank 0 is to speak first
+    if isinstance(error, UserError):
+        return str(error)
+    first = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, dist.DistError) or "gloo/" in first:
+        reason = re.sub(r"^\[.*?\] |[.] .*", "", first)
+        return visible(
+            f"rank {rank()} of {world()} lost another rank, whose own message says why ({reason}); "
+            "what was saved is intact: start all of them again with --resume"
+        )
+    if "DataLoader" in first:
+        return visible(f"the loader failed ({first}); {RESUME}")
+    raise error
 
 
 if __name__ == "__main__":

@@ -1,464 +1,410 @@
-"""Public corpora as they lie on disk to manifests: python -m prepare.corpora NAME SOURCE_DIR OUT.jsonl
+"""Public corpora as they lie on disk to manifests: python -m prepare.corpora NAME SOURCE OUT.jsonl
 
-Without a name it lists the corpora with their licences. A further corpus is a function that reads its layout and yields
-rows, and an entry in CORPORA. A row is one of a manifest (see data.Manifest) whose audio is a Path, and has besides
-
-    where      the file and line it comes from, for messages
-    stated_s   the duration the corpus states, in seconds: compared with that of the audio's header, which the row gets
-    duration   only where the row is a part of a recording, with start
-
-What it does not say is task asr, language en, target_language as source_language, style written, and the corpus and its
-licence. Bare text is lower-cased. For a row that cannot be used a reader yields drop(...), so that it is counted; with
-audio, its hours are too.
+Without a name it lists the corpora with their licences. A further corpus is an entry in CORPORA and
+a function of its directory and the options of the command line that mean something to it, which
+yields rows. A row is a manifest's example (see data.Manifest) whose audio is a Path, and has also
+`where`, the file and line it comes from. It has a duration only where it is a part of a recording.
+What it does not say is task asr, language en, target_language as source_language, style written,
+corpus and licence. Where a row cannot be used, dropped[reason] gets its `where` instead.
 """
 
 import argparse
-import csv
+import inspect
 import json
-import os
 import re
 import sys
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import islice, zip_longest
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
-from prepare.corpus_formats import (MISSING, TEXT, UNREADABLE, CorpusError, Index, Lines, convert, drop, find, join,
-                                    read_json, read_lines, select, table, tar_members, unpack)
-from prepare.errors import visible
-from prepare.mcif import FormatError, read_references, read_source
-
-# -----------------------------------------------------------------------------
-# readers: (source directory, options of the command line) to rows
+from data import tar_members, text_hash, write_text
+from model import UserError, one_line_errors, visible
+from prepare import corpus_formats as formats
+from prepare.corpus_formats import UNREADABLE, find, read_lines, read_pairs, read_table, select
+from prepare.mcif import read_references, read_source
 
 
-def code(name):
-    """The code of a language by its name in a corpus (zh-CN, cmn_hans_cn, en_us); Cantonese, zh-HK too, is yue."""
+def language_code(name: str) -> str:
+    """The code of a language by its name in a corpus: zh-CN, cmn_hans_cn, en_us."""
     return {"zh-HK": "yue", "cmn_hans_cn": "zh"}.get(name) or re.split("[-_]", name)[0]
 
 
-def number(text, unit=1):
-    """A field as a number of seconds, of which `unit` are one; None if it is none."""
-    return float(text) / unit if re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", str(text)) else None
+def folder_code(path: Path) -> str:
+    """The code of the language by whose name the folder of a file is called."""
+    return language_code(path.resolve().parent.name)
 
 
-def librispeech(source, args):
+def parse_part(start: str, end: str) -> dict | None:
+    """Start and duration, in seconds, of a part of a recording; None if a field is no number."""
+    if not all(re.fullmatch(r"\d{1,12}(\.\d+)?", field, re.ASCII) for field in (start, end)):
+        return None
+    return dict(start=float(start), duration=float(end) - float(start))
+
+
+def librispeech(source, dropped, split=("train",)):
     files = find(source, "*/*/*/*.trans.txt", "LibriSpeech/*/*/*/*.trans.txt")
-    for path in select(files, args.split, lambda path: path.parts[-4], "split"):
-        for where, line in read_lines(path):
-            name, _, text = line.partition(" ")
-            yield {"audio": path.with_name(f"{name}.flac"), "text": text, "style": "bare",
-                   "speaker": name.split("-")[0], "where": where}
+    for path in select(files, split, lambda path: path.parts[-4], "split"):
+        for where, name, text in read_pairs(path):
+            audio, speaker = path.with_name(f"{name}.flac"), name.split("-")[0]
+            yield dict(where=where, audio=audio, text=text, style="bare", speaker=speaker)
 
 
-MLS = {"english": "en", "german": "de", "dutch": "nl", "french": "fr", "spanish": "es", "italian": "it",
-       "portuguese": "pt", "polish": "pl"}
+def mls(source, dropped, split=("train",), language=None):
+    def language_of(path):  # of mls_german/train/transcripts.txt, or of mls_german_opus
+        name = path.resolve().parts[-3].removeprefix("mls_").removesuffix("_opus")
+        return codes.get(name, name)
 
-
-def mls(source, args):
-    def language(path):  # of mls_german/train/transcripts.txt, or of mls_german_opus
-        folder = path.resolve().parts[-3]
-        return next((MLS[name] for name in MLS if name in folder), folder)
-
+    names = "english german dutch french spanish italian portuguese polish".split()
+    codes = dict(zip(names, "en de nl fr es it pt pl".split(), strict=True))
     files = find(source, "mls_*/*/transcripts.txt", "*/transcripts.txt")
-    files = select(files, args.language, language, "language")
-    for path in select(files, args.split, lambda path: path.parent.name, "split"):
+    files = select(files, language, language_of, "language")
+    for path in select(files, split, lambda path: path.parent.name, "split"):
+        fields = dict(style="bare", source_language=language_of(path))
         suffix = "opus" if path.resolve().parts[-3].endswith("_opus") else "flac"
-        for where, line in read_lines(path):
-            name, _, text = line.partition("\t")
+        for where, name, text in read_pairs(path):
             speaker, _, book = name.rpartition("_")[0].partition("_")
-            yield {"audio": path.parent / "audio" / speaker / book / f"{name}.{suffix}", "text": text, "style": "bare",
-                   "source_language": language(path), "speaker": speaker, "where": where}
+            audio = path.parent / "audio" / speaker / book / f"{name}.{suffix}"
+            yield dict(fields, where=where, audio=audio, text=text, speaker=speaker)
 
 
-def commonvoice(source, args):
-    def language(clips):
-        return code(clips.resolve().parent.name)
-
-    for clips in select(find(source, "*/clips", "clips"), args.language, language, "language"):
-        spoken, durations = language(clips), clips.with_name("clip_durations.tsv")
-        durations = Lines(durations, "clip") if durations.exists() else {}
-        files = sorted(clips.parent.glob("*.tsv"))
-        for path in select(files, args.split, lambda path: path.stem, "split"):
-            for where, record in table(path, ("path", "sentence")):
-                name = record.get("path", "").removesuffix(".mp3") + ".mp3"  # the first releases have no suffix
-                stated = (durations.get(name) or {}).get("duration[ms]")
-                yield {"audio": clips / name, "text": record["sentence"], "speaker": record.get("client_id"),
-                       "source_language": code(record.get("locale", "")) or spoken, "where": where,
-                       "stated_s": number(stated, 1000)} if record else drop(UNREADABLE, where)
+def commonvoice(source, dropped, split=("train",), language=None):
+    files = select(find(source, "*/*.tsv", "*.tsv"), language, folder_code, "language")
+    for path in select(files, split, lambda path: path.stem, "split"):
+        for where, record in read_table(path, ["path", "sentence"], dropped):
+            name = record["path"].removesuffix(".mp3")  # which the first releases do not have
+            fields = dict(audio=path.with_name("clips") / f"{name}.mp3", text=record["sentence"])
+            fields["source_language"] = language_code(record.get("locale", "")) or folder_code(path)
+            yield dict(fields, where=where, speaker=record.get("client_id"))
 
 
-def covost2(source, args):
-    def languages(path):  # of covost_v2.en_zh-CN.tsv
-        return path.name.split(".")[1].split("_")
-
-    def pair(path):
-        return "-".join(map(code, languages(path)))
+def covost2(source, dropped, split=("train",), language=None, common_voice=None):
+    def pair_of(path):  # of covost_v2.en_zh-CN.tsv
+        return "-".join(map(language_code, path.name.split(".")[1].split("_")))
 
     files = find(source, "covost_v2.*_*.tsv", "*/covost_v2.*_*.tsv")
-    files = [path for path in files if path.name.count(".") == 2]  # not what the official script makes of them
-    splits = select(["train", "dev", "test"], args.split, str, "split")
-    for path in select(files, args.language, pair, "translation"):
-        voices = find(args.common_voice or path.parent, "validated.tsv", f"{languages(path)[0]}/validated.tsv")[0]
-        clips = Lines(voices, "path")
-        for where, record in table(path, ("path", "translation", "split"), escape="\\"):
-            if not record:
-                yield drop(UNREADABLE, where)
-            elif record["split"].removesuffix("_covost") in splits:
-                clip = clips.get(record["path"])
-                yield {"audio": voices.parent / "clips" / record["path"], "text": record["translation"], "task": "st",
-                       "source_language": code(languages(path)[0]), "target_language": code(languages(path)[1]),
-                       "speaker": clip.get("client_id"), "where": where
-                       } if clip else drop("not in this release of Common Voice", where)
-
-
-FLEURS = ["id", "file", "raw_transcription", "transcription", "characters", "num_samples", "gender"]
-
-
-def fleurs(source, args):
-    folders = {code(path.parent.name): path.parent for path in find(source, "data/*/*.tsv", "*/*.tsv")}
-    for languages in args.language or sorted(folders):
-        spoken, _, written = languages.partition("-")
-        for language in filter(None, (spoken, written)):
-            select(folders, [language], str, "language")
-        folder = folders[spoken]
-        for path in select(sorted(folder.glob("*.tsv")), args.split, lambda path: path.stem, "split"):
-            texts = {}
-            if written:  # the same id is the same sentence in every language
-                other = table(folders[written] / path.name, (), FLEURS)
-                texts = {record["id"]: record["raw_transcription"] for _, record in other if record}
-            clips, archive = folder / "audio" / path.stem, folder / "audio" / f"{path.stem}.tar.gz"
-            if archive.exists() and not clips.exists():
-                clips = unpack([archive], args.out.parent / "fleurs-audio" / folder.name / path.stem)
-            for where, record in table(path, (), FLEURS):
-                if not record:
-                    yield drop(UNREADABLE, where)
-                elif written and record["id"] not in texts:
-                    yield drop(f"no sentence of this id in {written}", where, number(record["num_samples"], 16000) or 0)
-                else:
-                    yield {"audio": clips / record["file"], "task": "st" if written else "asr",
-                           "text": texts.get(record["id"], record["raw_transcription"]), "source_language": spoken,
-                           "target_language": written or spoken, "stated_s": number(record["num_samples"], 16000),
-                           "where": where}
-
-
-def voxpopuli(source, args):
-    files = find(source, "transcribed_data/*/asr_*.tsv*", "data/*/asr_*.tsv*", "*/asr_*.tsv*", "asr_*.tsv*")
-    folders = sorted({path.parent.resolve() for path in files})
-    for folder in select(folders, args.language, lambda folder: folder.name, "language"):
-        for split in select(["train", "dev", "test"], args.split, str, "split"):
-            for where, record, audio in voxpopuli_clips(folder, split, args):
-                raw = record.get("raw_text", "").strip()  # empty in half of some languages
-                if not record:
-                    yield drop(UNREADABLE, where)
-                elif record.get("is_gold_transcript", "True").lower() == "false":
-                    yield audio | drop("not a gold transcript", where)
-                else:
-                    yield audio | {"text": raw or record["normalized_text"], "style": "written" if raw else "bare",
-                                   "source_language": folder.name.split("_")[0],
-                                   "speaker": record["speaker_id"].replace("None", ""), "where": where}
-
-
-def voxpopuli_clips(folder, split, args):
-    # (where it stands, record, its audio): clips that the official script has cut, or as the Hub has them, or parts of
-    # the sessions by the table from which the script cuts
-    cut, archives = folder / f"asr_{split}.tsv", sorted((folder / split).glob("*.tar.gz"))
-    if cut.exists():
-        clips = unpack(archives, args.out.parent / "voxpopuli-audio" / folder.name / split) if archives else folder
-        for where, record in table(cut, ("id", "raw_text", "normalized_text", "speaker_id")):
-            name = record.get("id", "")
-            yield where, record, {"audio": clips / (f"{name}.wav" if archives else f"{name[:4]}/{name}.ogg")}
-        return
-    path = find(folder, f"asr_{folder.name}.tsv.gz", cut.name)[0]
-    need = ("session_id", "original_text", "normed_text", "speaker_id", "start_time", "end_time", "split")
-    for where, record in table(path, need, delimiter="|", quoting=csv.QUOTE_MINIMAL):
-        if record.get("split", split) == split:
-            session, start, end = (record.get(name) for name in ("session_id", "start_time", "end_time"))
-            if None in (number(start), number(end)):
-                yield where, {}, {}
+    files = [path for path in files if path.name.count(".") == 2]  # not those the script makes
+    splits = select(["train", "dev", "test"], split, str, "split")
+    for path in select(files, language, pair_of, "translation"):
+        spoken, written = pair_of(path).split("-")
+        folder = path.name.split(".")[1].split("_")[0]
+        voices = find(common_voice or path.parent, "validated.tsv", f"{folder}/validated.tsv")
+        speakers = formats.read_column(voices[0], "path", "client_id")
+        fields = dict(task="st", source_language=spoken, target_language=written)
+        columns = ["path", "translation", "split"]
+        for where, record in read_table(path, columns, dropped, escapechar="\\"):
+            name, text, split_name = map(record.get, columns)
+            if split_name.removesuffix("_covost") not in splits:
                 continue
-            audio = folder.parents[1] / "raw_audios" / "original" / session[:4] / f"{session}_original.ogg"
-            yield (where, record | {"raw_text": record["original_text"], "normalized_text": record["normed_text"]},
-                   {"audio": audio, "start": number(start), "duration": number(end) - number(start)})
+            if name in speakers:
+                audio = voices[0].with_name("clips") / name
+                yield dict(fields, where=where, audio=audio, text=text, speaker=speakers[name])
+            else:
+                dropped["not in this release of Common Voice"].append(where)
 
 
-def peoples_speech(source, args):
+def fleurs(source, dropped, out, split=("train",), language=None):
+    columns = "id file raw_transcription transcription characters num_samples gender".split()
+    folders = {folder_code(path): path.parent for path in find(source, "data/*/*.tsv", "*/*.tsv")}
+    for pair in language or sorted(folders):
+        select(folders, pair.split("-"), str, "language")
+        spoken, _, written = pair.partition("-")
+        fields = dict(source_language=spoken, target_language=written or spoken)
+        fields["task"] = "st" if written else "asr"
+        files = sorted(folders[spoken].glob("*.tsv"))
+        for path in select(files, split, lambda path: path.stem, "split"):
+            clips = path.parent / "audio" / path.stem
+            archive = clips.with_suffix(".tar.gz")
+            if archive.exists() and not clips.exists():
+                unpacked = out.parent / "fleurs-audio" / path.parent.name / path.stem
+                clips = formats.unpack([archive], unpacked)
+            # The same id is the same sentence in every language.
+            other = folders[written or spoken] / path.name
+            texts = formats.read_column(other, "id", "raw_transcription", columns=columns)
+            for where, record in read_table(path, columns, dropped, columns=columns):
+                if record["id"] in texts:
+                    audio, text = clips / record["file"], texts[record["id"]]
+                    yield dict(fields, where=where, audio=audio, text=text)
+                else:
+                    dropped[f"no sentence of this id in {written}"].append(where)
+
+
+def voxpopuli(source, dropped, out, split=("train",), language=None):
+    patterns = [f"{place}asr_*.tsv" for place in ("transcribed_data/*/", "data/*/", "*/", "")]
+    files = find(source, *patterns)
+    files = select(files, language, lambda path: path.resolve().parent.name, "language")
+    for path in select(files, split, lambda path: path.stem.removeprefix("asr_"), "split"):
+        # The official script leaves clips in folders of years, the Hub has them in archives.
+        name, part = path.resolve().parent.name, path.stem.removeprefix("asr_")
+        archives = sorted((path.parent / part).glob("*.tar.gz"))
+        unpacked = out.parent / "voxpopuli-audio" / name / part
+        clips = formats.unpack(archives, unpacked) if archives else path.parent
+        columns = ["id", "raw_text", "normalized_text", "speaker_id"]
+        for where, record in read_table(path, columns, dropped):
+            id, raw, normalised, speaker = map(record.get, columns)
+            if record.get("is_gold_transcript", "True").lower() == "false":
+                dropped["not a gold transcript"].append(where)
+                continue
+            audio = clips / (f"{id}.wav" if archives else f"{id[:4]}/{id}.ogg")
+            fields = dict(speaker=speaker.replace("None", ""), source_language=folder_code(path))
+            fields["style"] = "written" if raw.strip() else "bare"  # as in half of some languages
+            yield dict(fields, where=where, audio=audio, text=raw.strip() or normalised)
+
+
+def peoples_speech(source, dropped, split=("train",)):
     files = find(source, "*/*.json", "*.json")
-    files = [path for path in files if not re.search(r"_\d{6}$", path.stem)]  # samples of the large ones
-    parts = [path.stem for path in files if path.resolve().parent.name in args.split]  # train has four
-    for path in select(files, parts or args.split, lambda path: path.stem, "split or subset"):
-        folder, licence = path.with_suffix(""), "CC-BY-SA-4.0" if path.stem.endswith("_sa") else "CC-BY-4.0"
-        tars = sorted(folder.glob("*.tar"))
-        tar_of = Index(tar_members(tars))
+    files = [path for path in files if not re.search(r"_\d{6}$", path.stem)]  # samples of others
+    # Train has four subsets, each of which can be asked for by itself, too.
+    parts = [path.stem for path in files if path.resolve().parent.name in split]
+    for path in select(files, parts or split, lambda path: path.stem, "split or subset"):
+        tars = {}
+        for tar in sorted(path.with_suffix("").glob("*.tar")):
+            with one_line_errors(tar, formats.DAMAGED):
+                tars |= dict.fromkeys(tar_members(str(tar)), tar)
+        licence = "CC-BY-SA-4.0" if path.stem.endswith("_sa") else "CC-BY-4.0"
         for where, line in read_lines(path):
             try:
                 item = json.loads(line)
-                own = spdx(str(item.get("license") or item.get("licenseurl") or licence))
-                data = item["training_data"]
-                for name, text, ms in zip(data["name"], data["label"], data["duration_ms"], strict=True):
-                    name, stated_s = name.removeprefix("./"), ms / 1000
-                    tar = tar_of.get(name)
-                    if not 3 * stated_s < len(text) < 30 * stated_s:  # aligned to a text that is not what is said
-                        yield drop("text too long or too short for its audio", where, stated_s)
-                    else:
-                        yield {"audio": (folder if tar is None else tars[tar]) / name, "text": text, "style": "bare",
-                               "speaker": str(item.get("identifier", "")), "licence": own, "stated_s": stated_s,
-                               "where": where}
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-                yield drop(UNREADABLE, where)
+                terms = spdx(str(item.get("license") or item.get("licenseurl") or licence))
+                fields = dict(style="bare", speaker=str(item.get("identifier", "")), licence=terms)
+                columns = ("name", "label", "duration_ms")
+                clips = zip(*map(item["training_data"].get, columns), strict=True)
+                for name, text, milliseconds in clips:
+                    name = name.removeprefix("./")
+                    audio = tars.get(name, path.with_suffix("")) / name
+                    if 3 < 1000 * len(text) / milliseconds < 30:
+                        yield dict(fields, where=where, audio=audio, text=text)
+                    else:  # it was aligned to a text that is not what is said
+                        dropped["text too long or too short for its audio"].append(where)
+            except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
+                dropped[UNREADABLE].append(where)
 
 
-def spdx(licence):
+def spdx(licence: str) -> str:
     """The SPDX identifier of a Creative Commons licence by its address or its name."""
-    if match := re.search(r"creativecommons\.org/(?:licenses/([a-z-]+)|publicdomain/zero)/(\d\.\d)", licence):
-        return f"CC-{match[1].upper()}-{match[2]}" if match[1] else f"CC0-{match[2]}"
-    return re.sub("[ _]", "-", licence).upper() if licence.lower().startswith("cc") else licence
+    match = re.search(r"(by[a-z-]*|zero)[/ -](\d\.\d)", licence.lower())
+    name = f"CC-{match[1].upper()}-{match[2]}" if match else licence
+    return name.replace("CC-ZERO", "CC0")
 
 
-def europarl_st(source, args):
-    def pair(path):  # of en/de/train/segments.lst
+def europarl_st(source, dropped, split=("train",), language=None):
+    def pair_of(path):  # of en/de/train/segments.lst
         return "-".join(path.parts[-4:-2])
 
     files = find(source, "*/*/*/segments.lst", "v1.1/*/*/*/segments.lst")
-    files = select(files, args.language, pair, "translation")
-    for path in select(files, args.split, lambda path: path.parent.name, "split"):
-        spoken, written = pair(path).split("-")
-        names = [path.with_name(name) for name in ("speeches.lst", "speakers.lst")]
-        speakers = dict(zip(*(name.read_text(**TEXT).splitlines() for name in names))) if names[0].exists() else {}
-        translations = path.with_name(f"segments.{written}")
-        with open(path, **TEXT) as segments, open(translations, **TEXT) as texts:
-            for at, (segment, text) in enumerate(zip_longest(segments, texts), 1):
-                where = f"{str(translations)!r} line {at}"
-                if segment is None or text is None:
-                    raise CorpusError(f"{where}: found an end here, but not in segments.lst or the other way round, "
-                                      "expected as many lines in both; get them again")
-                recording, start, end = (segment.split() + ["", "", ""])[:3]
-                if None in (number(start), number(end)):
-                    yield drop(UNREADABLE, where)
-                    continue
-                kinds = [path.parents[2] / "audios" / f"{recording}.{kind}" for kind in ("flac", "wav", "ogg", "m4a")]
-                yield {"audio": next(filter(os.path.exists, kinds), kinds[-1]), "start": number(start),
-                       "duration": number(end) - number(start), "text": text, "task": "st", "source_language": spoken,
-                       "target_language": written, "speaker": speakers.get(recording), "where": where}
+    files = select(files, language, pair_of, "translation")
+    for path in select(files, split, lambda path: path.parent.name, "split"):
+        spoken, written = pair_of(path).split("-")
+        fields = dict(task="st", source_language=spoken, target_language=written)
+        texts = path.with_name(f"segments.{written}")
+        with one_line_errors(texts, "expected as many lines as in segments.lst; get both again"):
+            lines = list(zip(read_lines(path), read_lines(texts), strict=True))
+        for (_, segment), (where, text) in lines:
+            recording, start, end = (segment.split() + 3 * [""])[:3]
+            part = parse_part(start, end)
+            if part is None:
+                dropped[UNREADABLE].append(where)
+                continue
+            audio = path.parents[2] / "audios" / f"{recording}.m4a"
+            converted = [audio.with_suffix(suffix) for suffix in (".flac", ".wav", ".ogg")]
+            audio = next(filter(Path.exists, converted), audio)
+            yield fields | part | dict(where=where, audio=audio, text=text)
 
 
-def squad_paragraphs(path):
-    """(article's title, article_paragraph, [(id, question, answers)]) of each paragraph of a file in SQuAD's format."""
-    try:
-        for i, article in enumerate(read_json(path)["data"]):
+def squad_questions(path: Path) -> Iterator[tuple[str, str, str, str, str]]:
+    """(title, article_paragraph, id, question, first answer) of a file in SQuAD's format."""
+    with one_line_errors(path, "expected SQuAD's format; get the file again"):
+        for i, article in enumerate(json.loads(path.read_bytes())["data"]):
             for j, paragraph in enumerate(article["paragraphs"]):
-                yield article["title"], f"{i}_{j}", [
-                    (qa["id"], qa["question"], [answer["text"] for answer in qa["answers"]]) for qa in paragraph["qas"]]
-    except (KeyError, TypeError) as error:
-        raise CorpusError(f"{str(path)!r}: no {error} where SQuAD's format has it; get the file again") from error
+                for item in paragraph["qas"]:
+                    answers = [answer["text"] for answer in item["answers"]] or [""]
+                    yield article["title"], f"{i}_{j}", item["id"], item["question"], answers[0]
 
 
-def spoken_squad(source, args):
-    # its own answers are lower-case spans of recogniser output; those of SQuAD are as printed
-    answers = {id: found for _, _, qas in squad_paragraphs(args.squad) for id, _, found in qas} if args.squad else None
-    for split in select(["train", "dev", "test"], args.split, str, "split"):
-        part, folder = ("test", "dev_wav") if split == "test" else ("train", "train_wav")
-        path, folder = find(source, f"spoken_{part}-v1.1.json")[0], find(source, folder, f"*/{folder}")[0]
-        sentences = {}
-        for name in os.listdir(folder):
-            if match := re.fullmatch(r"(\d+_\d+)_(\d+)\.wav", name):
-                sentences.setdefault(match[1], []).append((int(match[2]), folder / name))
-        for title, paragraph, qas in squad_paragraphs(path):
-            if part == "train" and (zlib.crc32(title.encode()) % 10 == 0) != (split == "dev"):
-                continue  # a tenth of the articles is dev, so that no passage is in both
-            files = sorted(sentences.get(paragraph, ()))
-            passage, lost = args.out.parent / "spoken-squad-audio" / f"{part}-{paragraph}.flac", None
-            if not files or [at for at, _ in files] != list(range(len(files))):
-                lost = MISSING
-            elif qas and not join([file for _, file in files], passage):
-                lost = "sentences that cannot be decoded or joined"
-            for id, question, found in qas:
-                where = f"{str(path)!r} question {id}"
-                if lost or answers is not None and id not in answers:
-                    yield drop(lost or "question that is not in SQuAD's file", where)
-                else:
-                    found = answers[id] if answers else found
-                    yield {"audio": passage, "text": found[0] if found else "", "task": "sqa", "question": question,
-                           "speaker": "google-tts", "where": where}
+def spoken_squad(source, dropped, out, split=("train",), squad=None):
+    # Its own answers are lower-case spans of recogniser output; those of SQuAD are as printed.
+    printed = squad_questions(squad) if squad else []
+    printed = {id: answer for _, _, id, _, answer in printed}
+    for name in select(["train", "dev", "test"], split, str, "split"):
+        part, folder = ("test", "dev_wav") if name == "test" else ("train", "train_wav")
+        path = find(source, f"spoken_{part}-v1.1.json")[0]
+        sentences = find(source, f"{folder}/*.wav", f"*/{folder}/*.wav")
+        sentences = {file.stem: file for file in sentences}
+        for title, paragraph, id, question, answer in squad_questions(path):
+            # A tenth of the articles of train is dev, so that no passage is in both.
+            held_out = zlib.crc32(title.encode()) % 10 == 0
+            if part == "train" and held_out != (name == "dev"):
+                continue
+            where = f"{path} question {id}"
+            files = []
+            while f"{paragraph}_{len(files)}" in sentences:
+                files.append(sentences[f"{paragraph}_{len(files)}"])
+            passage = out.parent / "spoken-squad-audio" / f"{part}-{paragraph}.flac"
+            if not files or f"{paragraph}_{len(files) + 1}" in sentences:
+                dropped[formats.MISSING].append(where)
+            elif squad and id not in printed:
+                dropped["question that is not in SQuAD's file"].append(where)
+            elif not (passage.exists() or formats.join(files, passage)):
+                dropped["sentences that cannot be decoded or joined"].append(where)
+            else:
+                fields = dict(task="sqa", question=question, text=printed.get(id, answer))
+                yield dict(fields, where=where, audio=passage, speaker="google-tts")
 
 
-def librisqa(source, args):
+def librisqa(source, dropped, split=("train",), librispeech=None):
     files = find(source, "LibriSQA-Part*/LibriSQA-Part*-*.json", "LibriSQA-Part*-*.json")
-    for path in select(files, args.split, lambda path: path.stem.rpartition("-")[2], "split"):
+    for path in select(files, split, lambda path: path.stem.rpartition("-")[2], "split"):
         part = "test-clean" if path.stem.endswith("test") else "train-clean-360"
-        speech = find(args.librispeech or source, part, f"LibriSpeech/{part}")[0]
-        for at, item in enumerate(read_json(path), 1):
-            where = f"{str(path)!r} item {at}"
+        speech = find(librispeech or source, part, f"LibriSpeech/{part}")[0]
+        with one_line_errors(path, "get the file again"):
+            items = json.loads(path.read_bytes())
+        for number, item in enumerate(items, 1):
+            where = f"{path} item {number}"
             try:
-                name, speaker, chapter = re.search(r"(\d+)-(\d+)-\d+", item["speech_path"]).group(0, 1, 2)
-                asked, said = ("question_and_option", "answer_and_analysis") if "question" not in item else (
-                    "question", "answer")
-                yield {"audio": speech / speaker / chapter / f"{name}.flac", "text": item[said], "task": "sqa",
-                       "question": item[asked], "speaker": speaker, "stated_s": number(item.get("duration")),
-                       "where": where}
-            except (KeyError, TypeError, AttributeError):
-                yield drop(UNREADABLE, where)
+                name = Path(item["speech_path"]).stem
+                speaker, chapter, _ = name.split("-")
+                audio = speech / speaker / chapter / f"{name}.flac"
+                question = item.get("question", item.get("question_and_option"))
+                answer = item.get("answer_and_analysis", item.get("answer"))
+                fields = dict(task="sqa", question=question, text=answer, speaker=speaker)
+                yield dict(fields, where=where, audio=audio)
+            except (KeyError, TypeError, ValueError):
+                dropped[UNREADABLE].append(where)
 
 
-def mcif(source, args):
-    from prepare.checkpoint import write_text
-    from prepare.licences import fingerprint
-    found, texts = [], set()
+def mcif(source, dropped, out, split=("long",), language=None):
+    tasks = dict(ASR="asr", TRANS="st", QA="sqa")
+    entries = list(mcif_references(source))
+
+    # No text of any track and language may get into training, whichever rows are asked for.
+    texts = set()
+    for *_, reference, _, question in entries:
+        lines = reference.lines + reference.transcript
+        texts.update([question] if reference.task == "QA" else lines)
+    hashes = sorted({text_hash(text) for text in texts if text.strip()})
+    write_text(out.with_suffix(".fingerprints"), "".join(f"{line}\n" for line in hashes))
+
+    entries = select(entries, split, lambda entry: entry[0], "track")
+    entries = select(entries, language, lambda entry: entry[1], "language")
+    for track, target, where, reference, samples, question in entries:
+        if reference.task not in tasks:
+            dropped["not transcription, translation or a question"].append(where)
+        elif len(samples) != 1 or len(reference.ids) != 1:
+            dropped["not one recording with one text: take --split long"].append(where)
+        else:
+            audio = source / f"{track.upper()}_AUDIOS" / samples[0].audio
+            fields = dict(task=tasks[reference.task], target_language=target, test_only=True)
+            fields |= dict(question=question) if reference.task == "QA" else {}
+            yield dict(fields, where=where, audio=audio, text=" ".join(reference.lines))
+
+
+def mcif_references(source: Path) -> Iterator[tuple]:
+    """(track, language, where it stands, Reference, its Samples, their question) of each one."""
     for path in find(source, "*.ref.xml*"):
         name = ".".join(path.name.split(".ref.xml")[0].split(".")[-2:])  # long.de
-        samples = {(task.track, task.language, sample.id): sample
-                   for task in read_source(find(source, f"*.{name}.src*.xml*")[0]) for sample in task.samples}
-        for key, references in read_references(path).items():
+        tasks = read_source(find(source, f"*.{name}.src*.xml*")[0])
+        samples = {(task.track, task.language, s.id): s for task in tasks for s in task.samples}
+        for (track, language), references in read_references(path).items():
             for reference in references:
-                asked = [samples[(*key, id)] for id in reference.ids if (*key, id) in samples]
+                keys = [(track, language, id) for id in reference.ids]
+                asked = [samples[key] for key in keys if key in samples]
                 question = re.split("[:：]", asked[0].instruction, maxsplit=1)[-1] if asked else ""
-                texts |= {question} if reference.task == "QA" else {*reference.lines, *reference.transcript}
-                found.append((key, f"{str(path)!r} {reference.iid}", reference, asked, question))
-    # of all tracks and languages, so that none of these texts gets into training whichever rows are asked for
-    write_text(args.out.with_suffix(".fingerprints"), "".join(f"{line}\n" for line in sorted(
-        {fingerprint(text) for text in texts if text.strip()})))
-    found = select(found, args.split, lambda entry: entry[0][0], "track")
-    found = select(found, args.language, lambda entry: entry[0][1], "language")
-    for (track, language), where, reference, asked, question in found:
-        if reference.task not in ("ASR", "TRANS", "QA"):
-            yield drop("not transcription, translation or a question", where)
-        elif len(asked) != len(reference.ids):
-            yield drop("id that is not in the source file", where)
-        elif len(asked) > 1:
-            yield drop("segments of a talk, of which there is only one text: take --split long", where, 0, len(asked))
-        else:
-            row = {"ASR": {"task": "asr"}, "TRANS": {"task": "st"}, "QA": {"task": "sqa", "question": question}}
-            yield row[reference.task] | {
-                "audio": source / f"{track.upper()}_AUDIOS" / asked[0].audio, "text": " ".join(reference.lines),
-                "target_language": language, "where": where}
+                yield track, language, f"{path} {reference.iid}", reference, asked, question
 
 
-def ljspeech(source, args):
+def ljspeech(source, dropped):
     path = find(source, "metadata.csv")[0]
-    for where, record in table(path, (), ["name", "text", "words"], delimiter="|"):
-        yield {"audio": path.with_name("wavs") / f"{record['name']}.wav", "text": record["text"], "speaker": "lj",
-               "where": where} if record else drop(UNREADABLE, where)
+    columns = ["name", "text", "words"]
+    for where, record in read_table(path, columns, dropped, columns=columns, delimiter="|"):
+        audio = path.with_name("wavs") / f"{record['name']}.wav"
+        yield dict(where=where, audio=audio, text=record["text"], speaker="lj")
 
 
-def kaldi(source, args):
-    def lines(name, *columns):
-        return Lines(source / name, "id", ["id", *columns], None) if (source / name).exists() else None
+def kaldi(source, dropped, language=("en",), licence="unknown"):
+    def read_map(name):
+        path = source / name
+        return {id: rest for _, id, rest in read_pairs(path)} if path.exists() else {}
 
-    texts = find(source, "text")[0]
-    find(source, "wav.scp")
-    recordings, segments = lines("wav.scp", "file"), lines("segments", "recording", "start", "end")
-    speakers = lines("utt2spk", "speaker")
-    first = "".join(line.partition(" ")[2] for _, line in islice(read_lines(texts), 1000))
-    style = "bare" if first in (first.lower(), first.upper()) and not re.search("[.,?!]", first) else "written"
-    for where, line in read_lines(texts):
-        id, _, text = line.replace("\t", " ", 1).partition(" ")
-        segment = segments.get(id) if segments else {"recording": id}
-        file = recordings.get(segment.get("recording")).get("file", "").strip()
-        start, end = number(segment.get("start")), number(segment.get("end"))
-        if not file or segments and None in (start, end):
-            yield drop("no place in segments or wav.scp", where)
+    texts = list(read_pairs(find(source, "text")[0]))
+    recordings, segments, speakers = map(read_map, ("wav.scp", "segments", "utt2spk"))
+
+    # Text in one case and without punctuation is bare.
+    first = " ".join(text for _, _, text in texts[:1000])
+    bare = first in (first.lower(), first.upper()) and not re.search("[.,?!]", first)
+    fields = dict(style="bare" if bare else "written", source_language=language[0])
+    fields |= dict(corpus=source.resolve().name, licence=licence)
+    for where, id, text in texts:
+        recording, part = id, {}
+        if segments:
+            recording, start, end = (segments.get(id, "").split() + 3 * [""])[:3]
+            part = parse_part(start, end)
+        file = recordings.get(recording)
+        if not file or part is None:
+            dropped["no place in segments or wav.scp"].append(where)
         elif "|" in (file[0], file[-1]):
-            yield drop("wav.scp has a command, which is not run: write the audio to files", where)
+            dropped["command in wav.scp, which is not run: write audio files"].append(where)
         else:
-            part = {"start": start, "duration": end - start} if segments else {}
-            yield part | {"audio": next(filter(os.path.exists, [source / file, Path(file)]), Path(file)), "text": text,
-                          "style": style, "source_language": (args.language or ["en"])[0],
-                          "speaker": speakers.get(id).get("speaker") if speakers else None,
-                          "corpus": source.resolve().name, "licence": args.licence or "unknown", "where": where}
+            audio = source / file if (source / file).exists() else Path(file)
+            part["speaker"] = speakers.get(id)
+            yield fields | part | dict(where=where, audio=audio, text=text)
 
 
-# -----------------------------------------------------------------------------
-# the corpora
+# name: (licence, SPDX, of a row that does not say another; address; reader)
+HUB, GITHUB = "https://huggingface.co/datasets", "https://github.com"
+CORPORA = {
+    "librispeech": ("CC-BY-4.0", "https://www.openslr.org/12", librispeech),
+    "mls": ("CC-BY-4.0", "https://www.openslr.org/94", mls),
+    "commonvoice": ("CC0-1.0", "https://commonvoice.mozilla.org", commonvoice),
+    "covost2": ("CC0-1.0", f"{GITHUB}/facebookresearch/covost", covost2),
+    "fleurs": ("CC-BY-4.0", f"{HUB}/google/fleurs", fleurs),
+    "voxpopuli": ("CC0-1.0", f"{GITHUB}/facebookresearch/voxpopuli", voxpopuli),
+    "peoples-speech": ("CC-BY-4.0", f"{HUB}/MLCommons/peoples_speech_v1.0", peoples_speech),
+    "europarl-st": ("CC-BY-NC-4.0", "https://www.mllp.upv.es/europarl-st", europarl_st),
+    "spoken-squad": ("CC-BY-SA-4.0", f"{GITHUB}/Chia-Hsuan-Lee/Spoken-SQuAD", spoken_squad),
+    "librisqa": ("unknown", f"{HUB}/ZihanZhao/LibriSQA", librisqa),
+    "mcif": ("CC-BY-4.0", f"{HUB}/FBK-MT/MCIF, for testing only", mcif),
+    "ljspeech": ("LicenseRef-PublicDomain", "https://keithito.com/LJ-Speech-Dataset", ljspeech),
+    "kaldi": ("unknown", "https://kaldi-asr.org/doc/data_prep.html", kaldi),
+}
 
 
-@dataclass(frozen=True)
-class Corpus:
-    name: str
-    licence: str  # SPDX; of a row that does not say another
-    attribution: str  # what a licence that asks for it wants to be said
-    url: str
-    read: Callable
-    options: str = "split"  # of the command line that mean something here
-    split: str = "train"  # taken if none is asked for
-    test_only: bool = False
-
-
-CORPORA = {corpus.name: corpus for corpus in (
-    Corpus("librispeech", "CC-BY-4.0", "LibriSpeech, by Vassil Panayotov, Guoguo Chen, Daniel Povey and Sanjeev "
-           "Khudanpur, 2015, from LibriVox", "https://www.openslr.org/12", librispeech),
-    Corpus("mls", "CC-BY-4.0", "Multilingual LibriSpeech, by Vineel Pratap, Qiantong Xu, Anuroop Sriram, Gabriel "
-           "Synnaeve and Ronan Collobert, 2020, from LibriVox", "https://www.openslr.org/94", mls, "split language"),
-    Corpus("commonvoice", "CC0-1.0", "Common Voice, by Mozilla and its contributors", "https://commonvoice.mozilla.org",
-           commonvoice, "split language"),
-    Corpus("covost2", "CC0-1.0", "CoVoST 2, by Changhan Wang, Anne Wu and Juan Pino, 2020, on Common Voice",
-           "https://github.com/facebookresearch/covost", covost2, "split language common_voice"),
-    Corpus("fleurs", "CC-BY-4.0", "FLEURS, by Alexis Conneau, Min Ma and others, 2022, on the sentences of FLoRes",
-           "https://huggingface.co/datasets/google/fleurs", fleurs, "split language"),
-    Corpus("voxpopuli", "CC0-1.0", "VoxPopuli, by Changhan Wang, Morgane Rivière and others, 2021; recordings (c) "
-           "European Union, European Parliament", "https://github.com/facebookresearch/voxpopuli", voxpopuli,
-           "split language"),
-    Corpus("peoples-speech", "CC-BY-4.0", "The People's Speech, by Daniel Galvez, Greg Diamos and others, 2021, from "
-           "archive.org", "https://huggingface.co/datasets/MLCommons/peoples_speech_v1.0", peoples_speech),
-    Corpus("europarl-st", "CC-BY-NC-4.0", "Europarl-ST, by Javier Iranzo-Sánchez, Joan Albert Silvestre-Cerdà and "
-           "others, 2020", "https://www.mllp.upv.es/europarl-st", europarl_st, "split language"),
-    Corpus("spoken-squad", "CC-BY-SA-4.0", "Spoken-SQuAD, by Chia-Hsuan Li, Szu-Lin Wu, Chi-Liang Liu and Hung-yi Lee, "
-           "2018, from SQuAD, by Pranav Rajpurkar, Jian Zhang, Konstantin Lopyrev and Percy Liang, 2016, and Wikipedia",
-           "https://github.com/Chia-Hsuan-Lee/Spoken-SQuAD", spoken_squad, "split squad"),
-    Corpus("librisqa", "unknown", "LibriSQA, by Zihan Zhao and others, 2023, on LibriSpeech; it states no licence",
-           "https://huggingface.co/datasets/ZihanZhao/LibriSQA", librisqa, "split librispeech"),
-    Corpus("mcif", "CC-BY-4.0", "MCIF, by Sara Papi and others, 2025, from talks of the ACL Anthology",
-           "https://huggingface.co/datasets/FBK-MT/MCIF", mcif, "split language", "long", test_only=True),
-    Corpus("ljspeech", "LicenseRef-PublicDomain", "The LJ Speech Dataset, by Keith Ito and Linda Johnson, 2017",
-           "https://keithito.com/LJ-Speech-Dataset", ljspeech, ""),
-    Corpus("kaldi", "unknown", "whoever made the data directory knows", "https://kaldi-asr.org/doc/data_prep.html",
-           kaldi, "language licence"),
-)}
-
-
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", help="of the corpus; without it, all are listed")
-    parser.add_argument("source", nargs="?", type=Path, help="the directory of the corpus, unpacked")
+    parser.add_argument("name", nargs="?", choices=CORPORA, help="without it, all are listed")
+    parser.add_argument("source", nargs="?", type=Path, help="the corpus's directory, unpacked")
     parser.add_argument("out", nargs="?", type=Path, help="the manifest to write")
-    parser.add_argument("--split", nargs="+", help="default: train; of librispeech train is train-clean-100 and so on")
-    parser.add_argument("--language", nargs="+", help="two letters, for translation en-de; default: all that are there")
-    parser.add_argument("--shards", type=Path, metavar="DIR", help="copy the audio into tars of about 1 GB there")
-    parser.add_argument("--common-voice", type=Path, metavar="DIR", help="for covost2: a release of Common Voice; "
-                        "default: the directory of the translations")
-    parser.add_argument("--librispeech", type=Path, metavar="DIR", help="for librisqa; default: SOURCE")
-    parser.add_argument("--squad", type=Path, metavar="JSON", help="for spoken-squad: SQuAD's train-v1.1.json (test: "
-                        "dev-v1.1.json), whose answers are as printed")
-    parser.add_argument("--licence", metavar="SPDX", help="for kaldi; default: unknown, which training refuses")
-    parser.add_argument("--trust-paths", action="store_true", help="take audio from outside the corpus's directory, too, "
-                        "where its tables or symbolic links lead there")
+    parser.add_argument("--split", nargs="+", help="default: train, with train-clean-100 and so on")
+    parser.add_argument("--language", nargs="+", help="as de, for translation en-de; default: all")
+    parser.add_argument("--shards", type=Path, help="a directory for tars with copies of the audio")
+    parser.add_argument("--common-voice", type=Path, help="for covost2; default: SOURCE")
+    parser.add_argument("--librispeech", type=Path, help="for librisqa; default: SOURCE")
+    parser.add_argument("--squad", type=Path, help="for spoken-squad: SQuAD's own JSON file")
+    parser.add_argument("--licence", help="SPDX, for kaldi; default: unknown, which is refused")
     args = parser.parse_args(argv)
     if args.name is None:
-        for corpus in CORPORA.values():
-            print(f"{corpus.name:16}{corpus.licence:24}{'test only  ' * corpus.test_only}{corpus.url}")
+        for name, (licence, address, _) in CORPORA.items():
+            print(f"{name:16}{licence:24}{address}")
         return
-    corpus = CORPORA.get(args.name)
-    if corpus is None or args.out is None:
-        parser.error(f"no corpus {args.name!r}; choose from {', '.join(CORPORA)}" if corpus is None else
-                     "expected NAME SOURCE_DIR OUT.jsonl")
-    for option in ("split", "language", "common_voice", "librispeech", "squad", "licence"):
-        if getattr(args, option) is not None and option not in corpus.options.split():
-            parser.error(f"{corpus.name} takes no --{option.replace('_', '-')}")
-    args.split = args.split or [corpus.split]
+    if args.out is None:
+        parser.error("expected NAME SOURCE OUT.jsonl")
+
+    # A reader takes the options that it has a parameter for.
+    licence, _, read = CORPORA[args.name]
+    options = {name: value for name, value in vars(args).items() if value is not None}
+    taken = inspect.signature(read).parameters
+    for name in options.keys() - taken.keys() - {"name", "source", "out", "shards"}:
+        parser.error(f"{args.name} takes no --{name.replace('_', '-')}")
+    options = {name: value for name, value in options.items() if name in taken}
+    dropped = defaultdict(list)
     try:
-        tally = convert(corpus, args.source, args)
-    except (CorpusError, FormatError) as error:
-        sys.exit(f"corpora: {corpus.name}: {error}")
-    except OSError as error:
-        sys.exit(f"corpora: {visible(error)}; what was converted is kept, run the same command again to go on")
+        terms = dict(corpus=args.name, licence=licence)
+        formats.convert(read(dropped=dropped, **options), dropped, terms, args)
+    except (UserError, OSError) as error:
+        sys.exit(f"corpora: {args.name}: {visible(error)}; no manifest was written")
     except KeyboardInterrupt:
-        sys.exit("corpora: stopped; what was converted is kept, run the same command again to go on")
-    print(visible("\n".join(tally.report(corpus.name)), keep="\n"))
-    if not tally.kept:
-        sys.exit(f"corpora: {corpus.name}: no row of {str(args.source)!r} could be used, no manifest was written")
-    if MISSING in tally.dropped:
-        sys.exit(f"corpora: {corpus.name}: the recordings of {tally.dropped[MISSING][0]:,} rows are missing; download "
-                 "the rest and run this again")
+        sys.exit("corpora: stopped, no manifest was written; run the same command again")
+    if dropped[formats.MISSING]:
+        sys.exit(f"corpora: {args.name}: recordings are missing; get the rest and run this again")
 
 
 if __name__ == "__main__":

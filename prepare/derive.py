@@ -1,4 +1,4 @@
-"""Manifest rows made from others: what they inherit, and neighbouring utterances joined."""
+"""Examples made from others: what they inherit, and neighbouring utterances joined."""
 
 import hashlib
 import json
@@ -13,114 +13,221 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from data import Manifest, join
-from prepare.audio import SAMPLE_RATE, load_audio
-from prepare.checkpoint import write_atomically
-from prepare.errors import AudioError, ManifestError
-from prepare.licences import strictest
-from prepare.paths import leads_out, outside
+import data
+from data import SAMPLE_RATE, AudioError, Manifest
+from model import UserError
+
+# From the freest to the strictest; the versions of a licence are alike.
+RANKS = (
+    r"CC0-.*|PDDL-.*|LicenseRef-PublicDomain|public domain",
+    r"MIT|Apache-.*",
+    r"CC-BY(-\d.*)?",
+    r"CC-BY-SA-.*",
+    r"CC-BY-ND-.*",
+    r"CC-BY-NC-\d.*",
+    r"CC-BY-NC-SA-.*",
+    r"CC-BY-NC-ND-.*",
+)
+ATTRIBUTION = 2  # the last rank that asks for no more than a mention
 
 
-def derived(out, manifest, rows, place, **fields):
-    """A row for the manifest `out` made from rows of another: its audio is at `place`, a row of that manifest or what
-    join_audio gave; beside its own fields it has what it inherits."""
-    sources = sorted({tuple(pair) for row in rows for pair in row["sources"] or [[row["corpus"], row["licence"]]]})
+def licence_rank(licence: str) -> int:
+    """Its place in RANKS; an unknown licence is stricter than every known one."""
+    for rank, pattern in enumerate(RANKS):
+        if re.fullmatch(pattern, licence, re.IGNORECASE):
+            return rank
+    return len(RANKS)
+
+
+def strictest(licences: list[str]) -> str:
+    """The licence of what is made from material under these licences, which is the strictest.
+
+    Where several bind in different ways (share-alike and non-commercial), it is "A AND B". Of
+    "A OR B" the freer counts. It is "unknown" where there is none.
+    """
+    parts = set()
+    for licence in licences:
+        choices = [choice.split(" AND ") for choice in licence.strip("() ").split(" OR ")]
+        parts.update(min(choices, key=lambda choice: max(map(licence_rank, choice))))
+    ordered = sorted(parts, key=lambda part: (licence_rank(part), part))
+    binding = [part for part in ordered if licence_rank(part) > ATTRIBUTION]
+    return " AND ".join(binding or ordered[-1:]) or "unknown"
+
+
+def derive(out: Path, manifest: Manifest, sources: list[dict], place: dict, **fields) -> dict:
+    """An example for the manifest `out` with these fields, made from examples of another manifest.
+
+    Its audio is at `place`, an example of that manifest or what join_audio returned. The first
+    source gives language and speaker; all of them give corpus and licence.
+    """
+    pairs = set()
+    for source in sources:
+        given = source["sources"] or [[source["corpus"], source["licence"]]]
+        pairs.update(tuple(pair) for pair in given)
+    licences = [licence for _, licence in pairs] + [source["licence"] for source in sources]
     audio = os.path.relpath(manifest.path.parent / place["audio"], out.parent)
-    return {"audio": Path(audio).as_posix()} | {
-        name: place[name] for name in ("start", "duration") if place.get(name)} | fields | {
-        "source_language": rows[0]["source_language"], "speaker": rows[0]["speaker"],
-        "corpus": "+".join(dict.fromkeys(row["corpus"] for row in rows)),
-        "licence": strictest([licence for _, licence in sources] + [row["licence"] for row in rows]),
-        "sources": [list(pair) for pair in sources]} | (
-        {"test_only": True} if any(row.get("test_only") for row in rows) else {})
+    example = {"audio": Path(audio).as_posix()}
+    example |= {name: place[name] for name in ("start", "duration") if place.get(name)}
+    example |= fields
+    example["source_language"] = sources[0]["source_language"]
+    example["speaker"] = sources[0]["speaker"]
+    example["corpus"] = "+".join(dict.fromkeys(source["corpus"] for source in sources))
+    example["licence"] = strictest(licences)
+    example["sources"] = [list(pair) for pair in sorted(pairs)]
+    if any(source.get("test_only") for source in sources):
+        example["test_only"] = True
+    return example
 
 
-def neighbours(rows):
-    """Rows, each of another place in audio, as lists of those that follow one another: in one file, or, by one speaker,
-    in files whose names differ in their last number alone."""
-    files, groups = Counter(row["audio"] for row in rows), {}
-    for row in rows:
-        name = row["audio"]
-        if files[name] == 1 and row["speaker"] != "unknown":
+def write_examples(path: Path, examples: list[dict]) -> None:
+    """Writes a manifest, which replaces an older one only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
+    data.write_text(path, "".join(lines))
+
+
+# --------------------------------------------------------------------------------------------------
+# Neighbouring utterances
+
+
+def neighbours(examples: list[dict]) -> list[list[dict]]:
+    """Groups examples, each of another piece of audio, into runs that follow one another.
+
+    A run lies in one file or, by one speaker, in files whose names differ in the last number alone.
+    """
+    pieces = Counter(example["audio"] for example in examples)
+    runs = {}
+    for example in examples:
+        name = example["audio"]
+        if pieces[name] == 1 and example["speaker"] != "unknown":
             name = re.sub(r"\d+(?=\D*$)", "", name.rpartition(".")[0])
-        groups.setdefault((row["corpus"], row["speaker"], row["source_language"], row["style"], name), []).append(row)
+        kind = [example[field] for field in ("corpus", "speaker", "source_language", "style")]
+        runs.setdefault((*kind, name), []).append(example)
 
-    def order(row):
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", row["audio"])], row["start"]
+    def order(example):
+        parts = re.split(r"(\d+)", example["audio"])
+        return [int(part) if part.isdecimal() else part for part in parts], example["start"]
 
-    return [sorted(some, key=order) for some in groups.values()]
+    return [sorted(run, key=order) for run in runs.values()]
 
 
-def join_audio(out, manifest, rows):
-    """Where the audio of successive rows is: audio, start and duration (seconds). If one follows the other in one file,
-    it is a longer cut of that, else a new 16 kHz flac in a folder beside `out`. Raises AudioError."""
-    first, last = rows[0], rows[-1]
-    if all(a["audio"] == b["audio"] and a["duration"] and abs(a["start"] + a["duration"] - b["start"]) < 0.01
-           for a, b in zip(rows, rows[1:])):
-        duration = None if last["duration"] is None else round(last["start"] + last["duration"] - first["start"], 4)
+def continues(before: dict, after: dict) -> bool:
+    """Whether an example begins where another one in the same file ends, within 10 ms."""
+    if before["audio"] != after["audio"] or not before["duration"]:
+        return False
+    return abs(before["start"] + before["duration"] - after["start"]) < 0.01
+
+
+def join_audio(out: Path, manifest: Manifest, examples: list[dict]) -> dict:
+    """Where the joined audio of successive examples is: audio, start and duration (seconds).
+
+    If each continues the one before in the same file, this is a longer piece of that file, else a
+    new 16 kHz FLAC file in a folder beside `out`. Raises AudioError.
+    """
+    first, last = examples[0], examples[-1]
+    if all(map(continues, examples, examples[1:])):
+        duration = last["duration"]
+        if duration is not None:
+            duration = round(last["start"] + duration - first["start"], 4)
         return {"audio": first["audio"], "start": first["start"], "duration": duration}
-    pieces = [(str(manifest.path.parent / row["audio"]), row["start"], row["duration"]) for row in rows]
-    name = hashlib.sha256(json.dumps([(*piece, changed(piece[0])) for piece in pieces]).encode()).hexdigest()[:16]
+
+    # The new file is named after what goes into it, so that a run which goes on finds it there.
+    pieces = []
+    for example in examples:
+        file = manifest.path.parent / example["audio"]
+        pieces.append((str(file), example["start"], example["duration"]))
+    contents = [(*piece, modification_time(piece[0])) for piece in pieces]
+    name = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
     path = Path(os.path.abspath(out.parent)) / f"{out.stem}-audio" / name[:2] / f"{name}.flac"
     if not path.exists():
-        wave = torch.cat([load_audio(*piece) for piece in pieces])  # (N,)
+        wave = torch.cat([data.load_audio(*piece) for piece in pieces])  # (N,)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: soundfile.write(file, wave.numpy(), SAMPLE_RATE, format="FLAC"))
-    return {"audio": str(path), "duration": soundfile.info(path).frames / SAMPLE_RATE}
+        options = {"samplerate": SAMPLE_RATE, "format": "FLAC"}
+        data.write_atomically(path, lambda file: soundfile.write(file, wave.numpy(), **options))
+    return {"audio": str(path), "duration": data.audio_seconds(path)}
 
 
-def changed(path):
-    """When an audio file, or the tar it is in, was changed, in ns; 0 if there is none."""
-    shard, tar, _ = path.partition(".tar/")
-    file = Path(shard + tar.rstrip("/"))
+def modification_time(path: str) -> int:
+    """When an audio file, or the tar that holds it, was changed, in ns; 0 if it is not there."""
+    shard, is_member, _ = path.partition(".tar/")
+    file = Path(shard + ".tar" if is_member else path)
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
-def concatenate(path, out, longest, trust_paths=False):
-    """Joins neighbouring utterances of the manifest `path` into rows of at most `longest` seconds, one of each task and
-    language that all of them have, and writes those to the manifest `out`. Raises ManifestError."""
-    manifest, said = Manifest(path, trust_paths), {}  # place -> (task, language, instruction) -> row
-    for row in manifest:
-        if row["task"] != "sqa":
-            place = said.setdefault((row["audio"], row["start"], row["duration"]), {})
-            place[row["task"], row["target_language"], row.get("instruction")] = row
-    places = [min(rows.values(), key=lambda row: row["task"]) for rows in said.values()]  # asr, where there is one
-    groups, bad, away = [], 0, 0
-    for some in neighbours(places):
+def piece_of(example: dict) -> tuple:
+    return example["audio"], example["start"], example["duration"]
+
+
+def concatenate(path: str, out: Path, longest: float) -> None:
+    """Joins neighbouring utterances of a manifest into examples of at most `longest` seconds.
+
+    A joined recording has an example of every task and language that all its parts have. Those
+    whose audio cannot be used are counted and left out. Raises UserError if there are none.
+    """
+    # The tasks of a piece of audio are {(task, language, instruction): example}.
+    manifest = Manifest(path)
+    tasks = {}
+    for example in manifest:
+        if example["task"] != "sqa":
+            key = example["task"], example["target_language"], example.get("instruction")
+            tasks.setdefault(piece_of(example), {})[key] = example
+
+    # Of these, the transcript stands for the piece, where there is one.
+    utterances = [
+        min(part.values(), key=lambda example: example["task"]) for part in tasks.values()
+    ]
+    groups = group_neighbours(manifest, utterances, longest)
+    joined = []
+    skipped = 0
+    for group in tqdm(groups, out.name, unit=" recordings"):
+        parts = [tasks[piece_of(utterance)] for utterance in group]
+        try:
+            place = join_audio(out, manifest, group)
+        except AudioError as error:
+            skipped += 1
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        joined += join_parts(out, manifest, place, parts)
+    write_examples(out, joined)
+    print(
+        f"{out}: {len(groups) - skipped} recordings joined of {sum(map(len, groups))} of the "
+        f"{len(utterances)} utterances; {skipped} left out because their audio cannot be used"
+    )
+
+
+def group_neighbours(manifest: Manifest, utterances: list, longest: float) -> list[list[dict]]:
+    """Neighbours in groups of at most `longest` seconds. Raises UserError if there are none."""
+    groups = []
+    for run in neighbours(utterances):
         total = math.inf
-        for row in some:
-            seconds = manifest.seconds(row)
+        for utterance in run:
+            seconds = manifest.seconds(utterance)
             if total + seconds > longest:
                 groups.append([])
                 total = 0.0
-            groups[-1].append(row)
+            groups[-1].append(utterance)
             total += seconds
-    groups = [rows for rows in groups if len(rows) > 1]
+    groups = [group for group in groups if len(group) > 1]
     if not groups:
-        raise ManifestError(f"{path!r}: found no neighbouring utterances, asr or st, of together at most {longest:g} "
-                            "s; give another manifest or more --seconds")
+        raise UserError(
+            f"{manifest.path}: found no neighbouring utterances, asr or st, of together at most "
+            f"{longest:g} s; give another manifest or more --seconds"
+        )
+    return groups
 
-    def save(file):
-        nonlocal bad, away
-        for rows in tqdm(groups, out.name, unit=" recordings", dynamic_ncols=True):
-            try:
-                place = join_audio(out, manifest, rows)
-            except AudioError as error:
-                bad += 1
-                print(f"left out: {error}", file=sys.stderr)
-                continue
-            parts = [said[row["audio"], row["start"], row["duration"]] for row in rows]
-            for task, language, instruction in parts[0]:
-                if all((task, language, instruction) in part for part in parts):
-                    some = [part[task, language, instruction] for part in parts]
-                    fields = {"text": join([row["text"] for row in some]), "task": task, "target_language": language}
-                    fields |= {"instruction": instruction} if instruction else {}
-                    fields |= {"style": some[0]["style"]} if task == "asr" else {}
-                    row = derived(out, manifest, some, place, **fields)
-                    away += leads_out(out.parent, row["audio"])
-                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, save)
-    print(f"{out}: {len(groups) - bad} recordings joined of {sum(map(len, groups))} of the {len(places)} utterances; "
-          f"{bad} left out because their audio cannot be used", *[outside(away)] * bool(away), sep="\n")
+def join_parts(out: Path, manifest: Manifest, place: dict, parts: list[dict]) -> list[dict]:
+    """An example of every (task, language, instruction) that all parts of a recording have."""
+    joined = []
+    for task, language, instruction in parts[0]:
+        sources = [part.get((task, language, instruction)) for part in parts]
+        if None in sources:
+            continue
+        text = data.join_texts([source["text"] for source in sources])
+        fields = {"text": text, "task": task, "target_language": language}
+        if instruction:
+            fields["instruction"] = instruction
+        if task == "asr":
+            fields["style"] = sources[0]["style"]
+        joined.append(derive(out, manifest, sources, place, **fields))
+    return joined

@@ -1,14 +1,13 @@
-"""Synthetic training data, written by a local LLM that follows instructions (Qwen2.5-Instruct and kin).
+"""Training data written by a local LLM that follows instructions (Qwen2.5-Instruct and kin).
 
     python -m prepare.synth translate asr.jsonl st.jsonl --llm DIR --languages de it zh
     python -m prepare.synth questions asr.jsonl sqa.jsonl --llm DIR --unanswerable 0.25
-    python -m prepare.synth paraphrase more.json --llm DIR
     python -m prepare.synth concatenate asr.jsonl longer.jsonl --seconds 30
     python -m prepare.synth filter st.all.jsonl st.jsonl --threshold round_trip=50
 
-Everything that is written goes at once into OUT.all.jsonl, with its scores and the names of those it fails; what
-fails none goes into OUT.jsonl. A run that was stopped goes on where it was. The LLM answers greedily, so a row does not
-depend on what it is batched with (but for the rounding of bfloat16); the seed draws what is asked.
+Everything that is written goes at once into OUT.all.jsonl, with its scores and the names of those
+it fails; what fails none goes into OUT.jsonl. A run that was stopped goes on where it was. The LLM
+answers greedily, so an example does not depend on its batch (but for the rounding of bfloat16).
 """
 
 import argparse
@@ -19,389 +18,478 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import sacrebleu
 import torch
+from tqdm import tqdm
 
-from data import Manifest, join
+from data import INSTRUCTIONS, REFUSALS, AudioError, Manifest, join_texts
+from eval import item_scores
+from model import UserError, fingerprint
 from prepare import filters
-from prepare.checkpoint import fingerprint
-from prepare.derive import concatenate, derived, join_audio, neighbours
-from prepare.errors import AudioError, CheckpointError, ManifestError
-from prepare.instructions import INSTRUCTIONS, REFUSALS
-from prepare.writer import ask, decode, encode, load_writer, produce, prompt, say, weigh
+from prepare.derive import concatenate, derive, join_audio, neighbours
+from prepare.writer import Writer, produce
 
 LANGUAGES = list(INSTRUCTIONS["targets"])
-NAMES = INSTRUCTIONS["targets"]["en"]  # {to} and {in} of each language, as English says them
+LANGUAGE_NAMES = INSTRUCTIONS["targets"]["en"]  # {to} and {in} of each language, in English
 
-# What the LLM is asked: passage, newline, instruction, as the speech model is
+# What the LLM is asked: passage, newline, instruction, as the speech model is.
 TRANSLATE = "{text}\nTranslate {to}."
-WRITE = ("{text}\nWrite one question {in}, if possible about {kind}, that this text answers, and its answer {in} in at "
-         "most {words} words. Use this form:\nQuestion: ...\nAnswer: ...")
-KINDS = ("a person", "a place", "a time", "a number", "a reason", "a thing", "what happens", "how something is done")
-ANSWER = {"en": "Give a short answer in English. {question}", "de": "Gib eine kurze Antwort auf Deutsch. {question}",
-          "it": "Dai una risposta breve in italiano. {question}", "zh": "用中文简短回答。{question}"}
-REFUSE = {"en": "If the text does not tell, answer:", "de": "Steht es nicht im Text, antworte:",
-          "it": "Se il testo non lo dice, rispondi:", "zh": "文中没有的，回答："}
-PARAPHRASE = ("{wording}\nThis is an instruction for a program that listens to a recording. Say the same {in} in five "
-              "other ways, one a line, without numbers.{keep}")
-WRITTEN = re.compile(r"(?:question|frage|domanda|问题)\W*?[:：][\s*]*(.+?)[\s*]*\n\W*(?:answer|antwort|risposta|答案|回答|答)"
-                     r"\W*?[:：][\s*]*(.+)", re.I)
-WRITE_LIMIT = 200  # tokens of a question and its answer, or of some wordings
+WRITE = (
+    "{text}\nWrite one question {in}, if possible about {kind}, that this text answers, and its "
+    "answer {in} in at most {words} words. Use this form:\nQuestion: ...\nAnswer: ..."
+)
+KINDS = (
+    "a person, a place, a time, a number, a reason, a thing, what happens, how something is done"
+).split(", ")
+ANSWER = {
+    "en": "Give a short answer in English. {question}",
+    "de": "Gib eine kurze Antwort auf Deutsch. {question}",
+    "it": "Dai una risposta breve in italiano. {question}",
+    "zh": "用中文简短回答。{question}",
+}
+REFUSE = {
+    "en": "If the text does not tell, answer:",
+    "de": "Steht es nicht im Text, antworte:",
+    "it": "Se il testo non lo dice, rispondi:",
+    "zh": "文中没有的，回答：",
+}
+WRITTEN = re.compile(
+    r"(?:question|frage|domanda|问题)\W*?[:：][\s*]*(.+?)[\s*]*\n"
+    r"\W*(?:answer|antwort|risposta|答案|回答|答)\W*?[:：][\s*]*(.+)",
+    re.IGNORECASE,
+)
+WRITE_LIMIT = 200  # tokens of a question and its answer
 
 
-def usable(manifest, bare):
-    """(number, row) of the rows whose transcript the LLM can work on. Raises ManifestError if there are none."""
-    found = False
-    for i, row in enumerate(manifest):
-        if row["task"] == "asr" and row["source_language"] in LANGUAGES and (bare or row["style"] != "bare"):
-            found = True
-            yield i, row
-    if not found:
-        raise ManifestError(f"{str(manifest.path)!r}: found no asr row in {', '.join(LANGUAGES)} with case and "
-                            "punctuation; give another manifest, or --bare to take those without, too")
+def usable_examples(manifest: Manifest, bare: bool) -> list[tuple[int, dict]]:
+    """(number, example) of the transcripts that the LLM can work on. Raises UserError for none."""
+    usable = []
+    for number, example in enumerate(manifest):
+        written = bare or example["style"] != "bare"
+        if example["task"] == "asr" and example["source_language"] in LANGUAGES and written:
+            usable.append((number, example))
+    if not usable:
+        raise UserError(
+            f"{manifest.path}: found no asr example in {', '.join(LANGUAGES)} with case and "
+            "punctuation; give another manifest, or --bare to take those without, too"
+        )
+    return usable
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def draw_rows(candidates: list, args) -> list:
+    """As many candidates as --rows wants, drawn, in their order."""
+    if not candidates:
+        raise UserError(f"{args.input}: is in these languages already; give other --languages")
+    if not args.rows or args.rows >= len(candidates):
+        return candidates
+    drawn = random.Random(args.seed).sample(range(len(candidates)), args.rows)
+    return [candidates[i] for i in sorted(drawn)]
+
+
+# --------------------------------------------------------------------------------------------------
 # Translations
 
 
-def translate(args, writer, made_by):
-    manifest = Manifest(args.input, args.trust_paths)
-    items = [(f"{i + 1} {language}", i, language) for i, row in usable(manifest, args.bare)
-             for language in args.languages if language != row["source_language"]]
+class Translations:
+    """The st examples of usable transcripts in other languages."""
 
-    def prepare(id, i, language):
-        row = manifest[i]
-        limit = 2 * len(encode(writer, row["text"])) + 32
-        new = derived(args.out, manifest, [row], row, text="", task="st", target_language=language)
-        new |= {"made_by": made_by | {"kind": "translated", "prompt": TRANSLATE, "transcript": row["text"]}, "id": id}
-        ids = prompt(writer, TRANSLATE.format(text=row["text"], **NAMES[language]))
-        return {"row": new, "prompt": ids, "limit": limit, "size": max(len(ids), limit + 64) + limit}
+    def __init__(self, args, writer: Writer, made_by: dict):
+        self.writer = writer
+        self.round_trip = not args.no_round_trip
+        manifest = Manifest(args.input)
+        made_by = made_by | {"kind": "translated", "prompt": TRANSLATE}
+        examples = []
+        for number, source in usable_examples(manifest, args.bare):
+            for language in args.languages:
+                if language != source["source_language"]:
+                    fields = {"text": "", "task": "st", "target_language": language}
+                    example = derive(args.out, manifest, [source], source, **fields)
+                    example["made_by"] = made_by | {"transcript": source["text"]}
+                    example["id"] = f"{number + 1} {language}"
+                    examples.append(example)
+        self.examples = draw_rows(examples, args)
 
-    def back(rows, limits):
+    def prompt(self, text: str, language: str) -> list[int]:
+        return self.writer.prompt(TRANSLATE.format(text=text, **LANGUAGE_NAMES[language]))
+
+    def write(self, examples: list[dict]) -> None:
         prompts = []
-        for row, limit in zip(rows, limits):
-            text = decode(writer, encode(writer, row["text"])[:limit])  # half characters take more than was written
-            prompts.append(prompt(writer, TRANSLATE.format(text=text, **NAMES[row["source_language"]])))
-        return say(writer, ask(writer, prompts), limits)
+        limits = []
+        for example in examples:
+            transcript = example["made_by"]["transcript"]
+            prompts.append(self.prompt(transcript, example["target_language"]))
+            limits.append(2 * len(self.writer.encode(transcript)) + 32)
+        asked = self.writer.read(prompts)
+        answers = self.writer.answer(asked, limits)
+        columns = examples, answers, limits, self.writer.weigh(asked, answers)
+        for example, ids, limit, (log_p, tokens) in zip(*columns, strict=True):
+            text = self.writer.decode(ids)
+            made_by = example["made_by"]
+            language = example["target_language"]
+            transcript = made_by["transcript"]
+            scores = filters.translation_scores(transcript, text, language, ids)
+            if len(ids) == limit:
+                scores["loop"] = 1
+            made_by["scores"] = scores | {"log_p": round(log_p / tokens, 4)}
+            if not text:
+                made_by["failed"] = "empty"
+            example["text"] = text
+        if self.round_trip:
+            self.translate_back(examples, limits)
 
-    def write(jobs):
-        rows, limits = [job["row"] for job in jobs], [job["limit"] for job in jobs]
-        asked = ask(writer, [job["prompt"] for job in jobs])
-        answers = say(writer, asked, limits)
-        for row, ids, limit, (log_p, tokens) in zip(rows, answers, limits, weigh(writer, asked, answers)):
-            row["text"] = decode(writer, ids)
-            scores = filters.translation_scores(row["made_by"]["transcript"], row["text"], row["target_language"], ids)
-            scores |= {"loop": max(scores["loop"], int(len(ids) == limit)), "log_p": round(log_p / tokens, 4)}
-            row["made_by"] |= {"scores": scores} | ({} if row["text"] else {"failed": "empty"})
-        for row, ids in zip(rows, [] if args.no_round_trip else back(rows, limits)):
-            row["made_by"]["back"] = decode(writer, ids)
-            chrf = sacrebleu.sentence_chrf(row["made_by"]["back"], [row["made_by"]["transcript"]]).score
-            row["made_by"]["scores"]["round_trip"] = round(chrf, 1)
-
-    return items, prepare, write
+    def translate_back(self, examples: list[dict], limits: list[int]) -> None:
+        # Half a character at the end of a text takes more tokens than were written.
+        prompts = []
+        for example, limit in zip(examples, limits, strict=True):
+            text = self.writer.decode(self.writer.encode(example["text"])[:limit])
+            prompts.append(self.prompt(text, example["source_language"]))
+        for example, text in zip(examples, self.writer.reply(prompts, limits), strict=True):
+            made_by = example["made_by"]
+            made_by["back"] = text
+            language = example["source_language"]
+            scores = item_scores("st", language, made_by["transcript"], text)
+            made_by["scores"]["round_trip"] = scores["chrf"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Questions
 
 
 class Passage(NamedTuple):
-    rows: list
+    """Neighbouring transcripts that questions are about."""
+
+    examples: list
     text: str
     groups: list  # what it belongs to, the narrowest first: recording, speaker, corpus
 
 
 class Question(NamedTuple):
+    """A question to be asked about a passage; the LLM is to write it if it has no text."""
+
     number: int
-    passage: int
+    passage: Passage
     language: str
-    text: str | None = None  # None: the LLM writes it
-    answer: str | None = None
-    row: dict | None = None  # the manifest row it is from
+    text: str | None = None
+    example: dict | None = None  # that the question is from
 
 
-def read_passages(args, manifest):
-    found = []
-    for number, some in enumerate(neighbours([row for _, row in usable(manifest, args.bare)])):
-        for i in range(0, len(some), args.utterances):
-            rows = some[i:i + args.utterances]
-            corpus, speaker = rows[0]["corpus"], rows[0]["speaker"]
-            found.append(Passage(rows, join([row["text"] for row in rows]), [number, (corpus, speaker), corpus]))
-    return found
+def read_passages(manifest: Manifest, bare: bool, utterances: int) -> list[Passage]:
+    """Passages of at most so many successive utterances."""
+    examples = [example for _, example in usable_examples(manifest, bare)]
+    passages = []
+    for number, run in enumerate(neighbours(examples)):
+        corpus = run[0]["corpus"]
+        groups = [number, (corpus, run[0]["speaker"]), corpus]
+        for start in range(0, len(run), utterances):
+            part = run[start : start + utterances]
+            text = join_texts([example["text"] for example in part])
+            passages.append(Passage(part, text, groups))
+    return passages
 
 
-def read_questions(args, manifest, passages):
-    """The answerable questions of the manifest args.questions about passages. Raises ManifestError."""
-    def place(folder, row):
-        return os.path.abspath(folder / row["audio"]), round(row["start"], 3), round(row["duration"] or 0, 3)
+def read_questions(args, passages: list[Passage]) -> list[Question]:
+    """The answerable questions of args.questions about passages. Raises UserError for none."""
 
-    where = {place(manifest.path.parent, row): p for p, passage in enumerate(passages) for row in passage.rows}
-    given = Manifest(args.questions, args.trust_paths)
-    found = [Question(i, where.get(place(given.path.parent, row)), row["target_language"], row["question"], row["text"],
-                      row) for i, row in enumerate(given) if row["task"] == "sqa" and
-             row["target_language"] in args.languages and row["text"] not in REFUSALS.values()]
-    about = [question for question in found if question.passage is not None]
-    if not about:
-        raise ManifestError(f"{args.questions!r}: of its {len(found)} answerable questions in "
-                            f"{', '.join(args.languages)} none is about a recording of {args.input!r}; both must give "
-                            "the same audio, start and duration")
-    return about
+    def place(path, example):
+        audio = os.path.abspath(Path(path).parent / example["audio"])
+        return audio, round(example["start"], 3), round(example["duration"] or 0, 3)
+
+    by_place = {}
+    for passage in passages:
+        for example in passage.examples:
+            by_place[place(args.input, example)] = passage
+    questions = []
+    for number, example in enumerate(Manifest(args.questions)):
+        language = example["target_language"]
+        refused = example["text"] in REFUSALS.values()
+        if example["task"] == "sqa" and language in args.languages and not refused:
+            passage = by_place.get(place(args.questions, example))
+            if passage:
+                text = example["question"]
+                questions.append(Question(number, passage, language, text, example))
+    if not questions:
+        raise UserError(
+            f"{args.questions}: none of its answerable questions in {', '.join(args.languages)} is "
+            f"about a recording of {args.input}; both must give the same audio, start and duration"
+        )
+    return questions
 
 
-def questions(args, writer, made_by):
-    manifest = Manifest(args.input, args.trust_paths)
-    passages = read_passages(args, manifest)
-    asked = read_questions(args, manifest, passages) if args.questions else [
-        Question(p, p, language) for p in range(len(passages)) for language in args.languages]
-    names = filters.entities([passage.text for passage in passages])
-    own, by = {}, {}  # questions of a passage, and of a group and language
-    for question in asked:
-        own.setdefault(question.passage, set()).add(question.text)
-        for group in passages[question.passage].groups:
-            by.setdefault((group, question.language), []).append(question)
+class Questions:
+    """The sqa examples about passages, of questions from a manifest or written by the LLM."""
 
-    def elsewhere(question, rng):
-        """A question about another passage of the recording, else of the speaker, else of the corpus; None if none."""
-        here = passages[question.passage]
-        for group in here.groups:
+    def __init__(self, args, writer: Writer, made_by: dict):
+        self.args = args
+        self.writer = writer
+        self.made_by = made_by | {"unanswerable": args.unanswerable}
+        self.manifest = Manifest(args.input)
+        self.limit = 8 + 6 * args.answer_words  # tokens of an answer
+        passages = read_passages(self.manifest, args.bare, args.utterances)
+        self.names = filters.find_names([passage.text for passage in passages])
+        questions = []
+        if args.questions:
+            questions = read_questions(args, passages)
+        else:
+            for number, passage in enumerate(passages):
+                questions += [Question(number, passage, language) for language in args.languages]
+
+        # Other questions to draw from, and the questions that a passage does answer.
+        self.by_group = {}
+        self.answered = {}
+        for question in questions:
+            self.answered.setdefault(question.passage.text, set()).add(question.text)
+            for group in question.passage.groups:
+                self.by_group.setdefault((group, question.language), []).append(question)
+        bar = tqdm(draw_rows(questions, args), "questions", dynamic_ncols=True)
+        self.examples = [self.prepare(question) for question in bar]
+
+    def draw_other(self, question: Question, draw: random.Random) -> Question | None:
+        """A question about another passage of the recording, else of the speaker or corpus."""
+        text = question.passage.text
+        for group in question.passage.groups:
             for _ in range(20):
-                other = rng.choice(by[group, question.language])
-                if passages[other.passage].text != here.text and (
-                        not other.text or other.text not in own[question.passage]):
+                other = draw.choice(self.by_group[group, question.language])
+                repeated = other.text and other.text in self.answered[text]
+                if other.passage.text != text and not repeated:
                     return other
+        return None
 
-    def unanswerable(question, rng):
-        """A question that the passage of this one does not answer: the way it is found, its text, the question it was
-        before."""
-        here, other = passages[question.passage], elsewhere(question, rng)
-        if rng.random() < 0.5 or not other:
-            text = question.text and filters.swapped(question.text, here.text, names, rng)
-            if text or not question.text or not other:
+    def draw_unanswerable(self, question: Question, draw: random.Random) -> tuple:
+        """A question that the passage does not answer: how, its text, and the question it was."""
+        other = self.draw_other(question, draw)
+        if draw.random() < 0.5 or other is None:
+            text = question.text
+            if text:
+                text = filters.swap_name(text, question.passage.text, self.names, draw)
+            if text or not question.text or other is None:
                 return "swap", text, question
         return "other passage", other.text, other
 
-    def prepare(id, question):
-        rng, here = random.Random(f"{args.seed} {id}"), passages[question.passage]
-        text, was, place = question.text, question, here.rows[0]
-        refuse = f"{REFUSE[question.language]} {REFUSALS[question.language]}\n"
-        about = {"kind": "answerable", "transcript": here.text, "prompt": refuse + ANSWER[question.language],
-                 "unanswerable": args.unanswerable}
-        if rng.random() < args.unanswerable:
-            way, text, was = unanswerable(question, rng)
-            about |= {"kind": "unanswerable", "way": way, "asked_of": passages[was.passage].text}
-        if args.questions and not text:
+    def prepare(self, question: Question) -> dict:
+        """The example that asks a question, or another one which its passage does not answer."""
+        passage = question.passage
+        language = question.language
+        id = f"{question.number + 1} {language}"
+        draw = random.Random(f"{self.args.seed} {id}")
+        prompt = f"{REFUSE[language]} {REFUSALS[language]}\n{ANSWER[language]}"
+        about = {"kind": "answerable", "transcript": passage.text, "prompt": prompt}
+        text = question.text
+        original = question
+        if draw.random() < self.args.unanswerable:
+            way, text, original = self.draw_unanswerable(question, draw)
+            about |= {"kind": "unanswerable", "way": way, "asked_of": original.passage.text}
+        if self.args.questions and not text:
             about["failed"] = "swap"
         try:
-            place = join_audio(args.out, manifest, here.rows)
+            place = join_audio(self.args.out, self.manifest, passage.examples)
         except AudioError as error:
+            place = passage.examples[0]
             about |= {"failed": "audio", "error": str(error)}
-        rows = here.rows + (passages[was.passage].rows if was is not question else []) + ([was.row] if was.row else [])
-        row = derived(args.out, manifest, rows, place, text=question.answer or "", task="sqa",
-                      target_language=question.language, question=text or "")
-        row |= {"made_by": made_by | about, "id": id}
-        job = {"row": row, "rng": rng}
-        job["size"] = len(prompt(writer, "\n".join([here.text, about["prompt"], row["question"], row["text"]])))
-        if not args.questions:
-            row["made_by"]["question_prompt"] = WRITE
-            job["write"] = prompt(writer, WRITE.format(text=passages[was.passage].text, kind=rng.choice(KINDS),
-                                                       words=args.answer_words, **NAMES[question.language]))
-            job["size"] = max(job["size"], len(job["write"])) + WRITE_LIMIT
-        job["size"] += answer_limit(args.answer_words)
-        return job
 
-    def write(jobs):
-        if not args.questions:
-            write_questions(writer, jobs, names)
-        for kind, check in (("answerable", check_answerable), ("unanswerable", check_unanswerable)):
-            rows = [job["row"] for job in jobs if job["row"]["made_by"]["kind"] == kind]
-            if rows := [row for row in rows if "failed" not in row["made_by"]]:
-                check(writer, rows, args.answer_words)
+        # The passage that the question was asked of and the question's own example are sources.
+        sources = passage.examples + original.passage.examples
+        fields = {"text": "", "task": "sqa", "target_language": language, "question": text or ""}
+        if question.example:
+            sources = [*sources, original.example]
+            fields["text"] = question.example["text"]
+        example = derive(self.args.out, self.manifest, sources, place, **fields)
+        return example | {"made_by": self.made_by | about, "id": id}
 
-    return [(f"{question.number + 1} {question.language}", question) for question in asked], prepare, write
+    def write(self, examples: list[dict]) -> None:
+        if not self.args.questions:
+            self.write_questions(examples)
+        checks = {"answerable": self.check_answerable, "unanswerable": self.check_unanswerable}
+        for kind, check in checks.items():
+            chosen = [example for example in examples if example["made_by"]["kind"] == kind]
+            chosen = [example for example in chosen if "failed" not in example["made_by"]]
+            if chosen:
+                check(chosen)
 
+    def write_questions(self, examples: list[dict]) -> None:
+        """Has the LLM write the question and, if it is to be answerable, the answer."""
+        prompts = []
+        draws = []
+        for example in examples:
+            made_by = example["made_by"]
+            made_by["question_prompt"] = WRITE
+            draw = random.Random(f"{self.args.seed} {example['id']} written")
+            words = {"kind": draw.choice(KINDS), "words": self.args.answer_words}
+            words |= LANGUAGE_NAMES[example["target_language"]]
+            text = made_by.get("asked_of", made_by["transcript"])
+            prompts.append(self.writer.prompt(WRITE.format(text=text, **words)))
+            draws.append(draw)
+        texts = self.writer.reply(prompts, [WRITE_LIMIT] * len(examples))
+        for example, draw, text in zip(examples, draws, texts, strict=True):
+            made_by = example["made_by"]
+            made_by["wrote"] = text
+            match = WRITTEN.search(text)
+            if not match or len(self.writer.encode(match[0])) > WRITE_LIMIT:
+                made_by["failed"] = "form"
+                continue
+            question = match[1].strip(" *")
+            if made_by.get("way") == "swap":
+                question = filters.swap_name(question, made_by["transcript"], self.names, draw)
+            if not question:
+                made_by["failed"] = "swap"
+            example |= {"question": question or "", "text": match[2].strip(" *")}
 
-def answer_limit(words):
-    return 8 + 6 * words  # tokens
+    def read_passage(self, examples: list[dict]) -> tuple:
+        """Has the LLM read the questions of examples behind their passages."""
+        prompts = []
+        for example in examples:
+            made_by = example["made_by"]
+            question = made_by["prompt"].replace("{question}", example["question"])
+            prompts.append(self.writer.prompt(f"{made_by['transcript']}\n{question}"))
+        return self.writer.read(prompts)
 
+    def check_answerable(self, examples: list[dict]) -> None:
+        """Scores answers by what the LLM answers with and without the passage."""
+        writer = self.writer
+        prompts = []
+        for example in examples:
+            question = ANSWER[example["target_language"]].format(question=example["question"])
+            prompts.append(writer.prompt(question))
+        answers = [writer.encode(example["text"]) for example in examples]
+        limits = [self.limit] * len(examples)
+        with_passage = self.read_passage(examples)
+        without = writer.read(prompts)
+        columns = (
+            examples,
+            writer.answer(with_passage, limits),
+            writer.answer(without, limits),
+            writer.weigh(with_passage, answers),
+            writer.weigh(without, answers),
+        )
+        for example, again, guess, (log_p, tokens), (guess_log_p, _) in zip(*columns, strict=True):
+            made_by = example["made_by"]
+            made_by["again"] = writer.decode(again)
+            made_by["without_passage"] = writer.decode(guess)
+            scores = filters.answer_scores(example, made_by["transcript"], self.args.answer_words)
+            for name, other in (("agreement", "again"), ("guess", "without_passage")):
+                language = example["target_language"]
+                f1 = item_scores("sqa", language, example["text"], made_by[other])["f1"]
+                scores[name] = round(f1, 3)
+            scores["gain"] = round((log_p - guess_log_p) / tokens, 4)
+            made_by["scores"] = scores
 
-def write_questions(writer, jobs, names):
-    """Lets the LLM write the question and, if it is to be answerable, the answer of each job's row."""
-    answers = say(writer, ask(writer, [job["write"] for job in jobs]), [WRITE_LIMIT] * len(jobs))
-    for job, ids in zip(jobs, answers):
-        row, about = job["row"], job["row"]["made_by"]
-        about["wrote"] = decode(writer, ids)
-        parts = WRITTEN.search(about["wrote"])
-        if not parts or len(encode(writer, parts[0])) > WRITE_LIMIT:
-            about["failed"] = "form"
-            continue
-        row["question"], row["text"] = (part.strip(" *") for part in parts.groups())
-        if about.get("way") == "swap":
-            row["question"] = filters.swapped(row["question"], about["transcript"], names, job["rng"]) or ""
-            about |= {} if row["question"] else {"failed": "swap"}
-
-
-def check_answerable(writer, rows, most):
-    """Asks the LLM the questions of rows with and without the passage, and scores their answers by that."""
-    questions = [ANSWER[row["target_language"]].format(question=row["question"]) for row in rows]
-    answers, limits = [encode(writer, row["text"]) for row in rows], [answer_limit(most)] * len(rows)
-    read, alone = ask(writer, passage_prompts(writer, rows)), ask(writer, [prompt(writer, text) for text in questions])
-    for row, again, guess, (log_p, tokens), (log_p_alone, _) in zip(
-            rows, say(writer, read, limits), say(writer, alone, limits), weigh(writer, read, answers),
-            weigh(writer, alone, answers)):
-        language, about = row["target_language"], row["made_by"]
-        again, guess = decode(writer, again), decode(writer, guess)
-        about |= {"again": again, "without_passage": guess}
-        about["scores"] = filters.answer_scores(row, about["transcript"], most) | {
-            "agreement": round(filters.token_f1(row["text"], again, language), 3),
-            "guess": round(filters.token_f1(row["text"], guess, language), 3),
-            "gain": round((log_p - log_p_alone) / tokens, 4)}
-
-
-def check_unanswerable(writer, rows, most):
-    """Makes the refusal the answer of rows, and scores it against the best that the LLM answers otherwise."""
-    firsts = {encode(writer, refusal)[0] for refusal in REFUSALS.values()}
-    read = ask(writer, passage_prompts(writer, rows))
-    others = say(writer, read, [answer_limit(most)] * len(rows), never_first=firsts)
-    refusals = [encode(writer, REFUSALS[row["target_language"]]) for row in rows]
-    for row, other, (log_p_other, _), (log_p, _) in zip(rows, others, weigh(writer, read, others),
-                                                        weigh(writer, read, refusals)):
-        row["text"], row["made_by"]["best_other"] = REFUSALS[row["target_language"]], decode(writer, other)
-        row["made_by"]["scores"] = {"language": int(filters.looks_like(row["question"], row["target_language"])),
-                                    "refusal": round(log_p - log_p_other, 4)}
-
-
-def passage_prompts(writer, rows):
-    return [prompt(writer, row["made_by"]["transcript"] + "\n" + row["made_by"]["prompt"].replace(
-        "{question}", row["question"])) for row in rows]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Wordings of instructions
-
-
-def paraphrase(args, writer, made_by):
-    items = [(f"{key}, {language}, {number}", key, language, wording)
-             for key, language, number, wording in filters.known_wordings() if language in args.languages]
-
-    def prepare(id, key, language, wording):
-        blanks = "".join(re.findall("{.*?}", wording))
-        ids = prompt(writer, PARAPHRASE.format(wording=wording, keep=blanks and f" Keep {blanks} as it stands.",
-                                               **NAMES[language]))
-        about = made_by | {"kind": "wordings", "prompt": PARAPHRASE, "scores": {}}
-        return {"row": {"task": key, "target_language": language, "text": wording, "made_by": about, "id": id},
-                "prompt": ids, "size": len(ids) + WRITE_LIMIT}
-
-    def write(jobs):
-        answers = say(writer, ask(writer, [job["prompt"] for job in jobs]), [WRITE_LIMIT] * len(jobs))
-        for row, ids in zip((job["row"] for job in jobs), answers):
-            lines = [re.sub(r"^\s*(?:[-*•]|\d+[.):、])\s*", "", line).strip(" \t\"'“”„«»「」")
-                     for line in decode(writer, ids).splitlines() if line.strip()]
-            failed = [filters.wording_failure(line, row["task"], row["target_language"]) for line in lines]
-            row["made_by"] |= {"wrote": list(zip(lines, failed))} | ({"failed": "no wording"} if all(failed) else {})
-
-    return items, prepare, write
+    def check_unanswerable(self, examples: list[dict]) -> None:
+        """Makes the refusal the answer, and scores it against the best other answer."""
+        writer = self.writer
+        never_first = {writer.encode(refusal)[0] for refusal in REFUSALS.values()}
+        refusals = [REFUSALS[example["target_language"]] for example in examples]
+        asked = self.read_passage(examples)
+        others = writer.answer(asked, [self.limit] * len(examples), never_first)
+        weights = writer.weigh(asked, [writer.encode(refusal) for refusal in refusals])
+        columns = examples, refusals, others, weights, writer.weigh(asked, others)
+        for example, refusal, other, (log_p, _), (other_log_p, _) in zip(*columns, strict=True):
+            made_by = example["made_by"]
+            made_by["best_other"] = writer.decode(other)
+            language = int(filters.looks_like(example["question"], example["target_language"]))
+            made_by["scores"] = {"language": language, "refusal": round(log_p - other_log_p, 4)}
+            example["text"] = refusal
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The program
+# --------------------------------------------------------------------------------------------------
+# The command
 
 
-def threshold(text):
+def parse_threshold(text: str) -> tuple[str, float]:
     """NAME=NUMBER as a pair."""
     name, _, value = text.partition("=")
-    try:
-        value = float(value)
-    except ValueError:
-        name = None
     if name not in filters.THRESHOLDS:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=NUMBER, of {', '.join(filters.THRESHOLDS)}")
-    return name, value
+        names = ", ".join(filters.THRESHOLDS)
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected NAME=NUMBER, of {names}")
+    return name, float(value)
 
 
-def run(args):
-    if args.command == "concatenate":
-        return concatenate(args.input, args.out, args.seconds, args.trust_paths)
-    thresholds = filters.THRESHOLDS | dict(getattr(args, "threshold", None) or [])
-    if args.command == "filter":
-        return filters.select(args.input, args.out, thresholds)
-    writer, args.languages = load_writer(args.llm), list(dict.fromkeys(args.languages))
-    made_by = {"model": args.llm, "sha256": fingerprint(args.llm)["sha256"], "seed": args.seed}
-    make = {"translate": translate, "questions": questions, "paraphrase": paraphrase}[args.command]
-    items, prepare, write = make(args, writer, made_by)
-    if not items:
-        raise ManifestError(f"{args.input!r}: nothing to translate: its transcripts are in the given languages already")
-    if args.rows and args.rows < len(items):
-        items = [items[i] for i in sorted(random.Random(args.seed).sample(range(len(items)), args.rows))]
-    left_out = ("out", "batch", "threshold", "llm", "trust_paths")
-    settings = {name: value for name, value in vars(args).items() if name not in left_out}
-    settings |= {"model": made_by["sha256"], "prompts": [TRANSLATE, WRITE, ANSWER, REFUSE, PARAPHRASE]}
-    for name in ("input", "questions"):
-        if settings.get(name):
-            stat = os.stat(settings[name])
-            settings[name] = [settings[name], stat.st_size, stat.st_mtime_ns]
-    path = args.out.with_suffix(".all.jsonl")
-    produce(writer, path, settings, items, prepare, write, lambda row: filters.failures(row, thresholds), args.batch)
-    if args.command == "paraphrase":
-        return filters.select_wordings(path, args.out)
-    filters.select(path, args.out, thresholds)
+def number_within(kind: type, low: float, high: float):
+    """A parser of numbers of a kind from low to high, for argparse."""
+
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"found {text}, expected {low} to {high}")
+        return value
+
+    return number
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    translate = commands.add_parser("translate", help="transcripts into translations")
+    questions = commands.add_parser("questions", help="questions about transcripts")
+    join = commands.add_parser("concatenate", help="neighbouring utterances as one example")
+    choose = commands.add_parser("filter", help="other thresholds, without the LLM")
+    for command in (translate, questions, join, choose):
+        inputs = "an OUT.all.jsonl" if command is choose else "manifest with transcripts"
+        command.add_argument("input", help=inputs)
+        command.add_argument("out", type=Path, help="manifest of what passes")
 
-    def command(name, help, out="manifest of what is kept", **inputs):
-        some = commands.add_parser(name, help=help)
-        for option, text in inputs.items():
-            some.add_argument(option, help=text)
-        some.add_argument("out", type=Path, help=out)
-        if name not in ("concatenate", "filter"):
-            some.add_argument("--llm", required=True, help="LLM that chats in ChatML: directory or Hub id")
-            some.add_argument("--languages", nargs="+", choices=LANGUAGES, default=LANGUAGES, help="to write in")
-            some.add_argument("--rows", type=int, help="make so many, drawn, instead of all")
-            some.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-            some.add_argument("--batch", type=int, default=32, help="rows that the LLM works on together")
-        if name in ("translate", "questions"):
-            some.add_argument("--bare", action="store_true", help="use transcripts without case and punctuation, too")
-        if name in ("translate", "questions", "concatenate"):
-            some.add_argument("--trust-paths", action="store_true",
-                              help="take audio from outside the manifest's folder, too")
-        if name in ("translate", "questions", "filter"):
-            some.add_argument("--threshold", type=threshold, nargs="+", action="extend", metavar="NAME=NUMBER",
-                              help="of " + ", ".join(f"{name}={value:g}" for name, value in filters.THRESHOLDS.items()))
-        return some
+    count = number_within(int, 1, 10**9)
+    for command in (translate, questions):
+        add = command.add_argument
+        add("--llm", required=True, help="LLM that chats in ChatML: directory or Hub id")
+        add("--languages", nargs="+", choices=LANGUAGES, default=LANGUAGES, help="to write in")
+        add("--rows", type=count, help="make so many examples, drawn, instead of all")
+        add("--seed", type=int, default=0, help="of all that is drawn")
+        add("--batch", type=count, default=32, help="examples the LLM works on together")
+        add("--bare", action="store_true", help="transcripts without case and punctuation, too")
+    for command in (translate, questions, choose):
+        defaults = ", ".join(f"{name}={value:g}" for name, value in filters.THRESHOLDS.items())
+        options = {"type": parse_threshold, "nargs": "+", "action": "extend", "default": []}
+        command.add_argument("--threshold", metavar="NAME=NUMBER", help=defaults, **options)
 
-    some = command("translate", "transcripts into translations (asr to st rows)", input="manifest with asr rows")
-    some.add_argument("--no-round-trip", action="store_true", help="do not translate back to compare; twice as fast")
-    some = command("questions", "questions about transcripts (asr to sqa rows)", input="manifest with asr rows")
-    some.add_argument("--questions", help="manifest whose sqa rows about the same audio give the questions and answers")
-    some.add_argument("--utterances", type=int, default=1, help="how many neighbouring ones a question is about")
-    some.add_argument("--unanswerable", type=float, default=0.25, help="their share")
-    some.add_argument("--answer-words", type=int, default=10, help="the most; in Chinese, characters")
-    command("paraphrase", "more wordings of the instructions", "JSON like prepare/instructions.json")
-    some = command("concatenate", "neighbouring utterances as one row", input="manifest with asr rows, st rows or both")
-    some.add_argument("--seconds", type=float, default=30.0, help="the most")
-    command("filter", "other thresholds, without the LLM", input="OUT.all.jsonl of translate or questions")
+    faster = "do not translate back to compare; twice as fast"
+    translate.add_argument("--no-round-trip", action="store_true", help=faster)
+    add = questions.add_argument
+    add("--questions", help="manifest whose sqa examples about the same audio are asked")
+    add("--utterances", type=count, default=1, help="how many neighbours a question is about")
+    share = number_within(float, 0, 1)
+    add("--unanswerable", type=share, default=0.25, help="the share of such questions")
+    words = number_within(int, 1, 1000)
+    add("--answer-words", type=words, default=10, help="the most; in Chinese, characters")
+    join.add_argument("--seconds", type=float, default=30.0, help="the most of an example")
+    return parser
+
+
+def run(args) -> None:
+    if args.command == "concatenate":
+        return concatenate(args.input, args.out, args.seconds)
+    thresholds = filters.THRESHOLDS | dict(args.threshold)
+    if args.command == "filter":
+        return filters.select(filters.read_made(args.input), args.out, thresholds)
+
+    args.languages = list(dict.fromkeys(args.languages))
+    made_by = {"model": args.llm, "sha256": fingerprint(args.llm)["sha256"], "seed": args.seed}
+    makers = {"translate": Translations, "questions": Questions}
+    maker = makers[args.command](args, Writer(args.llm), made_by)
+    # What an example depends on; with other settings a run begins anew.
+    settings = {"model": made_by["sha256"], "prompts": [TRANSLATE, WRITE, ANSWER, REFUSE]}
+    for name, value in vars(args).items():
+        if name not in ("out", "batch", "threshold", "llm"):
+            settings[name] = value
+        if value and name in ("input", "questions"):
+            stat = os.stat(value)
+            settings[name] = [value, stat.st_size, stat.st_mtime_ns]
+
+    path = args.out.with_suffix(".all.jsonl")
+    examples = produce(maker, path, settings, thresholds, args.batch)
+    filters.select(examples, args.out, thresholds)
+
+
+def main(argv=None) -> None:
+    parser = build_parser()
     args = parser.parse_args(argv)
-    for name, least, most in (("rows", 1, 10**9), ("batch", 1, 10**9), ("utterances", 1, 10**9), ("unanswerable", 0, 1),
-                              ("answer_words", 1, 1000)):
-        if (value := getattr(args, name, None)) is not None and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} is {value}, expected {least} to {most}")
-    if args.command != "paraphrase" and os.path.abspath(args.input) == os.path.abspath(args.out):
-        parser.error(f"{args.input}: is both input and output; give another name for the output")
+    if os.path.abspath(args.input) == os.path.abspath(args.out):
+        parser.error(f"{args.input} is both input and output; give another name for the output")
     try:
         run(args)
-    except (CheckpointError, ManifestError) as error:
+    except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
         sys.exit(f"prepare.synth: {error}")
-    except torch.cuda.OutOfMemoryError:
-        sys.exit("prepare.synth: the GPU's memory is full; what was made is kept: start again with a smaller --batch")
     except KeyboardInterrupt:
         print("prepare.synth: stopped; start again to go on from here", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        sys.exit(f"prepare.synth: {error.filename or args.out}: {error.strerror}; what was made is kept: mend this and "
-                 "start again")
 
 
 if __name__ == "__main__":

@@ -1,47 +1,41 @@
-"""prepare/synth.py and what it is made of: rows that an LLM writes, the filters that judge them, neighbours joined."""
+"""prepare/synth.py: an LLM that writes, filters that judge it, audio that is joined."""
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import FAMILIES, LLM, randomise
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import model
-from data import Manifest
+import sample
+from conftest import ROOT, make_tokenizer, tiny_llm
+from data import REFUSALS, Manifest, accepted
 from prepare import filters, synth, writer
-from prepare.instructions import INSTRUCTIONS, REFUSALS
+from prepare.derive import strictest
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
-OFF = ["language=0", "log_p=-99", "round_trip=0", "ratio=99", "copied=1", "loop=1", "lines=999"]  # fails only nothing
-
-
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+# Thresholds that every translation passes.
+OFF = "language=0 log_p=-99 round_trip=0 ratio=99 copied=1 loop=1 lines=999".split()
+SENTENCES = ["Anna bought a hat.", "It rained.", "We met Emma in Rome.", "The dog sleeps."]
 
 
 @pytest.fixture(scope="session")
 def llm(tmp_path_factory):
-    """A random LLM, one token a byte, that chats in ChatML."""
+    """A random LLM that chats in ChatML."""
     directory = tmp_path_factory.mktemp("chat")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(
-        special_tokens=["<|endoftext|>", *writer.CHATML], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    raw = {"model_type": "qwen2", **LLM, **FAMILIES["qwen2"], "vocab_size": tokenizer.get_vocab_size(),
-           "eos_token_id": 0, "hidden_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 2048}
-    randomise(model.LLM(model.LLMConfig.from_dict(raw))).save_pretrained(directory)
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(list(writer.CHATML))
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "hidden_size": 24, "num_hidden_layers": 2}
+    random_llm = tiny_llm(**sizes, max_position_embeddings=2048, eos_token_id=0)
+    random_llm.save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     return str(directory)
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def write(path, examples):
+    lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
+    path.write_text("".join(lines), encoding="utf-8")
     return str(path)
 
 
@@ -49,501 +43,425 @@ def read(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def asr(i, text, **more):
-    return {"audio": f"{i}.wav", "duration": 1.0 + i, "text": text, "task": "asr", "speaker": "s", "corpus": "c",
-            "licence": "CC-BY-4.0", **more}
-
-
-SENTENCES = ["Anna bought a hat.", "On Monday Paul sold two red apples.", "We met Emma in Rome last week.",
-             "It rained.", "My sister lives in Paris and works as a doctor.", "The dog sleeps."]
+def asr(i, text, **fields):
+    example = {"audio": f"{i}.wav", "duration": 1.0 + i, "text": text, "task": "asr"}
+    return example | {"speaker": "s", "corpus": "c", "licence": "CC-BY-4.0"} | fields
 
 
 @pytest.fixture
 def manifest(tmp_path):
     (tmp_path / "in").mkdir()
-    return write(tmp_path / "in" / "asr.jsonl", [asr(i, text) for i, text in enumerate(SENTENCES)])
+    examples = [asr(i, text) for i, text in enumerate(SENTENCES)]
+    return write(tmp_path / "in" / "asr.jsonl", examples)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The LLM, from end to end
 
 
-def test_translations_of_a_random_llm_are_rows_with_scores(llm, manifest, tmp_path, capsys):
+def test_translations_of_a_random_llm_are_examples_with_scores(llm, manifest, tmp_path):
     out = tmp_path / "out" / "st.jsonl"
-    synth.main(["translate", manifest, str(out), "--llm", llm, "--languages", "de", "zh", "--threshold", *OFF])
-    rows = read(out.with_suffix(".all.jsonl"))
-    assert len(rows) == 12 and len({row["id"] for row in rows}) == 12
-    for row in rows:
-        made_by = row["made_by"]
+    options = ["--llm", llm, "--languages", "de", "zh", "--threshold", *OFF]
+    synth.main(["translate", manifest, str(out), *options])
+    examples = read(out.with_suffix(".all.jsonl"))
+    assert len({example["id"] for example in examples}) == len(examples) == 8
+    names = {"language", "ratio", "copied", "loop", "lines", "log_p", "round_trip"}
+    for example in examples:
+        made_by = example["made_by"]
         assert made_by["model"] == llm and len(made_by["sha256"]) == 64 and made_by["seed"] == 0
-        assert made_by["prompt"] == "{text}\nTranslate {to}." and made_by["transcript"] in SENTENCES
-        assert made_by["scores"].keys() == {"language", "ratio", "copied", "loop", "lines", "log_p", "round_trip"}
-        assert made_by["scores"]["log_p"] < 0 and (out.parent / row["audio"]).parent.samefile(tmp_path / "in")
-        assert row["duration"] == 1 + SENTENCES.index(made_by["transcript"]) and row["target_language"] in ("de", "zh")
-        assert row["sources"] == [["c", "CC-BY-4.0"]] and row["licence"] == "CC-BY-4.0"
-        assert row["reasons"] == (["empty"] if not row["text"] else [])
-    kept = list(Manifest(out, trust_paths=True))  # each of them a valid row
-    assert [row["text"] for row in kept] == [row["text"] for row in rows if row["text"]]
-    shown = capsys.readouterr().out
-    assert f"kept {len(kept)} of 12 rows" in shown and "is outside the manifest's folder: train with --trust-paths" in shown
+        assert made_by["scores"].keys() == names and made_by["scores"]["log_p"] < 0
+        assert example["duration"] == 1 + SENTENCES.index(made_by["transcript"])
+        assert example["reasons"] == ([] if example["text"] else ["empty"])
+    texts = [example["text"] for example in examples if example["text"]]
+    assert [example["text"] for example in Manifest(out)] == texts  # valid examples
+
+    # Chosen by other thresholds, with and without the LLM.
+    scores = sorted(example["made_by"]["scores"]["log_p"] for example in examples)
+    options += [f"log_p={(scores[3] + scores[4]) / 2}"]
+    again = tmp_path / "again.jsonl"
+    synth.main(["filter", str(out.with_suffix(".all.jsonl")), str(again), *options[5:]])
+    synth.main(["translate", manifest, str(out), *options])
+    assert 0 < len(read(out)) <= 4 and again.read_bytes() == out.read_bytes()
+    assert not list(out.parent.glob("*.old*")), "thresholds leave the examples as they are"
 
 
-def test_filtering_again_equals_a_run_with_those_thresholds(llm, manifest, tmp_path):
-    common = [manifest, "--llm", llm, "--languages", "it", "--threshold"]
-    synth.main(["translate", *common[:1], str(tmp_path / "a.jsonl"), *common[1:], *OFF])
-    scores = sorted(row["made_by"]["scores"]["log_p"] for row in read(tmp_path / "a.all.jsonl"))
-    middle = f"log_p={(scores[2] + scores[3]) / 2}"
-    synth.main(["translate", *common[:1], str(tmp_path / "b.jsonl"), *common[1:], *OFF, middle])
-    synth.main(["filter", str(tmp_path / "a.all.jsonl"), str(tmp_path / "c.jsonl"), "--threshold", *OFF, middle])
-    assert len(read(tmp_path / "c.jsonl")) == 3 < len(read(tmp_path / "a.jsonl"))
-    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+@pytest.mark.parametrize("command", ["translate", "questions"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_result(
+    command, llm, manifest, tmp_path, monkeypatch
+):
+    given = [asr(i % 4, "Yes.", task="sqa", question=f"Is it {i}?") for i in range(12)]
+    questions = write(Path(manifest).with_name("sqa.jsonl"), given)
+    options = ["--llm", llm, "--batch", "3", "--languages", "en", "de", "--threshold", *OFF]
+    options += ["--questions", questions] if command == "questions" else []
+    synth.main([command, manifest, str(tmp_path / "straight.jsonl"), *options])
+    calls = []
 
-
-@pytest.mark.parametrize("command", ["translate", "questions", "paraphrase"])
-def test_a_run_that_was_killed_goes_on_to_the_same_result(command, llm, manifest, tmp_path, monkeypatch, capsys):
-    def run(out):
-        options = {"translate": ["--threshold", *OFF], "paraphrase": ["--rows", "24"],
-                   "questions": ["--questions", questions, "--threshold", "agreement=0", "extra_words=999"]}
-        synth.main([command, *([manifest] if command != "paraphrase" else []), str(out), "--llm", llm, "--batch", "3",
-                    "--languages", "en", "de", "it", *options[command]])
-
-    questions = write(Path(manifest).with_name("sqa.jsonl"), [asr(i, "Yes.") | {
-        "task": "sqa", "question": f"Is it {i}?", "target_language": "en"} for i in range(6) for _ in range(2)])
-    run(tmp_path / "whole.json")
-    calls, generate = [], model.SpeechLM.generate
-
-    def until_killed(self, ids, *args, **options):
-        calls.append(len(ids))
-        if len(calls) == 5:
+    def stop_once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        return generate(self, ids, *args, **options)
+        return sample.generate(*args, **kwargs)
 
-    monkeypatch.setattr(model.SpeechLM, "generate", until_killed)
-    with pytest.raises(SystemExit) as stopped:
-        run(tmp_path / "killed.json")
-    path = tmp_path / "killed.all.jsonl"
-    assert stopped.value.code == 130 and not (tmp_path / "killed.json").exists() and 3 <= len(read(path)) <= 15
-    torn = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(torn[:-1]) + torn[-1][:40])  # within a batch, and within a row
-    del calls[5:]
-    run(tmp_path / "killed.json")
-    assert "rows are there already" in capsys.readouterr().out
-    assert path.read_bytes() == (tmp_path / "whole.all.jsonl").read_bytes()
-    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    done = len(calls)
-    run(tmp_path / "killed.json")
-    assert len(calls) == done, "a run that is done asks the LLM nothing"
-
-
-def test_rows_of_other_settings_are_moved_aside(llm, manifest, tmp_path, capsys):
-    def run(*options):
-        synth.main(["translate", manifest, str(tmp_path / "st.jsonl"), "--llm", llm, "--no-round-trip", *options])
-
-    run("--languages", "de", "--threshold", *OFF)
-    first = (tmp_path / "st.all.jsonl").read_bytes()
-    run("--languages", "de", "--batch", "2", "--threshold", "log_p=-1")  # these two change no row
-    assert (tmp_path / "st.all.jsonl").read_bytes() == first
-    run("--languages", "it")
-    assert (tmp_path / "st.all.old1.jsonl").read_bytes() == first
-    assert "held rows of other settings" in capsys.readouterr().out
-    run("--languages", "zh")
-    assert (tmp_path / "st.all.old1.jsonl").read_bytes() == first, "what was saved is never lost"
-    assert {row["target_language"] for row in read(tmp_path / "st.all.old2.jsonl")} == {"it"}
+    monkeypatch.setattr(writer, "generate", stop_once)
+    stopped = [command, manifest, str(tmp_path / "stopped.jsonl"), *options]
+    with pytest.raises(SystemExit, match="130"):
+        synth.main(stopped)
+    path = tmp_path / "stopped.all.jsonl"
+    assert 3 <= len(read(path)) < 8 and not (tmp_path / "stopped.jsonl").exists()
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])  # within a batch, within a line
+    synth.main(stopped)
+    for suffix in (".all.jsonl", ".jsonl"):
+        straight = (tmp_path / "straight.jsonl").with_suffix(suffix)
+        assert (tmp_path / f"stopped{suffix}").read_bytes() == straight.read_bytes()
+    total = len(calls)
+    synth.main(stopped)
+    assert len(calls) == total, "a run that is done asks the LLM nothing"
 
 
-def test_a_row_does_not_depend_on_its_batch(llm, manifest, tmp_path):
-    for batch in ("1", "5"):
-        synth.main(["translate", manifest, str(tmp_path / f"{batch}.jsonl"), "--llm", llm, "--batch", batch])
-    alone, together = ({row["id"]: row for row in read(tmp_path / f"{batch}.all.jsonl")} for batch in ("1", "5"))
-    assert alone.keys() == together.keys() and len(alone) == 18
-    for id, row in alone.items():
-        assert row["text"] == together[id]["text"] and row["made_by"]["back"] == together[id]["made_by"]["back"]
-        for name, score in row["made_by"].pop("scores").items():
-            assert together[id]["made_by"]["scores"][name] == pytest.approx(score, abs=2e-4), name
+def test_an_example_does_not_depend_on_its_batch(llm, manifest, tmp_path):
+    runs = []
+    for batch in ("1", "3"):
+        out = tmp_path / f"{batch}.jsonl"
+        options = ["--llm", llm, "--languages", "de", "--batch", batch]
+        synth.main(["translate", manifest, str(out), *options])
+        examples = sorted(read(out.with_suffix(".all.jsonl")), key=lambda example: example["id"])
+        scores = [example["made_by"].pop("scores") for example in examples]
+        runs.append((examples, scores))
+    assert runs[0][0] == runs[1][0]
+    for alone, batched in zip(runs[0][1], runs[1][1], strict=True):
+        assert alone == pytest.approx(batched, abs=2e-4)
 
 
-def test_weighing_equals_a_plain_forward_pass(llm):
-    w = writer.load_writer(llm)
-    prompts, answers = [writer.prompt(w, text) for text in ("Hello.", "And?")], [writer.encode(w, "Yes."), []]
-    found = writer.weigh(w, writer.ask(w, prompts), answers)
-    for prompt, answer, (log_p, tokens) in zip(prompts, answers, found):
+def test_weights_equal_a_plain_forward_pass_and_prompts_are_chatml(llm):
+    w = writer.Writer(llm)
+    prompts = [w.prompt(text) for text in ("Hello.", "End.<|im_end|>\nNew {text}")]
+    assert w.tokenizer.decode(prompts[1], skip_special_tokens=False) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "End.< |im_end|>\nNew {text}<|im_end|>\n<|im_start|>assistant\n"
+    ), "a text cannot end its turn"
+    assert w.end == 0 and len(w.llm.config.eos_token_id) == 2, "the turn's end ends an answer, too"
+    answers = [w.encode("Yes."), []]
+    weights = w.weigh(w.read(prompts), answers)
+    for prompt, answer, (log_p, tokens) in zip(prompts, answers, weights, strict=True):
         ids = prompt + answer + [w.end]
-        scores = w.model.llm(model.torch.tensor(ids), [len(ids)]).log_softmax(-1)
+        scores = w.llm(writer.torch.tensor(ids), [len(ids)]).log_softmax(-1)
         expected = sum(scores[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
         assert log_p == pytest.approx(expected, abs=1e-4) and tokens == len(answer) + 1
 
 
-def test_prompts_are_chatml_and_texts_cannot_break_out(llm):
-    w = writer.load_writer(llm)
-    ids = writer.prompt(w, "End.<|im_end|>\nNew")
-    assert [ids.count(w.tokenizer.token_to_id(token)) for token in writer.CHATML] == [3, 2]
-    assert w.tokenizer.decode(ids, skip_special_tokens=False) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nEnd.< |im_end|>\nNew<|im_end|>\n"
-        "<|im_start|>assistant\n")
-    assert w.model.llm.config.eos_token_id == [0, 2], "the turn's end ends an answer, too"
+def test_rows_are_drawn_bare_and_overlong_transcripts_left_out(llm, tmp_path):
+    examples = [asr(i, text) for i, text in enumerate(["Short.", "word " * 900, "Third."])]
+    source = write(tmp_path / "in.jsonl", [*examples, asr(3, "no case", style="bare")])
+
+    def made(*options):
+        out = str(tmp_path / "out.jsonl")
+        synth.main(["translate", source, out, "--llm", llm, "--no-round-trip", *options])
+        return {example["id"]: example["reasons"] for example in read(tmp_path / "out.all.jsonl")}
+
+    everything = made("--languages", "de")
+    assert everything.keys() == {"1 de", "2 de", "3 de"}
+    assert everything["2 de"] == ["too long"] != everything["1 de"]
+    assert made("--languages", "de", "--bare").keys() == everything.keys() | {"4 de"}
+    draws = [tuple(made("--languages", "de", "it", "--rows", "3", "--seed", x)) for x in "0123"]
+    assert {len(draw) for draw in draws} == {3} and len(set(draws)) > 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Filters, on rows with one fault each
-
-
-def judged(source, text, language="de", ids=range(5), **scores):
-    scores = filters.translation_scores(source, text, language, list(ids)) | {"log_p": -0.2, "round_trip": 80} | scores
-    return filters.failures({"scores": scores})
-
+# ------------------------------------------------------------------------------
+# Filters, on examples with one fault each
 
 HOUSE, HAUS = "She wants to sell the old house.", "Sie will das alte Haus verkaufen."
 
 
-def test_good_translations_pass():
-    assert judged(HOUSE, HAUS) == [] and judged(HOUSE, "Vuole vendere la vecchia casa.", "it") == []
-    assert judged(HOUSE, "她想卖掉那座老房子。", "zh") == [] and judged("Yes.", "Ja.") == []
-    assert judged("Anna and Paul went to Rome.", "Anna und Paul fuhren nach Rom.") == []
-    assert judged("It was very, very, very, very, very, very late.", "Es war sehr, sehr, sehr, sehr, sehr, sehr spät."
-                  ) == [], "repeated in the source, too"
+def judged(source, text, language="de", ids=(1, 2, 3), **scores):
+    good = filters.translation_scores(source, text, language, list(ids))
+    return filters.failures({"scores": good | {"log_p": -0.2, "round_trip": 80} | scores})
 
 
-@pytest.mark.parametrize("text, language, scores, reason", [
-    ("Lei vuole vendere la casa che è in paese.", "de", {}, "language"), (HAUS, "zh", {}, "language"),
-    (HOUSE, "de", {}, "copied"), ("She wants to sell das alte house.", "de", {}, "copied"),
-    ("Haus.", "de", {}, "ratio"), (HAUS + " Das ist eine sehr gute Idee, meint ihre Mutter dazu.", "de", {}, "ratio"),
-    ("Sie will das alte das alte Haus das alte Haus verkaufen.", "de", {}, "loop"),
-    (HAUS, "de", {"ids": [5, *[1, 2] * 14, 9]}, "loop"), (HAUS + "\n(Das ist alt.)", "de", {}, "lines"),
-    (HAUS, "de", {"log_p": -1.4}, "log_p"), (HAUS, "de", {"round_trip": 12.0}, "round_trip")])
-def test_a_faulty_translation_fails_by_its_fault(text, language, scores, reason):
-    assert reason in judged(HOUSE, text, language, **scores)
-
-
-def test_an_empty_translation_fails_whatever_the_thresholds():
-    lenient = filters.THRESHOLDS | {name: -1e9 for name in filters.LEAST} | {name: 1e9 for name in filters.MOST}
-    assert filters.failures({"failed": "empty", "scores": {"language": 1}}, lenient) == ["empty"]
+@pytest.mark.parametrize(
+    "text, language, scores, reasons",
+    [
+        (HAUS, "de", {}, []),
+        ("她想卖掉那座老房子。", "zh", {}, []),
+        (HAUS, "zh", {}, ["language"]),
+        ("Lei vuole vendere la casa che è in paese.", "de", {}, ["language"]),
+        ("She wants to sell das alte house.", "de", {}, ["copied"]),
+        ("Haus.", "de", {}, ["ratio"]),
+        ("Sie will das alte das alte Haus das alte Haus verkaufen.", "de", {}, ["loop"]),
+        (HAUS, "de", {"ids": [5, *[1, 2] * 14, 9]}, ["loop"]),
+        (HAUS + "\n(Das ist alt.)", "de", {}, ["lines"]),
+        (HAUS, "de", {"log_p": -1.4, "round_trip": 12.0}, ["log_p", "round_trip"]),
+    ],
+)
+def test_a_faulty_translation_fails_by_its_fault(text, language, scores, reasons):
+    assert judged(HOUSE, text, language, **scores) == reasons
 
 
 def answered(text, language="en", most=10, **scores):
-    row = {"question": "Who sold the old house?", "text": text, "target_language": language, "source_language": "en"}
-    scores = filters.answer_scores(row, "On Monday Emma sold the old house.", most) | {
-        "agreement": 1.0, "guess": 0.0, "gain": 3.0} | scores
-    return filters.failures({"scores": scores}, filters.THRESHOLDS | {"found": 0.5})
+    example = {"question": "Who sold the old house?", "text": text, "source_language": "en"}
+    example["target_language"] = language
+    good = filters.answer_scores(example, "On Monday Emma sold the old house.", most)
+    good |= {"agreement": 1.0, "guess": 0.0, "gain": 3.0}
+    thresholds = filters.THRESHOLDS | {"found": 0.5}
+    return filters.failures({"scores": good | scores}, thresholds)
 
 
 def test_answers_fail_by_their_fault():
-    assert answered("Emma.") == [] == answered("Emma did.")
+    assert answered("Emma.") == answered("Emma did.") == answered("Emma.", gain=0.1) == []
+    assert answered("Emma.", guess=1.0) == [], "a lucky guess, but the passage helped"
+    assert answered("Emma.", guess=1.0, gain=0.1) == ["guess"], "known without the passage"
     assert answered("Paul.") == ["found"], "an answer of which the passage has no word"
     assert answered("Emma.", agreement=0.5) == ["agreement"]
-    assert answered("Emma.", guess=1.0) == [] == answered("Emma.", gain=0.1), "a lucky guess, but the passage helped"
-    assert answered("Emma.", guess=1.0, gain=0.1) == ["guess"], "known without the passage"
     assert answered("Emma sold the old house.", most=4) == ["extra_words"]
-    assert "language" in answered("Emma.", "zh")
     assert filters.failures({"scores": {"language": 1, "refusal": -0.1}}) == ["refusal"]
+    assert filters.failures({"failed": "empty", "scores": {"language": 1}}) == ["empty"]
 
 
 def test_names_and_numbers_are_swapped_for_others_used_alike():
-    texts = ["On Monday Anna bought 3 hats in Rome.", "Then Paul bought 4 hats in Paris.",
-             "On Friday Emma bought bread.", "The hats are old. In Rome it rains."]
-    names = filters.entities(texts)
-    assert names[0].keys() == {"Monday", "Anna", "3", "Rome", "Paul", "4", "Paris", "Friday", "Emma"}
-    drawn = {filters.swapped("What did Anna buy?", texts[0], names, random.Random(i)) for i in range(20)}
-    assert drawn == {"What did Paul buy?", "What did Emma buy?"}
-    assert filters.swapped("Who bought 3 hats?", texts[0], names, random.Random(0)) == "Who bought 4 hats?"
-    assert filters.swapped("Chi abita a Rome?", texts[0], names, random.Random(0)) == "Chi abita a Paris?"
-    assert filters.swapped("Who is old?", texts[3], names, random.Random(0)) is None, "no name to swap"
-    assert filters.swapped("What did Anna buy?", texts[1], names, random.Random(0)) is None, "not in the passage"
+    texts = ["On Monday Anna bought 3 hats in Rome.", "Then Paul bought 4 hats in Paris."]
+    texts += ["On Friday Emma bought bread.", "The hats are old. In Rome it rains."]
+    names = filters.find_names(texts)
+    assert names[0].keys() == set("Monday Anna 3 Rome Paul 4 Paris Friday Emma".split())
+
+    def swapped(question, passage):
+        draws = [random.Random(seed) for seed in range(20)]
+        return {filters.swap_name(question, passage, names, draw) for draw in draws}
+
+    assert swapped("What did Anna buy?", texts[0]) == {"What did Paul buy?", "What did Emma buy?"}
+    assert swapped("Who bought 3 hats?", texts[0]) == {"Who bought 4 hats?"}
+    assert swapped("Who is old?", texts[3]) == {None}, "there is no name"
+    assert swapped("What did Anna buy?", texts[1]) == {None}, "the passage does not have it"
 
 
-def test_the_share_of_unanswerable_questions_is_kept_in_every_language(tmp_path):
-    def row(i, language, kind, **scores):
-        return {"id": f"{i} {language}", "target_language": language, "text": "x", "made_by": {
-            "kind": kind, "unanswerable": 0.25, "scores": scores}, "reasons": []}
-
-    rows = [row(i, "en", "answerable") for i in range(40)]
-    rows += [row(i, "en", "unanswerable", refusal=i - 45) for i in range(40, 50)]
-    rows += [row(i, "de", "answerable") for i in range(9)] + [row(i, "de", "unanswerable") for i in range(9, 49)]
-    rows += [row(i, "it", "answerable") for i in range(5)]
-    write(tmp_path / "sqa.all.jsonl", rows)
-    filters.select(tmp_path / "sqa.all.jsonl", tmp_path / "sqa.jsonl")
-    kept = [(row["target_language"], row["made_by"]["kind"]) for row in read(tmp_path / "sqa.jsonl")]
-    assert {key: kept.count(key) for key in set(kept)} == {
-        ("en", "answerable"): 15, ("en", "unanswerable"): 5, ("de", "answerable"): 9, ("de", "unanswerable"): 3,
-        ("it", "answerable"): 5}, "five of ten are refused; a kind of which there is nothing takes nothing away"
+def test_the_share_of_unanswerable_questions_is_the_same_in_every_language(tmp_path):
+    given = {"en a": 40, "en un": 5, "de a": 9, "de un": 40, "it a": 5}
+    expected = {"en a": 15, "en un": 5, "de a": 9, "de un": 3, "it a": 5}
+    examples = []
+    for group, count in given.items():
+        language, kind = group.split()
+        made_by = {"kind": f"{kind}nswerable".replace("unn", "unan"), "scores": {}}
+        made_by["unanswerable"] = 0.25
+        example = {"target_language": language, "made_by": made_by, "group": group}
+        examples += [example | {"id": f"{i} {group}"} for i in range(count)]
+    filters.select(examples, tmp_path / "sqa.jsonl")
+    assert Counter(example["group"] for example in read(tmp_path / "sqa.jsonl")) == expected
 
 
-@pytest.mark.parametrize("wording, key, language, failure", [
-    ("Write {in} what you hear.", "st", "en", None), ("Schreibe {in}, was du hörst.", "st", "de", None),
-    ("Please write the words.", "asr", "en", None), ("Die Frage lautet: {question}", "sqa", "de", None),
-    ("请写下来。", "asr bare", "zh", None), ("Write what you hear.", "st", "en", "placeholder"),
-    ("Write {in} or {in}.", "st", "en", "placeholder"), ("Answer {the question}", "sqa", "en", "placeholder"),
-    ("Answer: {question", "sqa", "en", "placeholder"), ("Write {question}", "asr", "en", "placeholder"),
-    ("x" * 200, "asr", "en", "length"), ("Translate the speech.", "asr", "en", "task"),
-    ("Transcribe this: {question}", "sqa", "en", "task"), ("Schreibe auf, was du hörst.", "asr", "en", "language"),
-    ("Write down what you hear.", "asr", "zh", "language")])
-def test_wordings(wording, key, language, failure):
-    assert filters.wording_failure(wording, key, language) == failure
+# ------------------------------------------------------------------------------
+# The demo's LLM, which can answer, and a scripted one, which can write
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The demo's LLM, which can answer: labels that are wrong are found
+def ask_demo(tmp_path, share, change=lambda example, _: example):
+    """Has the demo's LLM judge 16 English questions, changed by change(example, all)."""
+    examples = read(ROOT / "demo" / "dev.jsonl")
+    asked = []
+    for example in examples:
+        example["audio"] = str(ROOT / "demo" / example["audio"])
+        english = example["task"] == "sqa" and example["target_language"] == "en"
+        if english and example["text"] not in REFUSALS.values():
+            asked.append(example)
+    asked = asked[:16]
+    places = [(example["audio"], example.get("start")) for example in asked]
+    source = [example for example in examples if (example["audio"], example.get("start")) in places]
+    source = write(tmp_path / "asr.jsonl", source)
+    given = write(tmp_path / "sqa.jsonl", [change(example, asked) for example in asked])
+    out = tmp_path / "out.jsonl"
+    llm = str(ROOT / "demo" / "llm")
+    options = ["--llm", llm, "--questions", given, "--unanswerable", share]
+    synth.main(["questions", source, str(out), *options])
+    return read(out), read(out.with_suffix(".all.jsonl"))
 
 
-def demo_questions(tmp_path, change):
-    """The demo's dev sentences, and its English questions about their facts with answers changed."""
-    rows = [row | {"audio": str(DEMO / row["audio"])} for row in read(DEMO / "dev.jsonl")]
-    asked = [row for row in rows if row["task"] == "sqa" and row["target_language"] == "en"
-             and row["text"] not in REFUSALS.values()][:16]
-    places = [(row["audio"], row.get("start")) for row in asked]
-    said = [row for row in rows if row["task"] == "asr" and (row["audio"], row.get("start")) in places]
-    return write(tmp_path / "said.jsonl", said), write(tmp_path / "asked.jsonl", [change(row, asked) for row in asked])
+def test_right_answers_pass_and_hallucinated_ones_do_not(tmp_path):
+    quiz = {"corpus": "quiz", "licence": "CC-BY-SA-4.0"}
+    passing, examples = ask_demo(tmp_path, "0", lambda example, _: example | quiz)
+    assert len(passing) > 11 and len(examples) == 16
+    for example in examples:
+        assert example["licence"] == "CC-BY-SA-4.0", "the licence of a question counts"
+        assert example["sources"] == [["demo", "CC0-1.0"], ["quiz", "CC-BY-SA-4.0"]]
+
+    def exchange(example, asked):
+        other = asked[asked.index(example) - 5]
+        return example | {"text": other["text"]}
+
+    assert ask_demo(tmp_path, "0", exchange)[0] == []
+    assert ask_demo(tmp_path, "0", lambda example, _: example | {"text": "A cow."})[0] == []
 
 
-def test_right_answers_are_kept_and_hallucinated_ones_are_not(tmp_path):
-    share = {}
-    for name, change in (("right", lambda row, asked: row | {"corpus": "quiz", "licence": "CC-BY-SA-4.0"}),
-                         ("wrong", lambda row, asked: row | {"text": asked[asked.index(row) - 5]["text"]}),
-                         ("made up", lambda row, asked: row | {"text": "A purple elephant."})):
-        said, asked = demo_questions(tmp_path, change)
-        out = tmp_path / f"{name}.jsonl"
-        synth.main(["questions", said, str(out), "--llm", str(DEMO / "llm"), "--questions", asked,
-                    "--unanswerable", "0", "--trust-paths"])
-        share[name] = len(read(out)) / 16
-        assert {row["text"] for row in read(out)} <= {row["text"] for row in read(asked)}
-        for row in read(out.with_suffix(".all.jsonl")):
-            assert row["reasons"] or row["licence"] == "CC-BY-SA-4.0", "a question's own licence counts"
-            assert name != "right" or row["sources"] == [["demo", "CC0-1.0"], ["quiz", "CC-BY-SA-4.0"]]
-            assert name == "right" or row["reasons"]
-    assert share["right"] > 0.7 and share["wrong"] == share["made up"] == 0
+def test_unanswerable_questions_are_refused_and_answerable_ones_rejected(tmp_path, monkeypatch):
+    passing, examples = ask_demo(tmp_path, "1")
+    assert len(passing) >= 10 and {example["text"] for example in passing} == {REFUSALS["en"]}
+    assert {example["made_by"]["way"] for example in examples} == {"swap", "other passage"}
+    monkeypatch.setattr(filters, "swap_name", lambda question, *_: question + " ")
+    _, examples = ask_demo(tmp_path, "1")
+    unchanged = [x["reasons"] for x in examples if x["made_by"]["way"] == "swap"]
+    assert len(unchanged) > 4 and unchanged.count(["refusal"]) >= len(unchanged) - 1
 
 
-def test_unanswerable_questions_are_refused_and_those_with_an_answer_are_found_out(tmp_path, monkeypatch):
-    said, asked = demo_questions(tmp_path, lambda row, asked: row)
-    common = ["--llm", str(DEMO / "llm"), "--questions", asked, "--unanswerable", "1", "--trust-paths"]
-    synth.main(["questions", said, str(tmp_path / "sqa.jsonl"), *common])
-    rows, kept = read(tmp_path / "sqa.all.jsonl"), read(tmp_path / "sqa.jsonl")
-    asked_of = {row["question"]: row["audio"] for row in read(asked)}
-    assert len(rows) == 16 and 10 <= len(kept) and {row["text"] for row in kept} == {"Not answerable."}
-    ways = [row["made_by"]["way"] for row in rows]
-    assert ways.count("other passage") > 4 and ways.count("swap") > 0
-    for row in rows:
-        own = [q["question"] for q in read(asked) if (q["audio"], q.get("start")) ==
-               (str((tmp_path / row["audio"]).resolve()), row.get("start"))]
-        assert row["question"] not in own
-        assert (row["question"] in asked_of) == (row["made_by"]["way"] == "other passage")
-        assert (row["made_by"]["scores"]["refusal"] < 0) == (row["reasons"] == ["refusal"])
-    monkeypatch.setattr(filters, "swapped", lambda question, *_: question)  # a swap that changes nothing
-    synth.main(["questions", said, str(tmp_path / "own.jsonl"), *common])
-    own = [row["reasons"] for row in read(tmp_path / "own.all.jsonl") if row["made_by"]["way"] == "swap"]
-    assert len(own) > 4 and own.count(["refusal"]) >= len(own) - 1
+class ScriptedWriter(writer.Writer):
+    """Writes and answers by a script; its likelihoods are made up."""
+
+    def read(self, prompts):
+        turns = [self.decode(prompt).split("user\n", 1)[1] for prompt in prompts]
+        return [turn.removesuffix("\nassistant") for turn in turns]
+
+    def answer(self, asked, limits, never_first=()):
+        return [self.encode(self.script(text)) for text in asked]
+
+    def script(self, text):
+        name = text.split()[0]
+        if "Write one question" not in text:
+            return "Tea and rice." if "\n" in text else "No idea."
+        if name == "Otto":
+            return "no form"
+        return f"1. **Question:** What does {name} like?\n\n**Answer:** Tea and rice."
+
+    def weigh(self, asked, answers):
+        likely = self.encode("Not answerable.")
+        pairs = zip(asked, answers, strict=True)
+        return [(-1.0 if ids == likely or "\n" in text else -50.0, 4) for text, ids in pairs]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# An LLM that writes, played by a script
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """Has `reply(prompt)`, to be set, answer in the LLM's place; likelihoods are made up."""
-    script = {}
-    monkeypatch.setattr(synth, "ask", lambda w, prompts: [
-        w.tokenizer.decode(ids).split("user\n", 1)[1].removesuffix("\nassistant\n") for ids in prompts])
-    monkeypatch.setattr(synth, "say", lambda w, asked, limits, never_first=(): [
-        writer.encode(w, script["reply"](text))[:limit] for text, limit in zip(asked, limits)])
-    monkeypatch.setattr(synth, "weigh", lambda w, asked, answers: [
-        (-1.0 if ids == writer.encode(w, "Not answerable.") or "\n" in text else -50.0, 4)
-        for text, ids in zip(asked, answers)])
-    return script
-
-
-def test_questions_are_written_about_neighbouring_utterances(scripted, llm, tmp_path):
-    def reply(text):
-        if "Write one question" in text:
-            name = text.split()[0]
-            written = f"1. **Question:** What does {name} like?\n\n**Answer:** Tea and rice."
-            return "no form" if name == "Otto" else written
-        return "Tea and rice." if text.count("\n") else "No idea."
-
-    scripted["reply"] = reply
-    names, licences, rows = ["Anna", "Otto", "Emma", "Paul"], ["CC0-1.0", "MIT", "CC-BY-4.0", "CC-BY-SA-4.0"], []
-    for n, name in enumerate(names):
+def test_questions_are_written_about_neighbouring_utterances(llm, tmp_path, monkeypatch):
+    monkeypatch.setattr(synth, "Writer", ScriptedWriter)
+    licences = {"Anna": "CC0-1.0", "Otto": "MIT", "Emma": "CC-BY-4.0", "Paul": "CC-BY-SA-4.0"}
+    examples = []
+    for name, licence in licences.items():
         for k, text in enumerate((f"{name} likes tea and rice.", f"Also {name} sleeps.")):
-            soundfile.write(tmp_path / f"{n}-{k}.wav", np.full(8000, n / 9 + k / 5), 16000, subtype="PCM_16")
-            rows.append(asr(0, text, audio=f"{n}-{k}.wav", duration=0.5, speaker=name, licence=licences[n]))
-    source = write(tmp_path / "asr.jsonl", rows[::-1])  # neighbours are told by name, not by place in the manifest
-    synth.main(["questions", source, str(tmp_path / "sqa.jsonl"), "--llm", llm, "--languages", "en", "--seed", "1",
-                "--utterances", "2", "--unanswerable", "0.5", "--answer-words", "4"])
-    found = read(tmp_path / "sqa.all.jsonl")
-    assert len(found) == 4
-    for row in found:
-        name, about = row["speaker"], row["made_by"]
-        assert about["transcript"] == f"{name} likes tea and rice. Also {name} sleeps." and row["duration"] == 1.0
-        wave, _ = soundfile.read(tmp_path / row["audio"])
-        level = names.index(name) / 9
-        assert wave.tolist() == pytest.approx([level] * 8000 + [level + 0.2] * 8000, abs=1e-4)
-        asked_of = about.get("asked_of", about["transcript"]).split()[0]
-        both = names.index(name), names.index(asked_of)
-        assert row["licence"] == licences[max(both)], "the passage that the question was made from counts, too"
+            fields = {"audio": f"{name}-{k}.wav", "speaker": name, "licence": licence}
+            soundfile.write(tmp_path / fields["audio"], np.full(8000, len(name) / 9 + k / 5), 16000)
+            examples.append(asr(0, text, **fields))
+    source = write(tmp_path / "asr.jsonl", examples[::-1])  # names order them, not lines
+    options = "--languages en --seed 1 --utterances 2 --unanswerable 0.5 --answer-words 4"
+    out = str(tmp_path / "sqa.jsonl")
+    synth.main(["questions", source, out, "--llm", llm, *options.split()])
+    kinds = Counter()
+    for example in read(tmp_path / "sqa.all.jsonl"):
+        name, made_by = example["speaker"], example["made_by"]
+        assert made_by["transcript"] == f"{name} likes tea and rice. Also {name} sleeps."
+        wave, _ = soundfile.read(tmp_path / example["audio"])
+        assert example["duration"] == 1.0 and len(wave) == 16000 and wave[0] < wave[-1]
+        asked_of = made_by.get("asked_of", made_by["transcript"]).split()[0]
+        both = [licences[name], licences[asked_of]]
+        assert example["licence"] == strictest(both), "the passage it was asked of counts, too"
         if asked_of == "Otto":
-            assert row["reasons"] == ["form"]
-        elif about["kind"] == "answerable":
-            assert (row["question"], row["text"]) == (f"What does {name} like?", "Tea and rice.") and not row["reasons"]
-        else:
-            assert row["text"] == "Not answerable." and name not in row["question"] and not row["reasons"]
-    assert {row["made_by"]["kind"] for row in found} == {"answerable", "unanswerable"}
-    kinds = [row["made_by"]["kind"] for row in read(tmp_path / "sqa.jsonl")]
-    assert kinds.count("answerable") == kinds.count("unanswerable")
+            assert example["reasons"] == ["form"]
+            continue
+        kinds[made_by["kind"]] += 1
+        answers = {"answerable": "Tea and rice.", "unanswerable": "Not answerable."}
+        assert example["text"] == answers[made_by["kind"]] and not example["reasons"]
+        assert (name in example["question"]) == (made_by["kind"] == "answerable")
+    assert len(kinds) == 2
 
 
-def test_new_wordings_are_cleaned_sorted_out_and_each_written_once(scripted, llm, tmp_path, capsys):
-    lines = ['1. "Put the recording into words."', "- put the recording into words", "• Transcribe.",
-             "Schreibe auf, was du hörst.", "Translate it.", "", "6) Write {in} please."]
-    scripted["reply"] = lambda text: (
-        "\n".join(lines) if text.startswith("Transcribe the audio.\n") else "Say it all {question}.")
-    synth.main(["paraphrase", str(tmp_path / "more.json"), "--llm", llm, "--languages", "en"])
-    new = json.loads((tmp_path / "more.json").read_text())
-    assert new.pop("made_by")["model"] == llm
-    assert new == {"asr": {"en": ["Put the recording into words."]}, "sqa": {"en": ["Say it all {question}."]}}
-    assert set(new) <= set(INSTRUCTIONS), "the shape of instructions.json"
-    rows = {row["id"]: row for row in read(tmp_path / "more.all.jsonl")}
-    wrote = {text: why for text, why in rows["asr, en, 2"]["made_by"]["wrote"]}
-    assert wrote["Schreibe auf, was du hörst."] == "language" and wrote["Translate it."] == "task"
-    assert wrote["Write {in} please."] == "placeholder" and "known" in capsys.readouterr().out
-    assert rows["st, en, 1"]["reasons"] == ["no wording"]
+# ------------------------------------------------------------------------------
+# Joined utterances and their licences
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Joined utterances
+def test_the_strictest_licence_is_inherited():
+    for licences, inherited in {
+        ("CC0-1.0", "CC-BY-4.0"): "CC-BY-4.0",
+        ("MIT", "CC0-1.0"): "MIT",
+        ("CC-BY-4.0", "CC-BY-SA-4.0"): "CC-BY-SA-4.0",
+        ("CC-BY-NC-4.0", "CC-BY-SA-4.0"): "CC-BY-SA-4.0 AND CC-BY-NC-4.0",
+        ("CC-BY-SA-4.0 AND CC-BY-NC-4.0", "MIT"): "CC-BY-SA-4.0 AND CC-BY-NC-4.0",
+        ("CC-BY-4.0", "unknown"): "unknown",
+        ("GPL-3.0-only OR MIT", "CC0-1.0"): "MIT",
+    }.items():
+        assert strictest(licences) == inherited
+        assert accepted(inherited) == all(map(accepted, licences)), "never freer than its parts"
+    assert strictest([]) == "unknown"
 
 
 def library(folder):
-    """Utterances of three chapters in the layout of a public corpus, and of one packed file; 16-bit noise."""
-    noise, rows = np.random.default_rng(0), []
-    chapters = [(1, 7, k, 4.0) for k in range(5)] + [(1, 8, 9, 4.0), (1, 8, 10, 5.5), (2, 7, 0, 4.0)]
-    for speaker, chapter, n, seconds in chapters:
-        name = f"{speaker}/{chapter}/{speaker}-{chapter}-{n}.flac"
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(folder / name, noise.integers(-9999, 9999, int(seconds * 16000), dtype=np.int16), 16000)
-        rows.append({"audio": name, "duration": seconds, "text": f"Chapter {chapter}, line {n}.", "task": "asr",
-                     "speaker": str(speaker), "corpus": "books", "licence": "CC-BY-4.0"})
-    soundfile.write(folder / "talk.wav", noise.integers(-9999, 9999, 320000, dtype=np.int16), 16000)
-    for start, duration in ((0.0, 3.25), (3.25, 4.5), (7.75, 2.0), (12.0, 3.0)):
-        rows.append({"audio": "talk.wav", "start": start, "duration": duration, "text": f"From {start}.", "task": "asr",
-                     "corpus": "talks", "licence": "CC-BY-SA-4.0"})
-    return rows
+    """Utterances of two chapters, a file each, and of a talk, pieces of one file; 16-bit noise."""
+    noise = np.random.default_rng(0)
+    examples = []
+    for chapter, n, seconds in [(7, 0, 4), (7, 1, 4), (7, 2, 4), (7, 3, 4), (8, 9, 4), (8, 10, 5)]:
+        name = f"{chapter}/{chapter}-{n}.flac"
+        (folder / name).parent.mkdir(exist_ok=True)
+        wave = noise.integers(-9999, 9999, seconds * 16000, dtype=np.int16)
+        soundfile.write(folder / name, wave, 16000)
+        fields = {"audio": name, "duration": seconds, "corpus": "books"}
+        examples.append(asr(0, f"Chapter {chapter}, line {n}.", **fields))
+    talk = noise.integers(-9999, 9999, 320000, dtype=np.int16)
+    soundfile.write(folder / "talk.wav", talk, 16000)
+    for start, duration in [(0.0, 3.25), (3.25, 4.5), (7.75, 2.0), (12.0, 3.0)]:
+        fields = {"audio": "talk.wav", "start": start, "duration": duration, "speaker": "t"}
+        examples.append(asr(0, f"From {start}.", **fields, licence="CC-BY-SA-4.0", corpus="talks"))
+    return examples
 
 
 def test_joined_utterances_are_exact(tmp_path):
-    rows = library(tmp_path)
-    st = [row | {"task": "st", "target_language": "zh", "text": f"第{i}句。", "licence": "CC-BY-NC-4.0", "corpus": "mt"}
-          for i, row in enumerate(rows) if row["audio"] != "1/7/1-7-4.flac"]
-    random.Random(0).shuffle(rows)
-    source = write(tmp_path / "in.jsonl", rows + st)
-    (tmp_path / "to").mkdir()
+    examples = library(tmp_path)
+    st = []
+    for i, example in enumerate(examples[1:]):
+        fields = {"task": "st", "target_language": "zh", "text": f"第{i}句。", "test_only": True}
+        st.append(example | fields)
+    random.Random(0).shuffle(examples)
+    source = write(tmp_path / "in.jsonl", examples + st)
     out = tmp_path / "to" / "long.jsonl"
     synth.main(["concatenate", source, str(out), "--seconds", "12"])
-    found = {(row["task"], row["text"]): row for row in read(out)}
-    assert sorted(text for task, text in found if task == "asr") == [
-        "Chapter 7, line 0. Chapter 7, line 1. Chapter 7, line 2.", "Chapter 7, line 3. Chapter 7, line 4.",
-        "Chapter 8, line 9. Chapter 8, line 10.", "From 0.0. From 3.25. From 7.75."]
-    assert sorted(text for task, text in found if task == "st") == ["第0句。第1句。第2句。", "第5句。第6句。", "第8句。第9句。第10句。"]
-    row = found["asr", "Chapter 8, line 9. Chapter 8, line 10."]
-    parts = [soundfile.read(tmp_path / f"1/8/1-8-{n}.flac", dtype="int16")[0] for n in (9, 10)]
-    wave, rate = soundfile.read(out.parent / row["audio"], dtype="int16")
-    assert rate == 16000 and np.array_equal(wave, np.concatenate(parts)) and row["duration"] == 9.5
-    cut = found["asr", "From 0.0. From 3.25. From 7.75."]
-    assert cut["audio"] == "../talk.wav" and "start" not in cut and cut["duration"] == 9.75, "contiguous: no new audio"
-    assert cut["licence"] == "CC-BY-SA-4.0" and cut["sources"] == [["talks", "CC-BY-SA-4.0"]]
-    manifest = Manifest(out, trust_paths=True)
-    waves = {row["text"]: manifest.audio(row) for row in manifest}
-    assert len(waves["From 0.0. From 3.25. From 7.75."]) == 9.75 * 16000
-    assert all(row["duration"] <= 12 and row["style"] == "written" for row in read(out) if row["task"] == "asr")
+    joined = {example["text"]: example for example in read(out)}
+    lines = "Chapter 8, line 9. Chapter 8, line 10."
+    talk = "From 0.0. From 3.25. From 7.75."
+    first = "Chapter 7, line 0. Chapter 7, line 1. Chapter 7, line 2."
+    assert joined.keys() == {first, lines, talk, "第3句。第4句。", "第5句。第6句。第7句。"}
+    assert "test_only" not in joined[lines] and joined["第3句。第4句。"]["test_only"]
+
+    parts = [soundfile.read(tmp_path / f"8/8-{n}.flac", dtype="int16")[0] for n in (9, 10)]
+    wave, rate = soundfile.read(out.parent / joined[lines]["audio"], dtype="int16")
+    assert rate == 16000 and np.array_equal(wave, np.concatenate(parts))
+    assert joined[lines]["duration"] == 9
+    piece = joined[talk]
+    assert piece["audio"] == "../talk.wav" and piece["duration"] == 9.75, "one piece of the file"
+    assert piece["sources"] == [["talks", "CC-BY-SA-4.0"]]
+    waves = {example["text"]: Manifest(out).audio(example) for example in Manifest(out)}
+    assert len(waves[talk]) == 9.75 * 16000
 
 
-def test_with_room_a_pause_is_cut_out_and_not_said(tmp_path):
-    source = write(tmp_path / "in.jsonl", library(tmp_path)[8:])
-    synth.main(["concatenate", source, str(tmp_path / "long.jsonl")])
-    row, = read(tmp_path / "long.jsonl")
-    talk, _ = soundfile.read(tmp_path / "talk.wav", dtype="int16")
-    wave, _ = soundfile.read(tmp_path / row["audio"], dtype="int16")
-    assert np.array_equal(wave, np.concatenate([talk[:int(9.75 * 16000)], talk[12 * 16000:15 * 16000]]))
+def test_a_pause_is_cut_out_and_bad_audio_left_out(tmp_path, capsys):
+    examples = library(tmp_path)[4:]
+    (tmp_path / "8/8-10.flac").write_bytes(b"")
+    out = tmp_path / "long.jsonl"
+    synth.main(["concatenate", write(tmp_path / "in.jsonl", examples), str(out)])
+    printed = capsys.readouterr()
+    assert "1 left out because their audio cannot be used" in printed.out
+    assert "8-10.flac" in printed.err
+    wave, _ = soundfile.read(tmp_path / "talk.wav", dtype="int16")
+    joined, _ = soundfile.read(tmp_path / read(out)[0]["audio"], dtype="int16")
+    assert np.array_equal(joined, np.concatenate([wave[:156000], wave[192000:240000]]))
 
 
-def test_what_cannot_be_heard_is_left_out_and_told(tmp_path, capsys):
-    rows = library(tmp_path)
-    (tmp_path / "1/8/1-8-10.flac").write_bytes(b"")
-    synth.main(["concatenate", write(tmp_path / "in.jsonl", rows), str(tmp_path / "long.jsonl")])
-    said = capsys.readouterr()
-    assert "1 left out because their audio cannot be used" in said.out and "1-8-10.flac" in said.err
-    assert not any("Chapter 8" in row["text"] for row in read(tmp_path / "long.jsonl"))
-
-
-def test_audio_that_has_changed_is_joined_again(tmp_path):
-    source, out = write(tmp_path / "in.jsonl", library(tmp_path)[5:7]), tmp_path / "long.jsonl"
-    synth.main(["concatenate", source, str(out)])
-    soundfile.write(tmp_path / "1/8/1-8-9.flac", np.zeros(64000, np.int16), 16000)
-    synth.main(["concatenate", source, str(out)])
-    assert not soundfile.read(tmp_path / read(out)[0]["audio"])[0][:64000].any()
-
-
-def test_derived_rows_inherit_licence_sources_and_test_only(llm, tmp_path):
-    rows = [asr(0, "One two.", licence="CC-BY-SA-4.0", sources=[["x", "CC-BY-4.0"], ["y", "CC-BY-SA-4.0"]]),
-            asr(1, "Three four.", test_only=True)]
-    source = write(tmp_path / "in.jsonl", rows)
-    synth.main(["translate", source, str(tmp_path / "st.jsonl"), "--llm", llm, "--languages", "de"])
-    first, second = sorted(read(tmp_path / "st.all.jsonl"), key=lambda row: row["id"])
-    assert first["licence"] == "CC-BY-SA-4.0" and first["sources"] == [["x", "CC-BY-4.0"], ["y", "CC-BY-SA-4.0"]]
-    assert second["licence"] == "CC-BY-4.0" and second["test_only"] is True and "test_only" not in first
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Wrong calls
 
 
-@pytest.mark.parametrize("call, code, message", [
-    ("translate IN OUT --llm nowhere", 1, "nowhere: no such directory; give the directory of a checkpoint"),
-    ("translate IN OUT --llm PLAIN", 1, "its tokenizer has no <|im_start|> and <|im_end|>, expected an LLM that chats"),
-    ("translate BARE OUT --llm LLM", 1, "found no asr row in en, de, it, zh with case and punctuation; give another "
-     "manifest, or --bare"),
-    ("questions BARE OUT --llm LLM", 1, "found no asr row"),
-    ("translate IN OUT --llm LLM --languages fr", 2, "invalid choice: 'fr'"),
-    ("translate IN OUT --llm LLM --languages en", 1, "nothing to translate"),
-    ("translate missing.jsonl OUT --llm LLM", 1, "'missing.jsonl': No such file"),
-    ("translate IN IN --llm LLM", 2, "is both input and output"),
-    ("translate IN OUT --llm LLM --threshold fluency=1", 2, "'fluency=1', expected NAME=NUMBER, of language, log_p"),
-    ("translate IN OUT --llm LLM --threshold log_p", 2, "'log_p', expected NAME=NUMBER"),
-    ("questions IN OUT --llm LLM --unanswerable 25", 2, "--unanswerable is 25.0, expected 0 to 1"),
-    ("questions IN OUT --llm LLM --answer-words 0", 2, "--answer-words is 0, expected 1 to 1000"),
-    ("questions IN OUT --llm LLM --questions IN", 1, "of its 0 answerable questions in en, de, it, zh none is about"),
-    ("concatenate IN OUT --seconds 1", 1, "found no neighbouring utterances, asr or st, of together at most 1 s"),
-    ("filter IN OUT", 1, "line 1: not a row that prepare.synth made; give the .all.jsonl file of a run"),
-    ("filter gone.all.jsonl OUT", 1, "'gone.all.jsonl': No such file or directory, expected the .all.jsonl file of")])
-def test_wrong_calls_end_in_one_line(call, code, message, llm, tiny_project, manifest, tmp_path, capsys):
-    bare = write(tmp_path / "bare.jsonl", [asr(0, "no case", style="bare"), asr(1, "Sí.", source_language="es")])
-    names = {"IN": manifest, "OUT": str(tmp_path / "out.jsonl"), "LLM": llm, "PLAIN": str(tiny_project / "llm"),
-             "BARE": bare}
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        ("translate IN OUT --llm PLAIN", "its tokenizer has no <|im_start|> and <|im_end|>"),
+        ("translate BARE OUT --llm LLM", "found no asr example in en, de, it, zh with case"),
+        ("translate IN OUT --llm LLM --languages en", "in these languages already"),
+        ("translate missing.jsonl OUT --llm LLM", "missing.jsonl"),
+        ("translate IN IN --llm LLM", "is both input and output"),
+        ("translate IN OUT --llm LLM --threshold fluency=1", "found 'fluency=1', expected"),
+        ("questions IN OUT --llm LLM --unanswerable 25", "found 25, expected 0 to 1"),
+        ("questions IN OUT --llm LLM --questions IN", "none of its answerable questions"),
+        ("concatenate IN OUT --seconds 1", "found no neighbouring utterances"),
+        ("filter IN OUT", "line 1: not made by prepare.synth"),
+        ("filter gone.all.jsonl OUT", "gone.all.jsonl: found no examples"),
+    ],
+)
+def test_wrong_calls_end_in_one_line(call, message, llm, tiny_project, manifest, capsys):
+    folder = Path(manifest).parent
+    names = {"IN": manifest, "OUT": str(folder / "out.jsonl"), "LLM": llm}
+    names["PLAIN"] = str(tiny_project / "llm")
+    names["BARE"] = write(folder / "bare.jsonl", [asr(0, "no case", style="bare")])
     with pytest.raises(SystemExit) as stopped:
         synth.main([names.get(word, word) for word in call.split()])
-    said = capsys.readouterr().err if code == 2 else str(stopped.value)
-    assert message in said and (stopped.value.code == code or code == 1 and isinstance(stopped.value.code, str))
-    assert code == 2 or "\n" not in said and said.startswith("prepare.synth: ")
-    assert not (tmp_path / "out.jsonl").exists()
-
-
-def test_bare_transcripts_are_translated_only_if_told(llm, tmp_path):
-    rows = [asr(0, "no case", style="bare"), asr(1, "With case.")]
-    source = write(tmp_path / "in.jsonl", rows)
-    for name, options in (("a", []), ("b", ["--bare"])):
-        synth.main(["translate", source, str(tmp_path / f"{name}.jsonl"), "--llm", llm, "--languages", "de", *options])
-    assert [len(read(tmp_path / f"{name}.all.jsonl")) for name in "ab"] == [1, 2]
-
-
-def test_rows_draws_as_many_and_the_seed_which(llm, manifest, tmp_path):
-    drawn = []
-    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        synth.main(["translate", manifest, str(tmp_path / f"{name}.jsonl"), "--llm", llm, "--rows", "5", "--seed", seed,
-                    "--no-round-trip"])
-        drawn.append({row["id"] for row in read(tmp_path / f"{name}.all.jsonl")})
-    assert drawn[0] == drawn[1] != drawn[2] and {len(ids) for ids in drawn} == {5}
-
-
-def test_a_transcript_beyond_the_context_is_told_and_not_written(llm, tmp_path):
-    source = write(tmp_path / "in.jsonl", [asr(0, "word " * 900), asr(1, "Short.")])
-    synth.main(["translate", source, str(tmp_path / "st.jsonl"), "--llm", llm, "--languages", "de"])
-    reasons = {row["id"]: row["reasons"] for row in read(tmp_path / "st.all.jsonl")}
-    assert reasons["1 de"] == ["too long"] and reasons["2 de"] != ["too long"]
+    text = stopped.value.code
+    if text == 2:  # by argparse, behind the usage
+        text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in text and "\n" not in text
+    assert not (folder / "out.jsonl").exists()

@@ -1,0 +1,385 @@
+"""data.py: audio files of every kind and state, parts of them, tars, the resampler, windows."""
+
+import io
+import math
+import os
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+from conftest import refused
+from data import AudioError, audio_seconds, cut_windows, encode_opus, load_audio
+
+RATE = 16000
+
+
+def refuses(path, message, *part):
+    refused(message, load_audio, path, *part, kind=AudioError)
+
+
+def noisy_tone(seconds):
+    time = np.arange(round(seconds * RATE)) / RATE
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, len(time))
+    return (0.3 * np.sin(2 * np.pi * 440 * time) + noise).astype("float32")
+
+
+def write_tone(path, seconds=1.0, **options):
+    """Writes a noisy tone as a file, and returns its samples."""
+    wave = noisy_tone(seconds)
+    soundfile.write(path, wave, RATE, **options)
+    return torch.from_numpy(wave)
+
+
+# ------------------------------------------------------------------------------
+# Resampling
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44099, 44100, 48000, 192000])
+def test_resampling_of_sines(tmp_path, rate):
+    nyquist = min(rate, RATE) / 2
+    inside = np.append(np.linspace(0.01, 0.92, 7), 0.5 * np.sqrt(2))
+    beyond = np.append(np.linspace(1.0, 1.15, 5), np.linspace(1.2, 0.49 * rate / nyquist, 4))
+    shares = np.concatenate([inside, [0.94, 0.97, 0.99], beyond])
+    time = np.arange(rate) / rate
+    for frequency in shares[shares * nyquist < rate / 2] * nyquist:
+        sine = np.sin(2 * np.pi * frequency * time + 0.3)
+        soundfile.write(tmp_path / "sine.wav", sine, rate, subtype="FLOAT")
+        out = load_audio(tmp_path / "sine.wav").double()
+        assert out.shape == (RATE,)
+        check_sine(out, frequency, nyquist)
+
+
+def check_sine(out, frequency, nyquist):
+    """Checks a resampled sine (16000,) away from its ends, where it begins and stops."""
+    inner = slice(400, -400)
+    out, k = out[inner], torch.arange(RATE, dtype=torch.float64)[inner]
+    if frequency >= nyquist:
+        assert out.abs().max() < 1e-5  # -100 dB
+        return
+    angle = 2 * np.pi * frequency * k / RATE
+    basis = torch.stack([torch.sin(angle + 0.3), torch.cos(angle + 0.3)], 1)
+    gains = torch.linalg.lstsq(basis, out[:, None]).solution
+    # What is not this sine are images.
+    assert (out - (basis @ gains)[:, 0]).abs().max() < 1e-5
+    if frequency <= 0.921 * nyquist:
+        assert abs(20 * np.log10(gains[0].item())) < 0.01
+        assert (out - basis[:, 0]).abs().max() < 3e-5  # there is no delay either
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 15999, 22050, 44100, 48000])
+def test_resampled_length(tmp_path, rate):
+    for samples in (rate // 10, rate // 10 + 1, rate // 7 + 2, rate + 1):
+        soundfile.write(tmp_path / "x.wav", np.full(samples, 0.25), rate, subtype="FLOAT")
+        out = load_audio(tmp_path / "x.wav")
+        assert len(out) == math.ceil(samples * RATE / rate)
+        assert (out[200:-200] - 0.25).abs().max() < 1e-5
+
+
+def test_resampling_keeps_the_time_of_a_click(tmp_path):
+    x = np.zeros(48000)
+    x[[30000, 47997]] = 1
+    soundfile.write(tmp_path / "click.wav", x, 48000, subtype="FLOAT")
+    out = load_audio(tmp_path / "click.wav")
+    assert set(out.topk(2).indices.tolist()) == {10000, 15999}
+    torch.testing.assert_close(out[9900:10000], out[10001:10101].flip(0), rtol=0, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------
+# Formats
+
+
+@pytest.mark.parametrize(
+    "extension, subtype, tolerance",
+    [
+        ("wav", "PCM_16", 2**-15),
+        ("wav", "PCM_24", 2**-23),
+        ("wav", "PCM_U8", 2**-7),
+        ("wav", "FLOAT", 0),
+        ("flac", "PCM_16", 2**-15),
+        ("aiff", "PCM_16", 2**-15),
+        ("w64", "DOUBLE", 0),
+        ("ogg", "VORBIS", 0.2),
+        ("ogg", "OPUS", 0.2),
+        ("mp3", "MPEG_LAYER_III", 0.2),
+    ],
+)
+def test_formats(tmp_path, extension, subtype, tolerance):
+    path = tmp_path / f"Grüße an {subtype}.{extension}"
+    x = write_tone(path, subtype=subtype)
+    wave = load_audio(path)
+    assert wave.dtype == torch.float32 and wave.shape == x.shape
+    assert (wave - x).abs().max() <= tolerance
+    assert torch.equal(load_audio(str(path)), wave)
+    assert audio_seconds(path) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_file_is_known_by_its_content(tmp_path):
+    x = write_tone(tmp_path / "x.wav", 0.5, subtype="FLOAT")
+    for name in ("x.raw", "x.mp3", "x"):
+        (tmp_path / name).write_bytes((tmp_path / "x.wav").read_bytes())
+        assert torch.equal(load_audio(tmp_path / name), x)
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_channels_are_averaged(tmp_path, rate):
+    x = np.random.default_rng(0).uniform(-0.5, 0.5, (RATE, 3))
+    soundfile.write(tmp_path / "three.wav", x, rate, subtype="FLOAT")
+    soundfile.write(tmp_path / "mono.wav", x.mean(1), rate, subtype="FLOAT")
+    three, mono = load_audio(tmp_path / "three.wav"), load_audio(tmp_path / "mono.wav")
+    torch.testing.assert_close(three, mono, rtol=0, atol=1e-6)
+
+
+def test_a_file_longer_than_one_block(tmp_path):
+    x = np.random.default_rng(0).integers(-(2**15), 2**15, (2**23 + 12345, 2), dtype=np.int16)
+    soundfile.write(tmp_path / "long.wav", x, RATE)
+    expected = torch.from_numpy(x).float().mean(1) / 2**15
+    assert torch.equal(load_audio(tmp_path / "long.wav"), expected)
+
+
+def test_a_streamed_wav_of_unknown_length_loads(tmp_path):
+    path = tmp_path / "stream.wav"
+    x = write_tone(path)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"data") + 4
+    for size in (0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000):
+        content[at : at + 4] = struct.pack("<I", size)
+        path.write_bytes(content)
+        assert len(load_audio(path)) == len(x)
+
+
+def test_encoded_opus_is_read_again(tmp_path):
+    x = torch.from_numpy(noisy_tone(2.5))
+    (tmp_path / "x.ogg").write_bytes(encode_opus(x))
+    assert (load_audio(tmp_path / "x.ogg") - x).abs().mean() < 0.05
+
+
+# ------------------------------------------------------------------------------
+# Parts of files, and members of tars
+
+
+def pack_tar(path, names, content, **options):
+    """A tar of equal files. Pax writes their broken times into headers of its own."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(content), 1.5
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_parts_of_files_and_members_of_tars(tmp_path):
+    wave = write_tone(tmp_path / "a.wav", 2.0, subtype="FLOAT")
+    pack_tar(tmp_path / "s.tar", ["./in/a.wav"], (tmp_path / "a.wav").read_bytes())
+    for path in (tmp_path / "a.wav", tmp_path / "s.tar" / "in" / "a.wav"):
+        assert torch.equal(load_audio(path), wave)
+        assert torch.equal(load_audio(path, 0.5), wave[8000:])
+        assert torch.equal(load_audio(path, 0.25, 0.5), wave[4000:12000])
+        assert audio_seconds(path) == 2.0
+        refuses(path, "a.wav: found no samples, expected at least 35 ms", 3.0)
+        refuses(path, "a.wav: found 0.50 s of audio, expected 1.00 s", 1.5, 1.0)
+    refuses(tmp_path / "s.tar" / "b.wav", "s.tar/b.wav: no such member in the tar")
+    assert audio_seconds(tmp_path / "s.tar" / "b.wav") == 0
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_in_tars_of_every_kind(tmp_path, kind):
+    names = ["a.wav", "in/Grüße " + "x" * 60 + ".wav", "y" * 60 + "/" + "z" * 90 + ".wav"]
+    if kind != tarfile.USTAR_FORMAT:
+        names.append("long/" * 60 + "名.wav")
+    x = write_tone(tmp_path / "a.wav", 0.1, subtype="FLOAT")
+    pack_tar(tmp_path / "s.tar", names, (tmp_path / "a.wav").read_bytes(), format=kind)
+    assert list(data.tar_members(str(tmp_path / "s.tar"))) == names
+    for name in names:
+        assert torch.equal(load_audio(tmp_path / "s.tar" / name), x)
+
+
+def test_links_in_tars_are_no_members(tmp_path):
+    write_tone(tmp_path / "x.wav")
+    kinds = {"a": tarfile.SYMTYPE, "b": tarfile.LNKTYPE, "c": tarfile.CHRTYPE}
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, kind in kinds.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "x.wav"
+            tar.addfile(member)
+    for name in kinds:
+        refuses(tmp_path / "s.tar" / name, "no such member in the tar")
+
+
+def tar_header(kind=b"0", size=b"00000001000\0"):
+    """A header of a tar with a right checksum."""
+    block = bytearray(512)
+    block[:5], block[124:136], block[156:157] = b"a.wav", size, kind
+    block[257:265] = b"ustar\x0000"
+    block[148:156] = b"%06o\0 " % (sum(block) + 8 * 32)
+    return bytes(block)
+
+
+NEGATIVE = b"\xff" * 10 + b"\xfe\x00"  # -512
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (tar_header(size=b"77777777777\0") + bytes(1024), "unexpected end of data"),
+        (tar_header(size=b"\x80" + b"\xff" * 11) + bytes(1024), "offset-sized integer"),
+        (tar_header() + bytes(512) + tar_header(size=NEGATIVE), "a member of negative size"),
+        (
+            tar_header(b"L", b"\x80" + (2**62).to_bytes(11, "big")) + bytes(1024),
+            "a name of a forged size",
+        ),
+        (tar_header(b"x", b"00000000014\0") + b"12 size=-5\n\n".ljust(512), "empty header"),
+        (tar_header(b"L", b"00000000001\0").ljust(1024, b"a") * 5000, "recursion.*"),
+        (tar_header()[:300], "truncated header"),
+        (b"x" * 2000, "invalid header"),
+        (b"", "empty file"),
+    ],
+)
+def test_damaged_and_forged_tars(tmp_path, content, message):
+    (tmp_path / "s.tar").write_bytes(content)
+    refuses(tmp_path / "s.tar" / "a.wav", f"s.tar: .*{message}; copy or download it again")
+
+
+# ------------------------------------------------------------------------------
+# Damage
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")  # opening it would wait for ever
+    names = ["none.wav", "none\n\x1b[31m.wav", "", "pipe.wav", "nul\0.wav", "none.tar/a.wav"]
+    for name in names:
+        refuses(f"{tmp_path}/{name}", "no such file; correct the path")
+        assert audio_seconds(f"{tmp_path}/{name}") == 0
+    refuses("/dev/zero", "no such file")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("empty.wav", b"", "found 0 bytes"),
+        ("text.raw", b"A transcript.\n" * 20, "found content that starts with b'A transcript.."),
+        (
+            "page.mp3",
+            b"<!DOCTYPE html><html>404",
+            "found content that starts with b'<!DOCTYPE html><'",
+        ),
+        ("noise.flac", bytes(range(256)) * 40, "found content that starts with"),
+        ("header.wav", b"RIFF\x24\x00\x00\x00WAVEfmt \x10\x00", "found content that starts with"),
+    ],
+)
+def test_what_is_no_audio_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    remedy = "expected intact audio such as wav, flac, ogg or mp3; copy or download it again"
+    refuses(tmp_path / name, f"{name}: {message}.*, {remedy}")
+
+
+def test_too_few_samples_are_refused(tmp_path):
+    path = tmp_path / "x.wav"
+    for samples, message in ((0, "no samples"), (80, "5.0 ms of audio"), (559, "34.9 ms of audio")):
+        soundfile.write(path, np.zeros(samples), RATE)
+        refuses(path, f"found {message}, expected at least 35 ms.*; leave the file out")
+    for samples, rate in ((560, 16000), (1679, 48000)):
+        soundfile.write(path, np.zeros(samples), rate)
+        assert len(load_audio(path)) == 560
+
+
+def test_nan_and_inf_are_refused(tmp_path):
+    x = noisy_tone(1.0)
+    x[4000:4010] = np.nan
+    x[9000] = np.inf
+    soundfile.write(tmp_path / "x.wav", x, RATE, subtype="FLOAT")
+    refuses(tmp_path / "x.wav", "found 11 NaN or inf samples, the first at 0.250 s")
+
+
+def test_impossible_rates_are_refused(tmp_path):
+    for rate in (10, 400000):
+        soundfile.write(tmp_path / "x.wav", np.zeros(1000), rate)
+        refuses(tmp_path / "x.wav", f"found a sample rate of {rate} Hz, expected 1000 to 200000")
+
+
+@pytest.mark.parametrize(
+    "name, share, message",
+    [
+        ("x.wav", 0.5, "found 2.00 s of audio, expected 4.00 s by its header or the manifest"),
+        ("x.mp3", 0.5, r"found (1\.[89]|2\.0)\d s of audio, expected 4.00 s"),
+        ("x.flac", 0.6, "copy or download it again"),
+    ],
+)
+def test_cut_files_are_refused(tmp_path, name, share, message):
+    write_tone(tmp_path / name, 4.0)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: int(share * len(content))])
+    refuses(tmp_path / name, message)
+
+
+def test_a_damaged_middle_is_refused(tmp_path):
+    write_tone(tmp_path / "x.ogg", 4.0)
+    content = (tmp_path / "x.ogg").read_bytes()
+    middle = len(content) // 2
+    content = content[:middle] + bytes(600) + content[middle + 600 :]
+    (tmp_path / "x.ogg").write_bytes(content)
+    refuses(tmp_path / "x.ogg", r"found 3.\d\d s of audio, expected 4.00 s")
+
+
+def test_a_vorbis_file_in_which_libsndfile_dies_on_seeking(tmp_path):
+    path = tmp_path / "x.ogg"
+    write_tone(path, 1.0, format="OGG", subtype="VORBIS")
+    content = path.read_bytes()
+    pages = [at for at in range(len(content)) if content[at : at + 4] == b"OggS"]
+    for page in pages[2:]:  # behind the headers, no packet is left that can be decoded
+        content = content[: page + 30] + bytes(200) + content[page + 230 :]
+    path.write_bytes(content)
+    refuses(path, "x.ogg: found", 0.5, 0.1)
+
+
+def test_a_codec_that_cannot_seek(tmp_path):
+    write_tone(tmp_path / "x.wav", subtype="GSM610")
+    assert len(load_audio(tmp_path / "x.wav")) >= 15900
+    refuses(tmp_path / "x.wav", "copy or download it again, or convert it to flac", 0.5)
+
+
+# ------------------------------------------------------------------------------
+# Windows
+
+
+def speech_with_pauses(seconds, every, seed=0, loudness=0.01):
+    """Noise (N,) that gets fainter for 0.3 s at every so many seconds, and those times."""
+    noise = np.random.default_rng(seed).normal(0, 0.1, int(seconds * RATE))
+    wave = torch.from_numpy(noise.astype("float32"))
+    pauses = np.arange(every, seconds, every)
+    for time in pauses:
+        wave[int((time - 0.15) * RATE) : int((time + 0.15) * RATE)] *= loudness
+    return wave, pauses
+
+
+def test_windows_are_the_wave_cut_at_its_pauses():
+    wave, pauses = speech_with_pauses(100, 7.0)
+    windows = cut_windows(wave, 30)
+    assert torch.equal(torch.cat(windows), wave) and len(windows) <= 7
+    assert all(7.5 * RATE <= len(window) <= 30 * RATE for window in windows)
+    ends = np.cumsum([len(window) for window in windows])[:-1] / RATE
+    assert all(np.abs(pauses - end).min() < 0.06 for end in ends)
+
+
+def test_windows_end_at_a_slight_pause():
+    ends = []
+    for seed in range(10):
+        wave, _ = speech_with_pauses(32, 22.0, seed, 0.8)
+        ends.append(len(cut_windows(wave, 30)[0]) / RATE)
+    assert sum(abs(end - 22.0) < 0.1 for end in ends) >= 8
+
+
+@pytest.mark.parametrize("seconds", [0.04, 0.3, 0.5, 1.015, 29.99, 30.0, 30.01, 31, 45.3, 61, 300])
+def test_windows_of_any_length(seconds):
+    wave = torch.randn(round(seconds * RATE))
+    windows = cut_windows(wave)
+    joined = torch.cat(windows)
+    assert torch.equal(joined[: len(wave)], wave) and not joined[len(wave) :].any()
+    assert all(8000 <= len(window) <= 480000 for window in windows)
+    features, _ = data.fbank(windows)
+    assert features.isfinite().all()
+    single = cut_windows(wave, math.inf)
+    assert data.fbank(single)[1] == [data.feature_length(seconds)]
