@@ -33,15 +33,21 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import AUDIO, AdapterConfig, UserError, adapter_length, one_line_errors, visible
+from model import (
+    AUDIO,
+    UserError,
+    adapter_length,
+    is_number,
+    one_line_errors,
+    visible,
+)
 
 
 class AudioError(UserError):
     """A recording that cannot be used. Long jobs leave it out, count it and name it."""
 
 
-# ------------------------------------------------------------------------------
-# Files that are written whole or not at all, and JSON Lines
+# --- Files that are written whole or not at all, and JSON Lines
 
 
 def write_atomically(path: Path, save: Callable) -> None:
@@ -69,7 +75,7 @@ def read_lines(path: Path) -> list[dict]:
     """The objects of a JSON Lines file, none if it is not there. Half a line, as a kill leaves, is
     passed over."""
     objects = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             objects.append(json.loads(line))
         except ValueError:
@@ -77,8 +83,7 @@ def read_lines(path: Path) -> list[dict]:
     return objects
 
 
-# ------------------------------------------------------------------------------
-# Audio files, or parts of them, to mono 16 kHz waveforms
+# --- Audio files, or parts of them, to mono 16 kHz waveforms
 
 SAMPLE_RATE = 16000  # samples a second
 MIN_SAMPLES = 560  # 35 ms: two windows of 25 ms, 10 ms apart, make one 20 ms frame
@@ -306,8 +311,13 @@ def cut_windows(wave: Tensor, longest: float = 30.0) -> list[Tensor]:
     return windows + [wave]
 
 
-# ------------------------------------------------------------------------------
-# Features: the Kaldi filterbank of SeamlessM4TFeatureExtractor
+def load_clip(clip: tuple[str, float, float | None]) -> Tensor:
+    """The waveform (N,) of a path, start and length as one window, so at least 0.5 s. Raises
+    AudioError."""
+    return cut_windows(load_audio(*clip), math.inf)[0]
+
+
+# --- Features: the Kaldi filterbank of SeamlessM4TFeatureExtractor
 
 WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms windows every 10 ms
 
@@ -402,8 +412,7 @@ def feature_length(seconds: float) -> int:
     return (1 + (samples - WINDOW) // HOP) // 2
 
 
-# ------------------------------------------------------------------------------
-# Instructions in words
+# --- Instructions in words
 
 TASKS = ("asr", "st", "sqa")
 # Wordings by task and language of the wording; "targets" are what {to} and {in} stand for.
@@ -488,8 +497,7 @@ def task_of(instruction: str) -> str | None:
     return "sqa" if re.search("[?？]", instruction) else None
 
 
-# ------------------------------------------------------------------------------
-# Licences: what training accepts, and whom a trained model owes a mention
+# --- Licences: what training accepts, and whom a trained model owes a mention
 
 FREE = re.compile(
     r"CC0-1\.0|PDDL-1\.0|LicenseRef-PublicDomain|public domain|MIT|Apache-2\.0"
@@ -614,8 +622,7 @@ def notice(data: list) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ------------------------------------------------------------------------------
-# Manifests: JSON Lines, one example a row
+# --- Manifests: JSON Lines, one example a row
 
 # The fields of an example that does not state them.
 EXAMPLE = {
@@ -629,15 +636,7 @@ EXAMPLE = {
     "style": "written",
     "sources": [],
 }
-TEXT_FIELDS = (
-    "audio",
-    "text",
-    "source_language",
-    "target_language",
-    "licence",
-    "corpus",
-    "speaker",
-)
+TEXT_FIELDS = "audio text source_language target_language licence corpus speaker".split()
 
 
 def parse_example(line: str | bytes, where: str) -> dict:
@@ -658,16 +657,17 @@ def parse_example(line: str | bytes, where: str) -> dict:
         refuse("task", f"one of {', '.join(TASKS)}")
     if example["style"] not in ("written", "bare"):
         refuse("style", "written or bare")
-    needed = list(TEXT_FIELDS)
-    needed += ["question"] if example["task"] == "sqa" else []
-    needed += ["instruction"] if "instruction" in example else []
-    for name in needed:
+    optional = {"question": example["task"] == "sqa", "instruction": "instruction" in example}
+    for name in TEXT_FIELDS + [name for name, is_needed in optional.items() if is_needed]:
         if not is_text(example.get(name)):
             refuse(name, "text")
     for name in ("start", "duration"):
-        if example[name] is not None and not is_seconds(example[name]):
+        value = example[name]
+        if value is not None and not (is_number(value) and 0 <= value < 1e6):
             refuse(name, "a number of seconds")
-    if not is_sources(example["sources"]):
+    sources = example["sources"]
+    pairs = sources if isinstance(sources, list) else [None]
+    if not all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in pairs):
         refuse("sources", "a list of [corpus, licence]")
     return example
 
@@ -676,16 +676,6 @@ def is_text(value: object) -> bool:
     return (
         isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
     )
-
-
-def is_seconds(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1e6
-
-
-def is_sources(value: object) -> bool:
-    if not isinstance(value, list):
-        return False
-    return all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in value)
 
 
 class Manifest:
@@ -736,11 +726,15 @@ class Manifest:
         part.lines = self.lines[np.sort(np.array(list(rows), np.int64))]
         return part
 
+    def clip(self, example: dict) -> tuple[str, float, float]:
+        """The path of an example's audio, and the start and length of its part of it in seconds."""
+        path = str(self.path.parent / example["audio"])
+        return path, example["start"], self.seconds(example)
+
     def audio(self, example: dict) -> Tensor:
-        """The waveform (N,) of an example as one window, so at least 0.5 s. Raises AudioError."""
-        path = self.path.parent / example["audio"]
-        wave = load_audio(path, example["start"], example["duration"])
-        return cut_windows(wave, math.inf)[0]
+        """The waveform (N,) of an example, at least 0.5 s. Raises AudioError."""
+        path = str(self.path.parent / example["audio"])
+        return load_clip((path, example["start"], example["duration"]))
 
     def seconds(self, example: dict) -> float:
         """How long an example's audio is, by the example or else by the audio's header; 0 if that
@@ -750,8 +744,7 @@ class Manifest:
         return max(0.0, audio_seconds(self.path.parent / example["audio"]) - example["start"])
 
 
-# ------------------------------------------------------------------------------
-# The mixture that a run is trained on
+# --- The mixture that a run is trained on
 
 
 class Mixture(NamedTuple):
@@ -762,14 +755,7 @@ class Mixture(NamedTuple):
     longest: float  # seconds of the longest training example
 
 
-def open_mixture(
-    paths: list[str],
-    dev: str,
-    tasks: tuple[str, ...],
-    allowed: tuple[str, ...] = (),
-    temperature: float = 1.0,
-    max_seconds: float = 30.0,
-) -> Mixture:
+def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, max_seconds=30.0) -> Mixture:
     """Opens the manifests of a run, of which only examples of these tasks count, and prints what is
     in them. paths: manifests; PATH=2 counts each of its examples twice. A task and language is
     drawn as often as its examples to the power 1 / temperature. Raises UserError at the first bad
@@ -785,33 +771,28 @@ def open_mixture(
     sizes = Counter()  # of each task and language over all files, weighted
     groups = []
     for path, weight in weighted:
-        parts, of_file, longest_of_file = read_groups(path, tasks, max_seconds, check, least=1)
+        manifest = Manifest(path)
+        rows, of_file, longest_of_file = read_groups(manifest, tasks, max_seconds, check, least=1)
         longest = max(longest, longest_of_file)
         seconds += of_file
-        for group, manifest in parts.items():
+        for group in sorted(rows):
             groups.append(group)
-            manifests.append(manifest)
-            weights.append(weight * len(manifest))
-            sizes[group] += weight * len(manifest)
-    parts, _, _ = read_groups(dev, tasks, max_seconds, check, least=2)
-    dev_lines = np.sort(np.concatenate([part.lines for part in parts.values()]))
-    validation = copy.copy(next(iter(parts.values())))
-    validation.lines = dev_lines
+            manifests.append(manifest.select(rows[group]))
+            weights.append(weight * len(rows[group]))
+            sizes[group] += weight * len(rows[group])
+    rows, _, _ = read_groups(Manifest(dev), tasks, max_seconds, check, least=2)
+    dev = Manifest(dev).select(itertools.chain(*rows.values()))
 
-    pairs = zip(weights, groups, strict=True)
+    pairs = list(zip(weights, groups, strict=True))
     weights = [weight * sizes[group] ** (1 / temperature - 1) for weight, group in pairs]
-    shares = Counter()
-    for weight, group in zip(weights, groups, strict=True):
-        shares[group] += 100 * weight / sum(weights)
-    for (task, language), share in sorted(shares.items()):
-        size = sizes[task, language]
-        print(
-            visible(f"data: {task} into {language}: {size:.0f} rows, {share:.1f} % of those drawn")
-        )
-    for (corpus, licence, language), total in sorted(seconds.items()):
-        print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))
+    for group in sorted(sizes):
+        drawn = sum(weight for weight, other in zip(weights, groups, strict=True) if other == group)
+        share = f"{sizes[group]:.0f} rows, {100 * drawn / sum(weights):.1f} % of those drawn"
+        print(visible(f"data: {group[0]} into {group[1]}: {share}"))
     hours = [[*key, round(total)] for key, total in sorted(seconds.items())]
-    return Mixture(manifests, weights, validation, hours, longest)
+    for corpus, licence, language, total in hours:
+        print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))
+    return Mixture(manifests, weights, dev, hours, longest)
 
 
 def split_weight(path: str) -> tuple[str, float]:
@@ -822,34 +803,30 @@ def split_weight(path: str) -> tuple[str, float]:
     return name, float(weight)
 
 
-def read_groups(path: str, tasks, max_seconds: float, check: Callable, least: int):
-    """Reads a manifest once. Returns {(task, target language): Manifest of those examples alone};
-    a Counter of their seconds by (corpus, licence, target language); and the seconds of the longest
+def read_groups(manifest: Manifest, tasks, max_seconds: float, check: Callable, least: int):
+    """Reads a manifest once. Returns {(task, target language): numbers of those examples}; a
+    Counter of their seconds by (corpus, licence, target language); and the seconds of the longest
     that is not longer than max_seconds. Raises UserError if there are fewer than `least`."""
-    manifest = Manifest(path)
-    groups, seconds, longest = {}, Counter(), 0.0
+    rows, seconds, longest = {}, Counter(), 0.0
     for i, example in enumerate(manifest):
         if example["task"] not in tasks:
             continue
         check(example)
-        group = example["task"], example["target_language"]
-        groups.setdefault(group, array("q")).append(i)
-        length = manifest.seconds(example)
-        seconds[example["corpus"], example["licence"], example["target_language"]] += length
+        language, length = example["target_language"], manifest.seconds(example)
+        rows.setdefault((example["task"], language), array("q")).append(i)
+        seconds[example["corpus"], example["licence"], language] += length
         if length <= max_seconds:
             longest = max(longest, length)
-    count = sum(map(len, groups.values()))
+    count = sum(map(len, rows.values()))
     if count < least:
         raise UserError(
-            f"{path}: {count} rows of the tasks this phase trains, {', '.join(tasks)}, expected at "
-            f"least {least}; give another manifest"
+            f"{manifest.path}: {count} rows of the tasks this phase trains, {', '.join(tasks)}, "
+            f"expected at least {least}; give another manifest"
         )
-    parts = {group: manifest.select(rows) for group, rows in sorted(groups.items())}
-    return parts, seconds, longest
+    return rows, seconds, longest
 
 
-# ------------------------------------------------------------------------------
-# Sequences: what the model reads, what it must answer
+# --- Sequences: what the model reads, what it must answer
 
 
 def join_texts(texts: Iterable[str]) -> str:
@@ -902,8 +879,7 @@ def collate(sequences: list[tuple[list[int], int, Tensor]]) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------
-# Batches: an endless, resumable stream
+# --- Batches: an endless, resumable stream
 
 POOL = 4096  # examples that are sorted by length together
 
@@ -922,15 +898,7 @@ def cut_batches(sizes: Iterable[tuple], max_frames: float, max_tokens: float) ->
     return batches
 
 
-def schedule(
-    manifests: list[Manifest],
-    weights: list[float],
-    size: Callable,
-    max_frames: int,
-    max_tokens: int,
-    seed: int,
-    position: dict | None = None,
-) -> Iterator[tuple[dict, list]]:
+def schedule(manifests, weights, size, max_frames, max_tokens, seed, position=None) -> Iterator:
     """Endless batches of (manifest, row, turn) numbers, shuffled, examples of like length together.
 
     Each pool takes from every manifest, by weight, the next rows of that manifest's shuffled order
@@ -971,21 +939,14 @@ class Examples(torch.utils.data.Dataset):
     """Scheduled batches made into tensors, in worker processes: audio read, features computed,
     sequences rendered.
 
-    states: a function (manifest, row) -> (F, D) encoder outputs, which then take the place of audio
-    and features. An example whose audio cannot be used is left out; the batch's "bad" has its (file
-    and line, reason). A batch of which none is left is silence without targets: its loss and
-    gradients are 0.
+    states: a function from a clip (see Manifest.clip) to encoder outputs (F, D), which then take
+    the place of audio and features. An example whose audio cannot be used is left out; the batch's
+    "bad" has its (file and line, reason). A batch of which none is left is silence without targets:
+    its loss and gradients are 0.
     """
 
     def __init__(
-        self,
-        manifests: list[Manifest],
-        tokenizer: Tokenizer,
-        end_id: int,
-        adapter: AdapterConfig,
-        max_seconds: float = 30.0,
-        states: Callable | None = None,
-        seed: int = 0,
+        self, manifests, tokenizer, end_id, adapter, max_seconds=30.0, states=None, seed=0
     ):
         self.manifests, self.tokenizer, self.end_id = manifests, tokenizer, end_id
         self.adapter, self.max_seconds = adapter, max_seconds
@@ -1005,7 +966,7 @@ class Examples(torch.utils.data.Dataset):
         ids, _ = render(example, 0, self.tokenizer, self.end_id)
         return frames, adapter_length(frames, self.adapter) + len(ids)
 
-    def frames(self, m: int, i: int, example: dict) -> Tensor:
+    def frames(self, m: int, example: dict) -> Tensor:
         """What the model hears of an example: features (F, 160), or the encoder's states (F, D).
         Raises AudioError."""
         seconds = self.manifests[m].seconds(example)
@@ -1015,7 +976,7 @@ class Examples(torch.utils.data.Dataset):
                 "--max-seconds"
             )
         if self.states is not None:
-            return self.states(m, i)
+            return self.states(self.manifests[m].clip(example))
         return fbank([self.manifests[m].audio(example)])[0]
 
     def sequence(self, example: dict, frames: Tensor) -> tuple[list[int], int, Tensor]:
@@ -1029,7 +990,7 @@ class Examples(torch.utils.data.Dataset):
         for m, i, turn in batch:
             example = self.example(m, i, turn)
             try:
-                frames = self.frames(m, i, example)
+                frames = self.frames(m, example)
             except AudioError as error:
                 bad.append((example["where"], str(error)))
                 continue

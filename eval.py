@@ -27,17 +27,7 @@ from tqdm import tqdm
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from data import (
-    REFUSALS,
-    SAMPLE_RATE,
-    TASKS,
-    AudioError,
-    Manifest,
-    instruction_of,
-    load_audio,
-    read_lines,
-    write_text,
-)
+import data
 from model import SpeechLM, UserError, keep_freed_memory, visible
 from sample import (
     MAX_NEW_TOKENS,
@@ -54,8 +44,7 @@ FALSE_REFUSALS = 0.125  # share of the answerable questions that may be refused
 DRAWS = 1000  # of the bootstrap
 
 
-# ------------------------------------------------------------------------------
-# Scores
+# --- Scores
 
 
 @lru_cache
@@ -99,7 +88,7 @@ def transcript_scores(language: str, reference: str, hypothesis: str) -> dict:
 
 
 def question_scores(language: str, reference: str, hypothesis: str) -> dict:
-    refusals = [normalise(refusal, language) for refusal in REFUSALS.values()]
+    refusals = [normalise(refusal, language) for refusal in data.REFUSALS.values()]
     refused, unanswerable = hypothesis in refusals, reference in refusals
     r, h = reference.split(), hypothesis.split()
     common = sum((Counter(r) & Counter(h)).values())
@@ -115,38 +104,21 @@ def question_scores(language: str, reference: str, hypothesis: str) -> dict:
         "f1": f1,
         "refused": int(refused),
         "unanswerable": int(unanswerable),
+        "answerable": int(not unanswerable),
     }
 
 
-# The scores that are ratios of sums over items: (name, what is above, what is below).
+# Scores that are ratios of sums over items: the name, and which of an item's scores are multiplied
+# above and below.
 RATIOS = {
-    "asr": [
-        ("WER", lambda s: s["word_errors"], lambda s: s["words"]),
-        ("CER", lambda s: s["character_errors"], lambda s: s["characters"]),
-    ],
+    "asr": [("WER", ["word_errors"], "words"), ("CER", ["character_errors"], "characters")],
     "st": [],
     "sqa": [
-        (
-            "exact match",
-            lambda s: s["right"] and not s["unanswerable"],
-            lambda s: not s["unanswerable"],
-        ),
-        ("F1", lambda s: s["f1"] * (not s["unanswerable"]), lambda s: not s["unanswerable"]),
-        (
-            "refusal precision",
-            lambda s: s["refused"] and s["unanswerable"],
-            lambda s: s["refused"],
-        ),
-        (
-            "refusal recall",
-            lambda s: s["refused"] and s["unanswerable"],
-            lambda s: s["unanswerable"],
-        ),
-        (
-            "false refusals",
-            lambda s: s["refused"] and not s["unanswerable"],
-            lambda s: not s["unanswerable"],
-        ),
+        ("exact match", ["right", "answerable"], "answerable"),
+        ("F1", ["f1", "answerable"], "answerable"),
+        ("refusal precision", ["refused", "unanswerable"], "refused"),
+        ("refusal recall", ["refused", "unanswerable"], "unanswerable"),
+        ("false refusals", ["refused", "answerable"], "answerable"),
     ],
 }
 
@@ -159,8 +131,9 @@ def corpus_scores(items: list[dict], draws: int = DRAWS) -> tuple[dict, dict]:
     picks = np.random.default_rng(0).integers(len(items), size=(draws, len(items)))
     scores, signatures = {}, {}
     for name, above, below in RATIOS[task]:
-        numerators = np.array([float(above(item["scores"])) for item in items])
-        denominators = np.array([float(below(item["scores"])) for item in items])
+        factors = [[item["scores"][name] for name in above] for item in items]
+        numerators = np.array(factors, float).prod(1)
+        denominators = np.array([item["scores"][below] for item in items], float)
         if denominators.sum():
             value = numerators.sum() / denominators.sum()
             sums = denominators[picks].sum(1)
@@ -195,7 +168,7 @@ def summarise(items: list[dict], least: int = 100) -> tuple[list[dict], dict]:
     by_kind = {}
     for item in items:
         by_kind.setdefault((item["task"], item["target_language"]), []).append(item)
-    for task, language in sorted(by_kind, key=lambda kind: (TASKS.index(kind[0]), kind[1])):
+    for task, language in sorted(by_kind, key=lambda kind: (data.TASKS.index(kind[0]), kind[1])):
         of_kind = by_kind[task, language]
         for name, group in score_groups(of_kind, least).items():
             if name != "all" and len(group) == len(of_kind):
@@ -254,15 +227,15 @@ def validation_scores(pairs: list[tuple[dict, str]]) -> dict[str, float]:
     return {name: sum(of_languages) / len(of_languages) for name, of_languages in values.items()}
 
 
-def refusal_threshold(examples: list[dict], answers: list[Answer | AudioError]) -> dict:
+def refusal_threshold(examples: list[dict], answers: list[Answer | data.AudioError]) -> dict:
     """The margin above which to refuse: the lowest at which no more than FALSE_REFUSALS of the
     answerable questions are refused, {"refuse_above": margin}; {} if there is no such question, or
     none that is to be refused."""
     answerable, refusable = [], 0
     for example, answer in zip(examples, answers, strict=True):
-        if isinstance(answer, AudioError):
+        if isinstance(answer, data.AudioError):
             continue
-        if example["text"] in REFUSALS.values():
+        if example["text"] in data.REFUSALS.values():
             refusable += 1
         else:
             answerable.append(answer.margin)
@@ -272,8 +245,7 @@ def refusal_threshold(examples: list[dict], answers: list[Answer | AudioError]) 
     return {"refuse_above": sorted(answerable)[-1 - allowed]}
 
 
-# ------------------------------------------------------------------------------
-# Answers, kept as they are made
+# --- Answers, kept as they are made
 
 
 class Journal:
@@ -291,7 +263,7 @@ class Journal:
         except (OSError, ValueError, KeyError, TypeError):
             same = False
         if same:
-            self.items = {item["id"]: item for item in read_lines(path)}
+            self.items = {item["id"]: item for item in data.read_lines(path)}
             print(f"{path}: {len(self.items)} items are there already")
         elif path.exists() and path.stat().st_size:
             number = 1
@@ -300,8 +272,8 @@ class Journal:
             os.replace(path, path.with_suffix(f".old{number}.jsonl"))
             print(f"{path}: held items of other settings, now in {path.stem}.old{number}.jsonl")
         # What a kill left of a line is not kept.
-        write_text(path, "".join(map(json_line, self.items.values())))
-        write_text(settings_path, json_line({"settings": settings}))
+        data.write_text(path, "".join(map(json_line, self.items.values())))
+        data.write_text(settings_path, json_line({"settings": settings}))
 
     def add(self, item: dict) -> None:
         self.items[item["id"]] = item
@@ -338,7 +310,7 @@ def answer_manifest(
                 if key not in waves:
                     waves[key] = load_wave(example)
                 answerable.append(example)
-            except AudioError as error:
+            except data.AudioError as error:
                 failures[example["id"]] = str(error)
         recordings = encode_waves(model, list(waves.values()), checkpoint["window"])
         by_key = dict(zip(waves, recordings, strict=True))
@@ -351,12 +323,12 @@ def answer_manifest(
             **options,
         )
         for example, answer in zip(answerable, answers, strict=True):
-            if isinstance(answer, AudioError):
+            if isinstance(answer, data.AudioError):
                 failures[example["id"]] = str(answer)
                 continue
-            seconds = len(waves[recording_key(example)]) / SAMPLE_RATE
+            seconds = len(waves[recording_key(example)]) / data.SAMPLE_RATE
             journal.add(make_item(example, answer, seconds, score))
-        audio += sum(map(len, waves.values())) / SAMPLE_RATE
+        audio += sum(map(len, waves.values())) / data.SAMPLE_RATE
         bar.set_postfix(audio_s_per_s=f"{audio / (time.time() - began):.0f}")
         bar.update(len(group))
     bar.close()
@@ -389,16 +361,7 @@ def group_recordings(examples: list[dict]) -> list[list[dict]]:
     return groups
 
 
-ITEM_FIELDS = (
-    "id",
-    "audio",
-    "start",
-    "task",
-    "source_language",
-    "target_language",
-    "corpus",
-    "speaker",
-)
+ITEM_FIELDS = "id audio start task source_language target_language corpus speaker".split()
 
 
 def make_item(example: dict, answer: Answer, seconds: float, score: bool) -> dict:
@@ -407,7 +370,7 @@ def make_item(example: dict, answer: Answer, seconds: float, score: bool) -> dic
     item |= {
         "seconds": round(seconds, 3),
         "reference": example.get("text"),
-        "instruction": instruction_of(example),
+        "instruction": data.instruction_of(example),
         "hypothesis": answer.text,
         "cut": answer.cut,
         "margin": answer.margin,
@@ -418,24 +381,16 @@ def make_item(example: dict, answer: Answer, seconds: float, score: bool) -> dic
     return item
 
 
-# ------------------------------------------------------------------------------
-# The program
-
-
-def file_identity(path: str | Path) -> list:
-    """What tells whether a file is still the same."""
-    status = os.stat(path)
-    return [str(path), status.st_size, status.st_mtime_ns]
+# --- The program
 
 
 def run_settings(ckpt: Path, source: str, args: argparse.Namespace) -> dict:
     """What the answers of a run depend on."""
-    return {
-        "checkpoint": file_identity(ckpt),
-        "beams": args.beams,
-        "int8": args.int8,
-        "source": file_identity(source),
-    }
+    settings = {"beams": args.beams, "int8": args.int8}
+    for name, path in (("checkpoint", ckpt), ("source", source)):
+        status = os.stat(path)
+        settings[name] = [str(path), status.st_size, status.st_mtime_ns]
+    return settings
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -443,7 +398,7 @@ def evaluate(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ckpt = Path(args.ckpt or newest_checkpoint())
     model, tokenizer, checkpoint = load_model(ckpt, device, args.int8)
-    manifest = Manifest(args.manifest)
+    manifest = data.Manifest(args.manifest)
     examples = {}
     for i, example in enumerate(manifest, 1):
         if example["task"] in args.tasks:
@@ -456,7 +411,7 @@ def evaluate(args: argparse.Namespace) -> None:
     def load_wave(item: dict) -> Tensor:
         example = examples[item["id"]]
         path = manifest.path.parent / example["audio"]
-        return load_audio(path, example["start"], example["duration"])
+        return data.load_audio(path, example["start"], example["duration"])
 
     path = Path(args.out) / f"{manifest.path.stem}-{ckpt.stem}.jsonl"
     settings = run_settings(ckpt, args.manifest, args)
@@ -482,7 +437,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "refused above": checkpoint.get("refuse_above"),
     }
     summary = {"settings": settings, **facts, "scores": table, "signatures": signatures}
-    write_text(path.with_suffix(".json"), json.dumps(summary, ensure_ascii=False, indent=1))
+    data.write_text(path.with_suffix(".json"), json.dumps(summary, ensure_ascii=False, indent=1))
     print_scores(table)
     print(f"{path.with_suffix('.json')}: the summary; answers are beside it")
     write_page(path.with_suffix(".html"), facts, table, signatures, items, load_wave)
@@ -515,7 +470,7 @@ def main(argv: list[str] | None = None) -> None:
     add("manifest", help="manifest to be answered and scored")
     add("--ckpt", help="checkpoint; otherwise the newest of out/ift.pt and out/align.pt")
     add("--out", default="out/eval", help="directory of answers, summary and report (%(default)s)")
-    add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="rows to be answered")
+    add("--tasks", nargs="+", choices=data.TASKS, default=data.TASKS, help="rows to be answered")
     add("--beams", type=int, default=1, help="beam search with so many beams; 1 is greedy")
     add(
         "--int8",

@@ -37,8 +37,7 @@ LOSS_CHUNK = 1024  # answer positions whose logits exist at once: 1,024 x 151,93
 SOFTMAX_ROWS = {"cpu": 4, "cuda": 256}  # of them, those in float32 at once; on a CPU, in its caches
 ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
-# ------------------------------------------------------------------------------
-# Errors: every message is one line with the file, what was found, what was expected, the remedy
+# --- Errors: every message is one line with the file, what was found, what was expected, the remedy
 
 # C0 and C1 controls, marks and overrides of the writing direction, line separators, surrogates.
 HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -83,8 +82,7 @@ def one_line_errors(
         raise error_type(f"{where}: {first_line(error)}; {remedy}") from error
 
 
-# ------------------------------------------------------------------------------
-# Configurations: field names and defaults are those of the checkpoints' config.json
+# --- Configurations: field names and defaults are those of the checkpoints' config.json
 
 COPY_CONFIG = "copy the checkpoint's own config.json again"
 
@@ -102,15 +100,13 @@ def expect(raw: dict, where: object, **allowed: list) -> None:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) in (int, float)
 
 
 def has_type(value: object, kind: type) -> bool:
     """Whether a parsed JSON value can be a field of this type. Numbers must not be negative."""
-    if kind is float:
-        return is_number(value) and value >= 0
-    if kind is int:
-        return type(value) is int and value >= 0
+    if kind in (int, float):
+        return type(value) in (int, kind) and value >= 0
     return kind not in (bool, str) or type(value) is kind
 
 
@@ -190,6 +186,7 @@ class AdapterConfig(EncoderConfig):
         """That of an adapter between models of two configurations, which give its widths whatever
         `adapter`, its other fields, says."""
         raw = adapter | asdict(encoder) | {"output_size": llm.hidden_size}
+        expect(raw, "the adapter", adapter_act=list(ACTIVATIONS))
         return cls(**known_fields(cls, raw, "the adapter"))
 
 
@@ -248,12 +245,7 @@ def check_full_attention(raw: dict, where: object) -> None:
         )
 
 
-LLAMA3_FIELDS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
+LLAMA3_FIELDS = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 
 
 def rope_fields(raw: dict, where: object) -> dict:
@@ -266,7 +258,7 @@ def rope_fields(raw: dict, where: object) -> dict:
     if kind == "llama3":
         numbers |= {name: scaling.get(name) for name in LLAMA3_FIELDS}
     for name, value in numbers.items():
-        if not is_number(value) or not 0 < value < float("inf"):
+        if not is_number(value) or not 0 < float(value) < float("inf"):
             raise UserError(
                 f"{where}: {name} of the RoPE is {reprlib.repr(value)}, expected a positive "
                 f"number; {COPY_CONFIG}"
@@ -287,8 +279,7 @@ def check_end_ids(end_ids: object, vocab_size: int, where: object) -> list[int]:
     return ids
 
 
-# ------------------------------------------------------------------------------
-# Layers that state their precision: weights in any dtype, products in the input's, norms in float32
+# --- Layers that state their precision: weights in any dtype, products in the input's
 
 
 class Linear(nn.Linear):
@@ -357,8 +348,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
-# ------------------------------------------------------------------------------
-# Packed sequences, and attention within each of them
+# --- Packed sequences, and attention within each of them
 
 
 class Rows:
@@ -396,16 +386,7 @@ def spread_bias(bias: Tensor, left: int) -> Tensor:
     return bias.gather(-1, place.expand(*bias.shape[:-1], n))
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Rows,
-    causal: bool = False,
-    bias: Tensor | None = None,
-    left: int = 0,
-    dropout: float = 0.0,
-) -> Tensor:
+def attend(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tensor:
     """Attention within each sequence, one after the other: q (N, H, d), k and v (N, Hkv, d), where
     H / Hkv queries share a key -> (N, H, d). bias (N, H, left + 1 + right) is what relative keys
     add to a query's scores, see spread_bias; it is not for causal attention."""
@@ -440,17 +421,8 @@ def attend_padded(
     return y.transpose(1, 2)[rows.row, rows.offset]
 
 
-def attend_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Rows,
-    causal: bool = False,
-    bias: Tensor | None = None,
-    left: int = 0,
-    dropout: float = 0.0,
-) -> Tensor:
-    """attend for CUDA: one kernel for all sequences. PyTorch's kernel for packed sequences takes
+def attend_varlen(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tensor:
+    """attend for CUDA, one kernel for all sequences. PyTorch's kernel for packed sequences takes
     neither a bias nor dropout nor float32, which go the other ways."""
     if bias is not None:
         return attend_padded(q, k, v, rows, bias, left, dropout)
@@ -459,18 +431,9 @@ def attend_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     bounds = F.pad(rows.count.cumsum(0), (1, 0)).int()  # (B + 1,)
-    longest = max(rows.lengths)
-    return varlen_attn(
-        q,
-        k,
-        v,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        window_size=(-1, 0 if causal else -1),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    limits = bounds, bounds, max(rows.lengths), max(rows.lengths)
+    window, shared = (-1, 0 if causal else -1), q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, *limits, window_size=window, enable_gqa=shared)
 
 
 def attend_cache(q: Tensor, keys: Tensor, values: Tensor, rows: Rows, mask: Tensor) -> Tensor:
@@ -506,6 +469,9 @@ class Kernels:
     call_layer: Callable = call_layer
 
 
+PLAIN = Kernels()
+
+
 def default_kernels(device: str) -> Kernels:
     """The fastest operators for a device. Those for the CPU are optional: without extras/ the plain
     ones do."""
@@ -513,12 +479,12 @@ def default_kernels(device: str) -> Kernels:
         try:
             import torch.nn.attention.varlen  # noqa: F401  (since PyTorch 2.10)
         except ImportError:
-            return Kernels()
+            return PLAIN
         return Kernels(attend=attend_varlen)
     try:
         from extras import cpu
     except ImportError:
-        return Kernels()
+        return PLAIN
     return Kernels(attend=cpu.attend, depthwise=cpu.depthwise)
 
 
@@ -533,9 +499,8 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, -1)
 
 
-# ------------------------------------------------------------------------------
-# Speech encoder: w2v-BERT 2.0 (arXiv 2312.05187), a Conformer (arXiv 2005.08100) with relative keys
-# (arXiv 1803.02155)
+# --- Speech encoder: w2v-BERT 2.0 (arXiv 2312.05187), a Conformer (arXiv 2005.08100) with relative
+# keys (arXiv 1803.02155)
 
 
 class FeatureProjection(nn.Module):
@@ -643,10 +608,7 @@ class ConformerLayer(nn.Module):
 
 class SpeechEncoder(nn.Module):
     def __init__(
-        self,
-        config: EncoderConfig,
-        compute_dtype: torch.dtype = torch.float32,
-        kernels: Kernels = Kernels(),  # noqa: B008  (frozen)
+        self, config: EncoderConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN
     ):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
@@ -712,17 +674,10 @@ class SpeechEncoder(nn.Module):
         Raises UserError."""
         directory = fetch(path_or_hub_id)
         where = directory / "config.json"
-        kernels = kernels or default_kernels(device)
         with one_line_errors(where, COPY_CONFIG):
             config = EncoderConfig.from_dict(read_json(where), where)
-
-        def rename(key: str) -> str | None:
-            return encoder_key(key, config)
-
-        def build(compute: torch.dtype) -> nn.Module:
-            return cls(config, compute, kernels)
-
-        return load_weights(build, config, directory, rename, dtype, compute_dtype, device)
+        build = partial(cls, config, compute_dtype or dtype, kernels or default_kernels(device))
+        return load_weights(build, directory, partial(encoder_key, config), dtype, device)
 
     def save_pretrained(self, directory: str | Path) -> None:
         save_weights(directory, encoder_dict(self.config), self.state_dict())
@@ -755,9 +710,8 @@ def span_mask(lengths: Tensor, size: int, prob: float, span: int, min_spans: int
     return begun > F.pad(begun, (span, 0))[:, :size]
 
 
-# ------------------------------------------------------------------------------
-# Length adapter: the reference system's (arXiv 2506.17019), 20 ms frames of the encoder's width in,
-# 80 ms frames of the LLM's width out
+# --- Length adapter: the reference system's (arXiv 2506.17019), 20 ms frames of the encoder's width
+# in, 80 ms frames of the LLM's width out
 
 
 class AdapterLayer(nn.Module):
@@ -790,10 +744,7 @@ class AdapterLayer(nn.Module):
 
 class LengthAdapter(nn.Module):
     def __init__(
-        self,
-        config: AdapterConfig,
-        compute_dtype: torch.dtype = torch.float32,
-        kernels: Kernels = Kernels(),  # noqa: B008  (frozen)
+        self, config: AdapterConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN
     ):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
@@ -845,8 +796,7 @@ def adapter_length(frames: int, config: AdapterConfig) -> int:
     return frames
 
 
-# ------------------------------------------------------------------------------
-# LLM: one decoder for Qwen2.5, Qwen3 and Llama (also SmolLM2, EuroLLM)
+# --- LLM: one decoder for Qwen2.5, Qwen3 and Llama (also SmolLM2, EuroLLM)
 
 
 def rope(positions: Tensor, config: LLMConfig) -> tuple[Tensor, Tensor]:
@@ -938,12 +888,7 @@ class DecoderLayer(nn.Module):
 
 
 class LLM(nn.Module):
-    def __init__(
-        self,
-        config: LLMConfig,
-        compute_dtype: torch.dtype = torch.float32,
-        kernels: Kernels = Kernels(),  # noqa: B008  (frozen)
-    ):
+    def __init__(self, config: LLMConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
         layers = [DecoderLayer(config, kernels) for _ in range(config.num_hidden_layers)]
@@ -1010,27 +955,19 @@ class LLM(nn.Module):
         """Loads a Qwen2.5, Qwen3 or Llama checkpoint, single-file or sharded. Raises UserError."""
         directory = fetch(path_or_hub_id)
         where, generation = directory / "config.json", directory / "generation_config.json"
-        kernels = kernels or default_kernels(device)
         with one_line_errors(where, COPY_CONFIG):
             end_tokens = read_json(generation) if generation.exists() else None
             config = LLMConfig.from_dict(read_json(where), where, end_tokens)
         if config.tie_word_embeddings:
             check_tied(directory)
-
-        def rename(key: str) -> str | None:
-            return llm_key(key, config)
-
-        def build(compute: torch.dtype) -> nn.Module:
-            return cls(config, compute, kernels)
-
-        return load_weights(build, config, directory, rename, dtype, compute_dtype, device)
+        build = partial(cls, config, compute_dtype or dtype, kernels or default_kernels(device))
+        return load_weights(build, directory, partial(llm_key, config), dtype, device)
 
     def save_pretrained(self, directory: str | Path) -> None:
         save_weights(directory, asdict(self.config), self.state_dict(), self.config.eos_token_id)
 
 
-# ------------------------------------------------------------------------------
-# SpeechLM: the join, and its loss
+# --- SpeechLM: the join, and its loss
 
 
 class AnswerLoss(torch.autograd.Function):
@@ -1159,8 +1096,7 @@ class SpeechLM(nn.Module):
         return cls(encoder, join, llm).eval()
 
 
-# ------------------------------------------------------------------------------
-# Low-rank updates (LoRA, arXiv 2106.09685)
+# --- Low-rank updates (LoRA, arXiv 2106.09685)
 
 
 def add_lora(module: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
@@ -1193,8 +1129,7 @@ def merged_state(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     return merged
 
 
-# ------------------------------------------------------------------------------
-# Pretrained checkpoints: a directory with config.json and model.safetensors, or shards and an index
+# --- Pretrained checkpoints: a directory of config.json and safetensors, one file or several
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BLOCK = 2**24  # numbers converted at once: 64 MB of float32
@@ -1312,7 +1247,7 @@ def fast_dtype(directory: Path, device: str) -> torch.dtype:
 ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
 
 
-def encoder_key(key: str, config: EncoderConfig) -> str | None:
+def encoder_key(config: EncoderConfig, key: str) -> str | None:
     """Our name of a tensor of a w2v-BERT checkpoint or a fine-tune of it; None if not needed."""
     key = key.removeprefix("wav2vec2_bert.")
     masks = config.mask_time_prob > 0 or config.mask_feature_prob > 0
@@ -1320,93 +1255,56 @@ def encoder_key(key: str, config: EncoderConfig) -> str | None:
     return None if unused or key.startswith(ENCODER_KEYS_LEFT_OUT) else key
 
 
-def llm_key(key: str, config: LLMConfig) -> str | None:
+def llm_key(config: LLMConfig, key: str) -> str | None:
     """Our name of an LLM checkpoint's tensor; None for RoPE tables and the copy of a tied head."""
     tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
     return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
 
 
 def load_weights(
-    build: Callable[[torch.dtype], nn.Module],
-    config: EncoderConfig | LLMConfig,
-    directory: Path,
-    rename: Callable[[str], str | None],
-    dtype: torch.dtype,
-    compute_dtype: torch.dtype | None,
-    device: str,
+    build: partial, directory: Path, rename: Callable, dtype: torch.dtype, device: str
 ) -> nn.Module:
-    """The module that build(compute_dtype) gives, with its weights read from the directory, in eval
-    mode. rename gives the module's name of a checkpoint's tensor, or None to leave it out.
+    """The module that build() gives, with its weights read from the directory, in eval mode. rename
+    gives the module's name of a checkpoint's tensor, or None to leave it out.
 
     Tensors already in `dtype` stay memory-mapped; others are converted in blocks of 64 MB, so that
     loading needs hardly more memory than the weights. Raises UserError that lists missing,
-    unexpected and mis-shaped tensors.
+    unexpected and mis-shaped tensors, ValueError for another dtype than float32 and bfloat16.
     """
-    for precision in (dtype, compute_dtype or dtype):
-        if precision not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"precision {precision}, expected torch.float32 or torch.bfloat16")
-    shapes = stored_tensors(directory)
-    if config.num_hidden_layers > len(shapes):  # before so many layers are built
-        raise UserError(
-            f"{directory}: config.json has {config.num_hidden_layers} layers for {len(shapes)} "
-            "tensors; the weights and config.json are of different models"
-        )
-    with one_line_errors(directory / "config.json", COPY_CONFIG), torch.device("meta"):
-        model = build(compute_dtype or dtype)
-    sources = match_tensors(model.state_dict(), shapes, rename, directory)
+    config, compute_dtype, *_ = build.args
+    if {dtype, compute_dtype} - {torch.float32, torch.bfloat16}:
+        raise ValueError(f"found {dtype}, {compute_dtype}, expected torch.float32 or bfloat16")
     device = str(torch.empty(0, device=device).device)  # "cuda" alone would be GPU 0
     state = {}
-    for name, (path, key) in sources.items():
-        with one_line_errors(path, DOWNLOAD_AGAIN):
-            state[name] = read_tensor(path, key, dtype, device)
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
-
-
-def stored_tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """The file, shape and dtype of every tensor of a checkpoint, by its key. Raises UserError."""
-    tensors = {}
     for path in weight_files(directory):
         with one_line_errors(path, DOWNLOAD_AGAIN), safe_open(path, framework="pt") as file:
             for key in file.keys():
-                tensor = file.get_slice(key)
-                tensors[key] = path, tuple(tensor.get_shape()), tensor.get_dtype()
-    return tensors
-
-
-def match_tensors(wanted: dict, shapes: dict, rename: Callable, directory: Path) -> dict:
-    """{name in the module: (file, key)} of all wanted tensors. Raises UserError listing misfits."""
-    sources, problems = {}, []
-    for key, (path, shape, stored) in shapes.items():
-        name = rename(key)
-        if name is None:
-            continue
-        if name not in wanted:
-            problems.append(f"unexpected {key} {shape}")
-        elif name in sources:
-            problems.append(f"{key} is there twice")
-        elif shape != wanted[name].shape:
-            problems.append(f"{key} is {shape}, expected {tuple(wanted[name].shape)}")
-        elif stored not in STORED:
-            problems.append(f"{key} is {stored}, expected {', '.join(STORED)}")
-        sources[name] = path, key
-    problems += [f"missing {name}" for name in sorted(wanted.keys() - sources.keys())]
-    if problems:
-        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise UserError(
-            f"{directory}: {len(problems)} tensors do not fit config.json: "
-            f"{'; '.join(problems[:12])}{more}; the weights and config.json are of different models"
-        )
-    return sources
+                name = rename(key)
+                if name in state:
+                    raise ValueError(f"{key} is there twice")
+                if name is not None:
+                    state[name] = read_tensor(path, key, dtype, device)
+    with one_line_errors(directory, "the weights and config.json are of different models"):
+        if config.num_hidden_layers > len(state):  # before so many layers are built
+            raise ValueError(f"{len(state)} tensors for {config.num_hidden_layers} layers")
+        with torch.device("meta"):
+            model = build()
+        try:
+            model.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            raise ValueError(" ".join(str(error).split())[:1500]) from error
+    return model.eval()
 
 
 def read_tensor(path: Path, key: str, dtype: torch.dtype, device: str) -> Tensor:
-    """One tensor of a safetensors file in a dtype."""
+    """One tensor of a safetensors file in a dtype. Raises ValueError if its own is none of ours."""
     with safe_open(path, framework="pt", device=device) as file:
         stored = file.get_slice(key)
-        if STORED[stored.get_dtype()] == dtype:
+        shape, stored_dtype = stored.get_shape(), stored.get_dtype()
+        if stored_dtype not in STORED:
+            raise ValueError(f"{key} is {stored_dtype}, expected {', '.join(STORED)}")
+        if STORED[stored_dtype] == dtype:
             return file.get_tensor(key)
-        shape = stored.get_shape()
     tensor = torch.empty(shape, dtype=dtype, device=device)
     rows = max(1, BLOCK // max(1, tensor[0].numel()))
     for i in range(0, len(tensor), rows):
@@ -1425,34 +1323,39 @@ def save_weights(directory, config: dict, state: dict[str, Tensor], end_ids=None
     if end_ids is not None:
         objects["generation_config.json"] = {"eos_token_id": end_ids}
     weights = directory / "model.safetensors.tmp"
-    written = [weights, *(directory / f"{name}.tmp" for name in objects)]
-    try:
-        contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(contiguous, weights, metadata={"format": "pt"})
-        for path, values in zip(written[1:], objects.values(), strict=True):
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(written[1], weights)  # safetensors lets nobody else read its file
-    except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
-    for path in written:
-        os.replace(path, path.with_suffix(""))
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(contiguous, weights, metadata={"format": "pt"})
+    for name, values in objects.items():
+        text = json.dumps(values, indent=2) + "\n"
+        (directory / f"{name}.tmp").write_text(text, encoding="utf-8")
+    shutil.copymode(directory / "config.json.tmp", weights)  # safetensors lets nobody else read it
+    for name in ("model.safetensors", *objects):
+        os.replace(directory / f"{name}.tmp", directory / name)
 
 
-# ------------------------------------------------------------------------------
-# Checkpoints of this project: one file with the parts that were trained, see train.py
+# --- Checkpoints of this project: one file with the parts that were trained, see train.py
 
-CHECKPOINT_PARTS = {"model", "adapter", "bases", "config", "data", "window", "step"}
+CHECKPOINT_PARTS = {
+    "model": dict,
+    "adapter": dict,
+    "bases": dict,
+    "config": dict,
+    "data": list,
+    "window": int | float,
+    "step": int,
+}
 
 
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint as a dict, its tensors mapped into memory. Raises UserError."""
     with one_line_errors(path, "give an align.pt or ift.pt of this project, or train it first"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = CHECKPOINT_PARTS - set(checkpoint)
-        if missing:
-            raise ValueError(f"not a checkpoint of this project (it lacks {min(missing)})")
+        for name, kind in CHECKPOINT_PARTS.items():
+            if not isinstance(checkpoint.get(name), kind):
+                raise ValueError(f"not a checkpoint of this project (it has no such {name})")
+        for name in ("encoder", "llm"):
+            if not isinstance(checkpoint["bases"][name]["path"], str):
+                raise ValueError(f"not a checkpoint of this project (it has no path of the {name})")
     return checkpoint
 
 

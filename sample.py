@@ -27,18 +27,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import (
-    REFUSALS,
-    SAMPLE_RATE,
-    AudioError,
-    cut_batches,
-    cut_windows,
-    fbank,
-    join_texts,
-    load_audio,
-    render,
-    task_of,
-)
+import data
 from model import (
     AUDIO,
     LLM,
@@ -58,8 +47,7 @@ BATCH_FRAMES = 6000  # 20 ms frames encoded together: two minutes
 BATCH_POSITIONS = 16384  # LLM positions read together
 MAX_NEW_TOKENS = 512  # of the answer to a window
 
-# ------------------------------------------------------------------------------
-# The cache of keys and values, and the two ways to fill it
+# --- The cache of keys and values, and the two ways to fill it
 
 
 @dataclass
@@ -157,8 +145,7 @@ def fast_step() -> Callable:
     return FastDecode(decode_step)
 
 
-# ------------------------------------------------------------------------------
-# Generation
+# --- Generation
 
 
 def draw_token(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
@@ -207,7 +194,7 @@ def generate(
         raise ValueError(f"lengths {lengths} of {len(x)} positions, expected their sum, each >= 1")
     totals = list(lengths)
     if prefix is not None:
-        prefix_rows = list(prefix_rows or range(len(prefix.lengths)))
+        prefix_rows = range(len(prefix.lengths)) if prefix_rows is None else prefix_rows
         totals = [n + prefix.lengths[r] for n, r in zip(lengths, prefix_rows, strict=True)]
     needed, context = max(totals) + max_new_tokens, llm.config.max_position_embeddings
     if needed > context:
@@ -270,15 +257,7 @@ class Continuation:
             del self.ids[-extra:]
 
 
-def extend(
-    answers: list[Continuation],
-    logits: Tensor,
-    totals: list[int],
-    cache: KVCache,
-    max_new_tokens: int,
-    draw: Callable,
-    step: Callable,
-) -> None:
+def extend(answers, logits, totals, cache, max_new_tokens, draw, step) -> None:
     """Adds tokens to the answers until all are done. logits (B, V) and cache as prefill leaves
     them; totals: how many positions each sequence fills."""
     live = list(range(len(answers)))  # which answers the rows of the batch are
@@ -348,15 +327,7 @@ class Beams:
         return going_on
 
 
-def beam_search(
-    new_search: Callable[[], Beams],
-    logits: Tensor,
-    totals: list[int],
-    cache: KVCache,
-    max_new_tokens: int,
-    num_beams: int,
-    step: Callable,
-) -> list[list[int]]:
+def beam_search(new_search, logits, totals, cache, max_new_tokens, num_beams, step):
     """The best answer to each sequence. logits (B, V) and cache as prefill leaves them; totals: how
     many positions each sequence fills."""
     (B, V), K, device = logits.shape, num_beams, logits.device
@@ -389,14 +360,7 @@ def beam_search(
 
 
 @torch.no_grad()
-def score(
-    llm: LLM,
-    ids: Tensor,
-    lengths: list[int],
-    answer_lengths: list[int],
-    prefix: Prefix,
-    prefix_rows: list[int],
-) -> Tensor:
+def score(llm, ids, lengths, answer_lengths, prefix, prefix_rows) -> Tensor:
     """log p of the last answer_lengths ids of each sequence, which continue rows of a prefix:
     (B,), float32. ids (N,), sequence after sequence of these lengths."""
     start, cache = continue_prefix(llm, prefix, prefix_rows, max(lengths))
@@ -415,8 +379,7 @@ def pack(rows: list[list[int]], device: torch.device) -> tuple[Tensor, list[int]
     return torch.tensor(ids, device=device), [len(row) for row in rows]
 
 
-# ------------------------------------------------------------------------------
-# Recordings, encoded
+# --- Recordings, encoded
 
 # A recording is a list of windows: features (F, 160), then audio embeddings (A, D).
 Windows = list[Tensor]
@@ -430,7 +393,7 @@ def encode_recordings(model: SpeechLM, recordings: list[Windows]) -> list[Window
     windows = [window for recording in recordings for window in recording]
     embeddings = [None] * len(windows)
     sizes = sorted((len(window), 0, i) for i, window in enumerate(windows))
-    for batch in cut_batches(sizes, BATCH_FRAMES, math.inf):
+    for batch in data.cut_batches(sizes, BATCH_FRAMES, math.inf):
         features = torch.cat([windows[i] for i in batch]).to(device)
         audio, lengths = model.encode(features, [len(windows[i]) for i in batch])
         for i, part in zip(batch, audio.split(lengths), strict=True):
@@ -444,13 +407,12 @@ def encode_waves(model: SpeechLM, waves: list[Tensor], longest: float) -> list[W
     device = next(model.adapter.parameters()).device
     recordings = []
     for wave in waves:
-        features, lengths = fbank(cut_windows(wave.to(device), longest))
+        features, lengths = data.fbank(data.cut_windows(wave.to(device), longest))
         recordings.append(list(features.split(lengths)))
     return encode_recordings(model, recordings)
 
 
-# ------------------------------------------------------------------------------
-# Answers
+# --- Answers
 
 
 class Answer(NamedTuple):
@@ -481,7 +443,7 @@ def answer_examples(
     batch_size: int = 16,
     max_new_tokens: int = MAX_NEW_TOKENS,
     **options,
-) -> list[Answer | AudioError]:
+) -> list[Answer | data.AudioError]:
     """Answers the instruction of every example about its recording.
 
     examples: manifest rows, whose text is not shown to the model. recordings: for each example what
@@ -501,7 +463,7 @@ def answer_examples(
         live = LiveText(tokenizer, on_text)
     answers: list[dict[int, Answer]] = [{} for _ in examples]
     sizes = [(len(request.ids), 1, request) for request in requests]
-    for batch in cut_batches(sizes, BATCH_POSITIONS, batch_size):
+    for batch in data.cut_batches(sizes, BATCH_POSITIONS, batch_size):
         streams = live is not None and options.get("num_beams", 1) == 1
         if weigh and examples[batch[0].example]["task"] == "sqa":
             streams = False  # its first answer may not be the last word
@@ -532,10 +494,10 @@ def make_requests(model, tokenizer, examples, recordings):
         own_requests = []
         for w, audio in enumerate(windows):
             unanswered = {**example, "text": None}
-            ids, _ = render(unanswered, len(audio), tokenizer, config.eos_token_id[0])
+            ids, _ = data.render(unanswered, len(audio), tokenizer, config.eos_token_id[0])
             own_requests.append(Request(i, w, audio, ids))
             if len(ids) + 32 > config.max_position_embeddings:
-                failures[i] = AudioError(
+                failures[i] = data.AudioError(
                     f"{0.08 * len(audio):.0f} s of audio and the instruction take {len(ids)} of "
                     f"the LLM's {config.max_position_embeddings} positions, which leaves no room "
                     "for an answer; ask about a shorter part"
@@ -545,15 +507,7 @@ def make_requests(model, tokenizer, examples, recordings):
     return requests, failures
 
 
-def answer_batch(
-    model: SpeechLM,
-    tokenizer: Tokenizer,
-    examples: list[dict],
-    batch: list[Request],
-    refuse_above: float | None,
-    weigh: bool,
-    options: dict,
-) -> list[Answer]:
+def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options) -> list[Answer]:
     """The answers to a batch of requests. What is before an instruction, the audio, is read once
     for all requests about it."""
     llm, device = model.llm, next(model.adapter.parameters()).device
@@ -577,35 +531,19 @@ def answer_batch(
     )
     answers = []
     for b, request in enumerate(batch):
-        cut = len(outputs[b]) == options["max_new_tokens"]
-        answer = Answer(tokenizer.decode(outputs[b]).strip(), cut=cut)
-        if weigh and examples[request.example]["task"] == "sqa":
-            language = examples[request.example]["target_language"]
-            weighed = weigh_answer(
-                llm,
-                tokenizer,
-                language,
-                instructions[b],
-                outputs[b],
-                refuse_above,
-                Prefix(prefix.cache.select([prefix_rows[b]]), [prefix.lengths[prefix_rows[b]]]),
-                options | {"on_token": None},
-            )
-            answer = weighed._replace(cut=cut)
+        example, output = examples[request.example], outputs[b]
+        cut = len(output) == options["max_new_tokens"]
+        answer = Answer(tokenizer.decode(output).strip(), cut=cut)
+        if weigh and example["task"] == "sqa":
+            row, language = prefix_rows[b], example["target_language"]
+            own_prefix = Prefix(prefix.cache.select([row]), [prefix.lengths[row]])
+            inputs = language, instructions[b], output, refuse_above, own_prefix, options
+            answer = weigh_answer(llm, tokenizer, *inputs)._replace(cut=cut)
         answers.append(answer)
     return answers
 
 
-def weigh_answer(
-    llm: LLM,
-    tokenizer: Tokenizer,
-    language: str | None,
-    instruction: list[int],
-    output: list[int],
-    refuse_above: float | None,
-    prefix: Prefix,
-    options: dict,
-) -> Answer:
+def weigh_answer(llm, tokenizer, language, instruction, output, refuse_above, prefix, options):
     """The Answer to a question, of which instruction and output are ids and prefix is one row: what
     the model answered or, if it refused, the best that it would have answered instead, against
     refusing, in the language of the question if that is known, else in the likeliest."""
@@ -613,8 +551,9 @@ def weigh_answer(
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    texts = list(REFUSALS.values())
-    refusals = [REFUSALS[language]] if language in REFUSALS else texts
+    options = options | {"on_token": None}
+    texts = list(data.REFUSALS.values())
+    refusals = [data.REFUSALS[language]] if language in data.REFUSALS else texts
     device = llm.model.norm.weight.device
     text = tokenizer.decode(output).strip()
     if text in texts:
@@ -638,7 +577,7 @@ def weigh_answer(
 def join_answers(windows: dict[int, Answer]) -> Answer:
     """The answers to all windows of a recording as one."""
     ordered = [windows[w] for w in sorted(windows)]
-    text = join_texts(answer.text for answer in ordered)
+    text = data.join_texts(answer.text for answer in ordered)
     cut = any(answer.cut for answer in ordered)
     return Answer(text, ordered[0].margin, ordered[0].other, cut)
 
@@ -656,13 +595,13 @@ class LiveText:
         if row > 0:
             return
         self.ids.append(token)
-        text = join_texts([*self.finished, self.tokenizer.decode(self.ids)])
+        text = data.join_texts([*self.finished, self.tokenizer.decode(self.ids)])
         if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
             self.show(text)
 
     def finish(self, texts: list[str]) -> None:
         self.finished, self.ids = texts, []
-        self.show(join_texts(texts))
+        self.show(data.join_texts(texts))
 
     def show(self, text: str) -> None:
         # If a loop was cut off, the text is shown anew.
@@ -671,8 +610,7 @@ class LiveText:
         self.shown = text
 
 
-# ------------------------------------------------------------------------------
-# The program
+# --- The program
 
 
 def newest_checkpoint() -> Path:
@@ -712,7 +650,7 @@ def load_model(path: str | Path, device: str = "cpu", int8: bool = False):
 def ask(model, tokenizer, checkpoint, recording, instruction, task=None, on_text=None, **options):
     """The task and the Answer of an instruction in words about a recording as encode_waves gave it.
     task: sqa to ask about all of it at once; None leaves that to task_of. Raises AudioError."""
-    task = task or task_of(instruction)
+    task = task or data.task_of(instruction)
     example = {"instruction": instruction, "task": task, "target_language": None}
     if checkpoint["config"]["phase"] == "align" and task != "asr":
         print(
@@ -728,7 +666,7 @@ def ask(model, tokenizer, checkpoint, recording, instruction, task=None, on_text
         on_text=on_text,
         **options,
     )
-    if isinstance(answer, AudioError):
+    if isinstance(answer, data.AudioError):
         raise answer
     if answer.cut:
         print(
@@ -793,7 +731,7 @@ def main(argv: list[str] | None = None) -> None:
         "task": "sqa" if args.whole else None,
     }
     try:
-        waves = {path: load_audio(path) for path in args.audio}
+        waves = {path: data.load_audio(path) for path in args.audio}
         model, tokenizer, checkpoint = load_model(
             args.ckpt or newest_checkpoint(), device, args.int8
         )
@@ -818,7 +756,7 @@ def main(argv: list[str] | None = None) -> None:
                     on_text=on_text,
                     **options,
                 )
-            except AudioError as error:
+            except data.AudioError as error:
                 failed = True
                 print(f"sample.py: {visible(path)}: {error}", file=sys.stderr)
                 continue
@@ -827,7 +765,7 @@ def main(argv: list[str] | None = None) -> None:
                 "instruction": instruction,
                 "task": task,
                 "text": answer.text,
-                "seconds": len(wave) / SAMPLE_RATE,
+                "seconds": len(wave) / data.SAMPLE_RATE,
             }
             print(visible(json.dumps(line, ensure_ascii=False)) if args.json else "")
     if failed:

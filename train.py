@@ -40,26 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from data import (
-    POOL,
-    TASKS,
-    AudioError,
-    Examples,
-    Manifest,
-    Mixture,
-    collate,
-    cut_batches,
-    fbank,
-    feature_length,
-    merge_hours,
-    notice,
-    open_mixture,
-    read_lines,
-    schedule,
-    write_atomically,
-    write_text,
-)
-from eval import refusal_threshold, validation_scores
+import data
+from eval import json_line, refusal_threshold, validation_scores
 from model import (
     ConformerLayer,
     DecoderLayer,
@@ -86,8 +68,7 @@ DEMO = Path(__file__).resolve().parent / "demo"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RESUME = "what was saved is intact: mend this and start again with --resume"
 
-# ------------------------------------------------------------------------------
-# The configuration, and the phases
+# --- The configuration, and the phases
 
 
 def option(default, help: str, low: float = 0, high: float = math.inf, choices=None):
@@ -173,28 +154,26 @@ class Phase:
     batch_frames: int  # 20 ms
 
 
-IFT_RATES = {"adapter": 2e-4, "encoder": 6e-6, "llm": 2e-5}
 PHASES = {
     "align": Phase({"adapter": 2e-4}, ("asr",), 2000, 30, 3000),
-    "ift": Phase(IFT_RATES, TASKS, 4000, 50, 3000),
+    "ift": Phase({"adapter": 2e-4, "encoder": 6e-6, "llm": 2e-5}, data.TASKS, 4000, 50, 3000),
 }
-DEMO_RATES = {"adapter": 7e-4, "encoder": 1e-4, "llm": 1.5e-4}
 DEMO_PHASES = {  # for the tiny models and the corpus of demo/
     "align": Phase({"adapter": 2e-3}, ("asr",), 1500, 100, 1500),
-    "ift": Phase(DEMO_RATES, TASKS, 300, 30, 3000),
+    "ift": Phase({"adapter": 7e-4, "encoder": 1e-4, "llm": 1.5e-4}, data.TASKS, 300, 30, 3000),
 }
 
 # Every other option must stay for a run to be resumed.
 MAY_CHANGE = ("resume", "dry_run", "out", "device", "workers", "fsdp")
 CURVES = [  # panels of the picture
-    {"loss": "#999999", "dev_loss": "#1f6fb4", "shuffled_loss": "#d1662b"},
+    {"loss": "gray", "dev_loss": "royalblue", "shuffled_loss": "chocolate"},
     {
-        "wer": "#2a8a3e",
-        "exact_match": "#1f6fb4",
-        "refusals": "#7b4fa3",
-        "false_refusals": "#d1662b",
+        "wer": "green",
+        "exact_match": "royalblue",
+        "refusals": "purple",
+        "false_refusals": "chocolate",
     },
-    {"bleu": "#1f6fb4"},
+    {"bleu": "royalblue"},
 ]
 
 
@@ -262,27 +241,21 @@ def resolve_phase(cfg: TrainConfig) -> tuple[TrainConfig, dict[str, float], tupl
     return replace(cfg, **defaults), rates, phase.tasks
 
 
-# ------------------------------------------------------------------------------
-# Model and optimizer
+# --- Model and optimizer
 
 
 def compiler_found() -> bool:
-    """Whether there is Triton and the C compiler that it needs, and TORCH_COMPILE_DISABLE is not 1.
-    If not, nothing is compiled, and that is said."""
+    """Whether layers can be compiled where a GPU trains. If not, that is said."""
     from torch.utils._triton import has_triton
 
-    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    has_compiler = any(map(shutil.which, compilers))
-    has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    compiler = shutil.which(os.environ.get("CC", "gcc"))
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     disabled = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
-    usable = has_compiler and has_headers and not disabled and has_triton()
-    if not usable:
-        print(
-            "training is not compiled and therefore slower: it needs Triton, a C compiler (gcc), "
-            "Python's headers, and TORCH_COMPILE_DISABLE not set",
-            file=sys.stderr,
-        )
-    return usable
+    if compiler and headers and not disabled and has_triton():
+        return True
+    needs = "it needs Triton, gcc, Python's headers, and TORCH_COMPILE_DISABLE not set"
+    print(f"training is not compiled and therefore slower: {needs}", file=sys.stderr)
+    return False
 
 
 def training_kernels(device: str, checkpointing: bool = False, compiled: bool = False) -> Kernels:
@@ -409,8 +382,7 @@ def scale_projection(model: SpeechLM, batch: dict) -> None:
         p.mul_(factor)
 
 
-# ------------------------------------------------------------------------------
-# The outputs of a frozen encoder, computed once and kept on disk
+# --- The outputs of a frozen encoder, computed once and kept on disk
 
 
 class CachedEncoder(nn.Module):
@@ -420,73 +392,57 @@ class CachedEncoder(nn.Module):
         return features
 
 
-def encoder_states(cfg: TrainConfig, encoder: SpeechEncoder, manifests: list[Manifest], base: dict):
-    """Runs the frozen encoder once over the audio of the manifests, each rank over a share, into
-    files of the out directory, which later runs find again if encoder, rows and audio files are the
-    same. Returns a function (manifest, row) -> (F, D) states that raises AudioError for a row that
-    cannot be used; or None if they would not fit on the disk or in cache_gb."""
-    clips, numbers = list_clips(manifests)
-    sizes = [(feature_length(clip[3]), 0, n) for n, clip in enumerate(clips)]
-    sizes = sorted(size for size in sizes if clips[size[2]][3] <= cfg.max_seconds)
+def encoder_states(
+    cfg: TrainConfig, encoder: SpeechEncoder, manifests: list[data.Manifest], base: dict
+):
+    """Runs the frozen encoder once over the clips of the manifests, each rank over a share, into
+    files of the out directory, which later runs find again if encoder, clips and audio files are
+    the same. Returns a function from a clip to its states (F, D), which raises AudioError for one
+    that cannot be used; or None if they would not fit on the disk or in cache_gb."""
+    clips = set()
+    for manifest in manifests:
+        clips.update(manifest.clip(example) for example in manifest)
+    sizes = [
+        (data.feature_length(clip[2]), 0, clip) for clip in clips if clip[2] <= cfg.max_seconds
+    ]
+    sizes.sort()
     frames = sum(size[0] for size in sizes)
-    gigabytes = frames * encoder.config.hidden_size * encoder.compute_dtype.itemsize / 1e9
-    free = gather(shutil.disk_usage(cfg.out).free)[0] / 1e9
-    print(
-        f"encoder outputs: {frames / 180000:.2f} h, {gigabytes:.2f} GB on disk ({free:.0f} GB free)"
-    )
-    if gigabytes > min(cfg.cache_gb, 0.9 * free):
-        print(
-            f"they do not fit in --cache-gb {cfg.cache_gb:g} or on the disk: the encoder runs in "
-            "every step"
-        )
+    size_gb = frames * encoder.config.hidden_size * encoder.compute_dtype.itemsize / 1e9
+    free_gb = gather(shutil.disk_usage(cfg.out).free)[0] / 1e9
+    print(f"encoder outputs: {frames / 180000:.2f} h, {size_gb:.2f} GB ({free_gb:.0f} GB free)")
+    if size_gb > min(cfg.cache_gb, 0.9 * free_gb):
+        print("they do not fit in --cache-gb or on the disk: the encoder runs in every step")
         return None
-    stamps = audio_stamps(manifests, clips)
-    dtype = str(encoder.compute_dtype)
-    key = json.dumps([base["sha256"], dtype, cfg.batch_frames, stamps, clips])
-    name = f"encoder-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    paths = [Path(cfg.out) / f"{name}-{r + 1}-of-{world()}.pt" for r in range(world())]
+
+    # The files are named by all that their contents depend on.
+    stamps = sorted({file_stamp(clip[0]) for clip in clips})
+    key = [base["sha256"], str(encoder.compute_dtype), cfg.batch_frames, stamps, sizes]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    ranks = range(world())
+    paths = [Path(cfg.out) / f"encoder-{name}-{r + 1}-of-{world()}.pt" for r in ranks]
     if not all(gather(load_states(paths[rank()]) is not None)):
-        states = encode_clips(cfg, encoder, manifests, clips, sizes)
-        write_atomically(paths[rank()], partial(torch.save, states))
+        states = encode_clips(cfg, encoder, sizes)
+        data.write_atomically(paths[rank()], partial(torch.save, states))
         gather("written")
     states = {}
     for path in paths:
         states |= load_states(path)
 
-    def states_of(m: int, i: int) -> Tensor:
-        value = states.get(numbers[m][i], f"longer than {cfg.max_seconds:g} s")
+    def states_of(clip: tuple) -> Tensor:
+        value = states.get(clip, f"longer than {cfg.max_seconds:g} s")
         if isinstance(value, str):
-            raise AudioError(value)
+            raise data.AudioError(value)
         return value  # (F, D)
 
     return states_of
 
 
-def list_clips(manifests: list[Manifest]) -> tuple[list[tuple], list[list[int]]]:
-    """The different clips (manifest, audio, start, seconds) of all rows, and for each manifest the
-    numbers of its rows' clips."""
-    clips, numbers = {}, []
-    for m, manifest in enumerate(manifests):
-        rows = []
-        for example in manifest:
-            clip = m, example["audio"], example["start"], manifest.seconds(example)
-            rows.append(clips.setdefault(clip, len(clips)))
-        numbers.append(rows)
-    return list(clips), numbers
-
-
-def audio_stamps(manifests: list[Manifest], clips: list[tuple]) -> list[tuple]:
-    """Path, size and time of the files that clips come from."""
-    paths = set()
-    for m, audio, *_ in clips:
-        shard, tar, _ = str(manifests[m].path.parent / audio).partition(".tar/")
-        paths.add(shard + ".tar" if tar else shard)
-    stamps = []
-    for path in sorted(paths):
-        if os.path.exists(path):
-            status = os.stat(path)
-            stamps.append((path, status.st_size, status.st_mtime_ns))
-    return stamps
+def file_stamp(path: str) -> tuple:
+    """What tells whether the file, or the tar, of a clip is still the same."""
+    shard, tar, _ = path.partition(".tar/")
+    name = shard + ".tar" if tar else path
+    status = os.stat(name) if os.path.exists(name) else None
+    return name, status and status.st_size, status and status.st_mtime_ns
 
 
 def load_states(path: Path) -> dict | None:
@@ -498,30 +454,27 @@ def load_states(path: Path) -> dict | None:
 
 
 @torch.no_grad()
-def encode_clips(cfg, encoder, manifests, clips: list[tuple], sizes: list[tuple]) -> dict:
-    """The encoder's states (F, D) of this rank's share of the clips, or why there are none, by the
-    numbers of the clips. sizes: (frames, 0, number), the shortest first."""
+def encode_clips(cfg: TrainConfig, encoder: SpeechEncoder, sizes: list[tuple]) -> dict:
+    """The encoder's states (F, D) of this rank's share of the clips, or why there are none. sizes:
+    (frames, 0, clip), the shortest first."""
     states = {}
-    batches = cut_batches(sizes, cfg.batch_frames, math.inf)[rank() :: world()]
+    batches = data.cut_batches(sizes, cfg.batch_frames, math.inf)[rank() :: world()]
     for batch in tqdm(batches, "encoder", unit=" batches", disable=rank() > 0):
         waves = {}
-        for n in batch:
-            m, audio, start, seconds = clips[n]
-            clip = {"audio": audio, "start": start, "duration": seconds}
+        for clip in batch:
             try:
-                waves[n] = manifests[m].audio(clip)
-            except AudioError as error:
-                states[n] = str(error)
+                waves[clip] = data.load_clip(clip)
+            except data.AudioError as error:
+                states[clip] = str(error)
         if waves:
-            features, lengths = fbank(list(waves.values()))
+            features, lengths = data.fbank(list(waves.values()))
             outputs = encoder(features.to(cfg.device), lengths).split(lengths)
-            for n, output in zip(waves, outputs, strict=True):
-                states[n] = output.cpu().clone()
+            for clip, output in zip(waves, outputs, strict=True):
+                states[clip] = output.cpu().clone()
     return states
 
 
-# ------------------------------------------------------------------------------
-# Several processes, the ranks, which torchrun starts: on a GPU each, or on the CPU. Without
+# --- Several processes, the ranks, which torchrun starts: on a GPU each, or on the CPU. Without
 # torchrun there is one rank and no process group, and every function here does the plain thing.
 
 RANK_TIMEOUT = timedelta(minutes=30)  # the longest wait is for rank 0 to write a checkpoint
@@ -582,23 +535,10 @@ def distribute(model: SpeechLM, cfg: TrainConfig) -> nn.Module:
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def is_sharded(module: nn.Module) -> bool:
-    return hasattr(module, "unshard")
-
-
-def backward_context(net: nn.Module, last: bool):
-    """For a batch of a step: only after the last one are the ranks' gradients brought together."""
-    if is_sharded(net):
-        net.set_requires_gradient_sync(last)
-    if isinstance(net, DistributedDataParallel) and not last:
-        return net.no_sync()
-    return nullcontext()
-
-
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Inside, every rank has all of a sharded model, and can call it without the other ranks."""
-    shards = [module for module in model.modules() if is_sharded(module)]
+    shards = [module for module in model.modules() if hasattr(module, "unshard")]
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -641,42 +581,16 @@ def seed_for(seed: int, position: dict) -> None:
     torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
-def rank_batches(order: Iterator, size: Callable, total: int) -> Iterator[tuple[dict, list]]:
-    """This rank's batches of a schedule, of which each step takes the next `total` over all ranks.
-    size(*key) gives the frames and LLM positions of an example.
-
-    Longest first, every rank gets a batch in turn, and the longer of these goes to the rank with
-    the least to do; so the ranks have equally many, of like cost at any time. Where the batches of
-    a step do not suffice, a rank gets an empty one. The sum over a step does not depend on who
-    takes which.
-    """
-    if world() == 1:
-        yield from order
-    while True:
-        step = list(islice(order, total))
-        costs = [sum(sum(size(*key)) for key in batch) for _, batch in step]
-        longest = sorted(range(total), key=lambda i: -costs[i])
-        loads = [0] * world()
-        for first in range(0, total, world()):
-            idlest = sorted(range(world()), key=loads.__getitem__)
-            mine = step[-1][0], []
-            for taker, n in zip(idlest, longest[first : first + world()], strict=False):
-                loads[taker] += costs[n]
-                mine = step[n] if taker == rank() else mine
-            yield mine
-
-
-# ------------------------------------------------------------------------------
-# Signals, and loader processes
+# --- Signals, and loader processes
 
 LOADER_SECONDS = 600  # a loader may take so long for one batch
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """How a run answers SIGINT and SIGTERM: `with Stop() as stop`. A signal raises
-    KeyboardInterrupt; while `waits` is true it is only noted, in `signal`, for the step to be
-    finished and saved. A second signal ends the process there and then."""
+    """How a run answers SIGINT and SIGTERM: `with Stop() as stop`. A signal is noted, and raises
+    KeyboardInterrupt or, while `waits` is true, lets a step be finished and saved. A second signal
+    ends the process there and then."""
 
     def __init__(self):
         self.signal, self.waits = None, False
@@ -700,18 +614,6 @@ class Stop:
         # print must not be entered twice.
         os.write(2, b"\ntrain.py: stopping after this step; a second signal stops at once\n")
 
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within it a signal does not wait: it is noted and leaves the block."""
-        self.waits = False
-        try:
-            yield
-        except KeyboardInterrupt:
-            if self.signal is None:
-                raise
-        finally:
-            self.waits = True
-
 
 def ignore_signals(_) -> None:
     """For loader processes: a terminal signals them, too, but the run decides when they end."""
@@ -730,8 +632,7 @@ def next_batch(loader: Iterator) -> dict:
         raise UserError(f"the loader failed ({reason}); {RESUME}") from error
 
 
-# ------------------------------------------------------------------------------
-# A run, and what is saved of it
+# --- A run, and what is saved of it
 
 
 @dataclass
@@ -739,7 +640,7 @@ class RunState:
     """How far a run is."""
 
     step: int = 0
-    position: dict | None = None  # in the schedule, behind the last batch
+    position: dict | None = None  # in the data.schedule, behind the last batch
     seen: int = 0  # examples drawn
     bad: dict = field(default_factory=dict)  # why recordings could not be used, by file and line
     validated: int = 0  # the step of the last validation
@@ -753,11 +654,12 @@ class Run:
     cfg: TrainConfig
     rates: dict[str, float]
     tasks: tuple[str, ...]
-    mixture: Mixture
+    mixture: data.Mixture
     model: SpeechLM
     bases: dict[str, dict]
-    examples: Examples
-    data: list  # hours of this phase and those before, see data.notice
+    examples: data.Examples
+    hours: list  # of this phase and those before, see data.notice
+    size: Callable  # of an example, see data.Examples.size
     net: nn.Module | None = None  # the model as it is called in training
     optimizer: torch.optim.Optimizer | None = None
     state: RunState = field(default_factory=RunState)
@@ -769,10 +671,11 @@ class Run:
     def batches_a_step(self) -> int:
         return self.cfg.accumulate * world()
 
-    def record(self, **figures) -> None:
+    def record(self, ending: str, *lines: dict) -> None:
+        """Appends lines to a log, on rank 0."""
         if rank() == 0:
-            with open(self.path(".jsonl"), "a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
+            with open(self.path(ending), "a", encoding="utf-8") as file:
+                file.writelines(json_line(line) for line in lines)
 
 
 def open_run(cfg: TrainConfig) -> Run:
@@ -782,7 +685,7 @@ def open_run(cfg: TrainConfig) -> Run:
     if not cfg.dry_run:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
     allowed = tuple(cfg.allow_licence)
-    mixture = open_mixture(cfg.data, cfg.dev, tasks, allowed, cfg.temperature, cfg.max_seconds)
+    mixture = data.open_mixture(cfg.data, cfg.dev, tasks, allowed, cfg.temperature, cfg.max_seconds)
     model, tokenizer, bases = build(cfg, rates)
     for name, part in model.named_children():
         millions = sum(p.numel() for p in part.parameters()) / 1e6
@@ -795,9 +698,12 @@ def open_run(cfg: TrainConfig) -> Run:
     if states is not None:
         model = SpeechLM(CachedEncoder(), model.adapter, model.llm)
     end_id, adapter = model.llm.config.eos_token_id[0], model.adapter.config
-    examples = Examples(manifests, tokenizer, end_id, adapter, cfg.max_seconds, states, cfg.seed)
-    data = merge_hours(load_checkpoint(cfg.init)["data"] if cfg.init else [], mixture.hours)
-    run = Run(cfg, rates, tasks, mixture, model, bases, examples, data)
+    examples = data.Examples(
+        manifests, tokenizer, end_id, adapter, cfg.max_seconds, states, cfg.seed
+    )
+    hours = data.merge_hours(load_checkpoint(cfg.init)["data"] if cfg.init else [], mixture.hours)
+    size = lru_cache(2 * data.POOL)(examples.size)
+    run = Run(cfg, rates, tasks, mixture, model, bases, examples, hours, size)
 
     resumed = None
     if gather(cfg.resume and run.path(".resume.pt").exists())[0]:
@@ -826,39 +732,36 @@ def start_adapter(run: Run) -> None:
 
 
 def start_files(run: Run, resumed: bool) -> None:
-    """The log keeps its lines up to where the run goes on; files of another run go."""
-    lines = read_lines(run.path(".jsonl")) if resumed else []
-    lines = [line for line in lines if line["step"] <= run.state.step]
-    write_text(run.path(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
-    write_text(Path(run.cfg.out) / "config.json", json.dumps(asdict(run.cfg), indent=2))
+    """The logs keep their lines up to where the run goes on; files of another run go."""
+    for ending in (".jsonl", ".nonfinite.jsonl"):
+        lines = data.read_lines(run.path(ending)) if resumed else []
+        kept_lines = [json_line(line) for line in lines if line["step"] <= run.state.step]
+        data.write_text(run.path(ending), "".join(kept_lines))
+    data.write_text(Path(run.cfg.out) / "config.json", json.dumps(asdict(run.cfg), indent=2))
     if not resumed:
         run.path(".resume.pt").unlink(missing_ok=True)
-        run.path(".nonfinite.jsonl").unlink(missing_ok=True)
 
 
 def run_schedule(run: Run) -> Iterator[tuple[dict, list]]:
-    cfg, mixture = run.cfg, run.mixture
+    """All batches from where the run is."""
+    cfg, mixture, position = run.cfg, run.mixture, run.state.position
     budgets = cfg.batch_frames, cfg.batch_tokens
-    size = lru_cache(2 * POOL)(run.examples.size)
-    position = run.state.position
-    return schedule(mixture.manifests, mixture.weights, size, *budgets, cfg.seed, position)
+    return data.schedule(mixture.manifests, mixture.weights, run.size, *budgets, cfg.seed, position)
 
 
 def open_loader(run: Run) -> Iterator[dict]:
-    """This rank's batches from where the run is, made by worker processes."""
+    """This rank's batches, made by worker processes."""
     workers = 0 if run.examples.states else run.cfg.workers
-    size = lru_cache(2 * POOL)(run.examples.size)
-    return iter(
-        torch.utils.data.DataLoader(
-            run.examples,
-            sampler=rank_batches(run_schedule(run), size, run.batches_a_step),
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=run.cfg.device != "cpu",
-            worker_init_fn=ignore_signals,
-            timeout=LOADER_SECONDS if workers else 0,
-        )
+    loader = torch.utils.data.DataLoader(
+        run.examples,
+        batch_size=None,
+        sampler=islice(run_schedule(run), rank(), None, world()),  # the ranks take turns
+        num_workers=workers,
+        pin_memory=run.cfg.device != "cpu",
+        worker_init_fn=ignore_signals,
+        timeout=LOADER_SECONDS if workers else 0,
     )
+    return iter(loader)
 
 
 def save(run: Run, **thresholds) -> None:
@@ -879,7 +782,7 @@ def save(run: Run, **thresholds) -> None:
         "config": asdict(run.cfg),
         "adapter": asdict(model.adapter.config),
         "bases": run.bases,
-        "data": run.data,
+        "data": run.hours,
         "window": min(30.0, max(1.0, run.mixture.longest)),
         "step": run.state.step,
         "versions": {"torch": str(torch.__version__), "python": sys.version},
@@ -887,11 +790,11 @@ def save(run: Run, **thresholds) -> None:
     }
     if run.state.validated:
         weights = {"model": merged_state(model, parts)}
-        write_atomically(run.path(".pt"), partial(torch.save, weights | checkpoint))
-        write_text(run.path(".NOTICE"), notice(run.data))
+        data.write_atomically(run.path(".pt"), partial(torch.save, weights | checkpoint))
+        data.write_text(run.path(".NOTICE"), data.notice(run.hours))
     resume = {"model": trained, "optimizer": moments, "state": asdict(run.state)}
     resume["batches_a_step"] = run.batches_a_step
-    write_atomically(run.path(".resume.pt"), partial(torch.save, checkpoint | resume))
+    data.write_atomically(run.path(".resume.pt"), partial(torch.save, checkpoint | resume))
 
 
 def read_resume(run: Run) -> dict:
@@ -930,8 +833,7 @@ def load_optimizer(run: Run, moments: dict[str, dict]) -> None:
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
 
 
-# ------------------------------------------------------------------------------
-# Validation
+# --- Validation
 
 
 @torch.no_grad()
@@ -940,7 +842,9 @@ def validate(run: Run) -> tuple[dict[str, float], list[tuple[str, str]]]:
     the scores of answering the first rows of each task. Returns figures, and (reference,
     hypothesis) pairs. Raises UserError."""
     cfg, model, examples = run.cfg, run.model, run.examples
-    rows, frames = dev_rows(run)
+    rows, frames = dev_examples(run, run.tasks, cfg.eval_rows)
+    if len(rows) < 2:
+        raise UserError(f"{cfg.dev}: {len(rows)} recordings can be used, expected 2; mend them")
     modes = {name: part.training for name, part in model.named_children()}
     model.eval()
     figures = {
@@ -948,7 +852,7 @@ def validate(run: Run) -> tuple[dict[str, float], list[tuple[str, str]]]:
         "shuffled_loss": mean_loss(run, rows, frames[1:] + frames[:1]),
     }
     answered = []
-    for task in TASKS:
+    for task in data.TASKS:
         of_task = [i for i, example in enumerate(rows) if example["task"] == task]
         answered += of_task[: cfg.eval_clips]
     recordings = encode_recordings(model, [[frames[i]] for i in answered])
@@ -956,7 +860,7 @@ def validate(run: Run) -> tuple[dict[str, float], list[tuple[str, str]]]:
     answers = answer_examples(model, examples.tokenizer, asked, recordings)
     pairs = []
     for example, answer in zip(asked, answers, strict=True):
-        if not isinstance(answer, AudioError):
+        if not isinstance(answer, data.AudioError):
             pairs.append((example, answer.text))
     for name, part in model.named_children():
         part.train(modes[name])
@@ -964,23 +868,23 @@ def validate(run: Run) -> tuple[dict[str, float], list[tuple[str, str]]]:
     return figures | validation_scores(pairs), texts
 
 
-def dev_rows(run: Run) -> tuple[list[dict], list[Tensor]]:
-    """The rows of the dev manifest that validations use, and their frames."""
-    dev, rows, frames = run.mixture.dev, [], []
+def dev_examples(run: Run, tasks: tuple[str, ...], count: int) -> tuple[list[dict], list[Tensor]]:
+    """Up to `count` examples of these tasks of the dev manifest, always the same, and their frames.
+    Those whose audio cannot be used are left out."""
+    dev, chosen, frames = run.mixture.dev, [], []
     m = len(run.examples.manifests) - 1
-    for i in np.random.default_rng(0).permutation(len(dev))[: run.cfg.eval_rows].tolist():
+    for i in np.random.default_rng(0).permutation(len(dev)).tolist():
+        if len(chosen) == count:
+            break
         example = dev[i]
-        try:
-            frames.append(run.examples.frames(m, i, example))
-        except AudioError as error:
-            tqdm.write(f"validation leaves out {example['where']}: {error}")
+        if example["task"] not in tasks:
             continue
-        rows.append(example)
-    if len(rows) < 2:
-        raise UserError(
-            f"{run.cfg.dev}: {len(rows)} recordings can be used, expected at least 2; mend them"
-        )
-    return rows, frames
+        try:
+            frames.append(run.examples.frames(m, example))
+            chosen.append(example)
+        except data.AudioError as error:
+            tqdm.write(f"validation leaves out {example['where']}: {error}")
+    return chosen, frames
 
 
 def mean_loss(run: Run, rows: list[dict], frames: list[Tensor]) -> float:
@@ -989,8 +893,8 @@ def mean_loss(run: Run, rows: list[dict], frames: list[Tensor]) -> float:
     sequences.sort(key=lambda sequence: len(sequence[2]))
     sizes = [(len(sequence[2]), len(sequence[0]), sequence) for sequence in sequences]
     total, count = 0.0, 0
-    for batch in cut_batches(sizes, run.cfg.batch_frames, run.cfg.batch_tokens):
-        loss, tokens = run.model(**on_device(collate(batch), run.cfg.device))
+    for batch in data.cut_batches(sizes, run.cfg.batch_frames, run.cfg.batch_tokens):
+        loss, tokens = run.model(**on_device(data.collate(batch), run.cfg.device))
         total += loss.item()
         count += tokens
     return total / max(1, count)
@@ -999,25 +903,14 @@ def mean_loss(run: Run, rows: list[dict], frames: list[Tensor]) -> float:
 def find_refusal_threshold(run: Run) -> dict[str, float]:
     """The threshold above which questions are refused, by up to 500 questions of the dev manifest:
     {} if it has too few."""
-    dev, asked, recordings = run.mixture.dev, [], []
-    m = len(run.examples.manifests) - 1
-    for i in np.random.default_rng(0).permutation(len(dev)).tolist():
-        example = dev[i]
-        if len(asked) == 500 or example["task"] != "sqa":
-            continue
-        try:
-            recordings.append([run.examples.frames(m, i, example)])
-        except AudioError:
-            continue
-        asked.append(example)
+    questions, frames = dev_examples(run, ("sqa",), 500)
     run.model.eval()
-    recordings = encode_recordings(run.model, recordings)
-    answers = answer_examples(run.model, run.examples.tokenizer, asked, recordings, weigh=True)
-    return refusal_threshold(asked, answers)
+    recordings = encode_recordings(run.model, [[x] for x in frames])
+    answers = answer_examples(run.model, run.examples.tokenizer, questions, recordings, weigh=True)
+    return refusal_threshold(questions, answers)
 
 
-# ------------------------------------------------------------------------------
-# The loop
+# --- The loop
 
 NONFINITE_STEPS = 5  # so many in a row end a run
 BAD_SHARE = 0.01  # of the recordings; more that cannot be used end a run
@@ -1031,8 +924,7 @@ def next_step(run: Run, loader: Iterator[dict]) -> tuple[list[dict], int, float]
     state, tries = run.state, 0
     while True:
         tries += 1
-        count = math.ceil(run.batches_a_step / world())
-        batches = [next_batch(loader) for _ in range(count)]
+        batches = [next_batch(loader) for _ in range(run.cfg.accumulate)]
         tokens, audio = reduce_step(state, batches)
         met = min(state.seen, sum(map(len, run.mixture.manifests)))  # different recordings
         if len(state.bad) > BAD_SHARE * max(met, 300) or (not tokens and tries == 100):
@@ -1068,9 +960,14 @@ def backward(run: Run, batches: list[dict], tokens: int) -> tuple[float, float]:
     loss = 0.0
     for batch in batches:
         seed_for(run.cfg.seed, batch["position"])
-        with backward_context(run.net, batch is batches[-1]):
+        # The ranks' gradients are brought together after the last batch alone, and averaged.
+        last = batch is batches[-1]
+        if run.cfg.fsdp:
+            run.net.set_requires_gradient_sync(last)
+        separate = isinstance(run.net, DistributedDataParallel) and not last
+        with run.net.no_sync() if separate else nullcontext():
             part, _ = run.net(**on_device(batch, run.cfg.device))
-            (part * world() / tokens).backward()  # gradients are averaged over the ranks
+            (part * world() / tokens).backward()
         loss += part.item()
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = full_tensor(nn.utils.clip_grad_norm_(parameters, run.cfg.clip)).item()
@@ -1084,12 +981,7 @@ def leave_out(run: Run, batches: list[dict], loss: float, norm: float) -> dict:
     figures = {"skipped": f"loss {loss}, gradient norm {norm}"}
     run.state.skipped += 1
     rows = chain(*gather([row for batch in batches for row in batch["examples"]]))
-    if rank() == 0:
-        # Later lines are those of a run that was cut off.
-        lines = [line for line in read_lines(path) if line["step"] < step]
-        lines += [{"step": step, **figures, "seed": run.cfg.seed, **row} for row in rows]
-        text = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
-        write_text(path, "".join(text))
+    run.record(".nonfinite.jsonl", *({"step": step, **figures, **row} for row in rows))
     if run.state.skipped >= NONFINITE_STEPS:
         raise UserError(
             f"step {step}: {figures['skipped']}, as in {run.state.skipped} steps in a row, whose "
@@ -1103,18 +995,22 @@ def validate_and_save(run: Run, stop: Stop) -> bool:
     """Once in a while: validates, shows some answers, saves. Returns whether it did: a signal ends
     a validation, and --resume makes up for it."""
     cfg, state = run.cfg, run.state
-    results = None
-    with unsharded(run.model), stop.at_once():
-        results = validate(run), {}
-        if state.step == cfg.steps and "sqa" in run.tasks:
-            results = results[0], find_refusal_threshold(run)
-    if results is None or any(gather(stop.signal)):
+    threshold = {}
+    with unsharded(run.model):
+        try:
+            stop.waits = False
+            figures, pairs = validate(run)
+            if state.step == cfg.steps and "sqa" in run.tasks:
+                threshold = find_refusal_threshold(run)
+        except KeyboardInterrupt:
+            pass
+        stop.waits = True
+    if any(gather(stop.signal)):
         return False
-    (figures, pairs), threshold = results
     if not math.isfinite(figures["dev_loss"]):
         raise UserError(f"step {state.step}: dev_loss {figures['dev_loss']}; {LOWER_RATE}")
     state.validated = state.step
-    run.record(step=state.step, **figures)
+    run.record(".jsonl", {"step": state.step, **figures})
     if rank() == 0:
         texts = [f"{name} {value:.3f}" for name, value in figures.items()]
         tqdm.write(f"step {state.step}: {', '.join(texts)}")
@@ -1181,7 +1077,8 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
         state.step += 1
 
         # What a person wants to see.
-        run.record(step=state.step, **figures, lr=share, tokens=tokens, audio=audio)
+        line = {"step": state.step, **figures, "lr": share, "tokens": tokens, "audio": audio}
+        run.record(".jsonl", line)
         bar.set_postfix(loss=f"{loss:.3f}", audio_s_per_s=f"{audio / (time.time() - began):.0f}")
         bar.update()
     bar.close()
@@ -1189,23 +1086,21 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
 
 
 def report(run: Run) -> None:
-    """The picture of the curves, and what was left out."""
-    lines = read_lines(run.path(".jsonl"))
-    picture = ""
+    """The picture of the curves, if extras/ is there, and what was left out."""
+    lines = data.read_lines(run.path(".jsonl"))
     try:
         from extras.curves import draw_curves
     except ImportError:
-        pass
-    else:
-        picture = f"; curves in {run.path('.svg')}"
-        if rank() == 0:
-            write_text(run.path(".svg"), draw_curves(lines, CURVES))
+        draw_curves = None
+    if draw_curves and rank() == 0:
+        data.write_text(run.path(".svg"), draw_curves(lines, CURVES))
+        print(f"{run.path('.svg')}: the curves")
     for where, why in run.state.bad.items():
         print(visible(f"left out: {where}: {why}"))
-    skipped = sum("skipped" in line for line in lines)
+    skipped, bad = sum("skipped" in line for line in lines), len(run.state.bad)
     print(
-        f"{run.path('.pt')}: {run.state.seen} rows drawn, {skipped} steps and {len(run.state.bad)} "
-        f"recordings left out{picture}"
+        f"{run.path('.pt')}: {run.state.seen} rows drawn, {skipped} steps and {bad} recordings "
+        "left out"
     )
 
 
@@ -1215,26 +1110,23 @@ TIMED_STEPS = 3
 def dry_run(run: Run) -> None:
     """Takes the largest steps of the first pool of batches, and prints what the run would need.
     Leaves nothing behind. Raises UserError if they do not fit into memory."""
-    cfg = run.cfg
-    scheduled = []
+    cfg, costs = run.cfg, []
     for position, batch in run_schedule(run):
-        if position["pool"] > 0 and scheduled:
+        if position["pool"] > 0 and costs:
             break
-        scheduled.append((sum(sum(run.examples.size(*key)) for key in batch), position, batch))
-    scheduled.sort(key=lambda entry: -entry[0])
+        costs.append((sum(sum(run.size(*key)) for key in batch), position, batch))
+    costs.sort(key=lambda entry: -entry[0])
     seconds = []
     try:
-        for _, position, batch in scheduled[:TIMED_STEPS]:
+        for _, position, batch in costs[:TIMED_STEPS]:
             began = time.time()
-            example_batch = run.examples[position, batch]
-            backward(run, [example_batch], max(1, len(example_batch["targets"])))
-            for group in run.optimizer.param_groups:
-                group["lr"] = 0.0
+            tensors = run.examples[position, batch]
+            backward(run, [tensors], max(1, len(tensors["targets"])))
             run.optimizer.step()
             run.optimizer.zero_grad()
             seconds.append(time.time() - began)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         raise UserError(
             "the largest batches do not fit into memory; lower --batch-frames and --batch-tokens, "
@@ -1243,7 +1135,7 @@ def dry_run(run: Run) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if cfg.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    rows = sum(len(batch) for *_, batch in scheduled) / len(scheduled) * run.batches_a_step
+    rows = sum(len(batch) for *_, batch in costs) / len(costs) * run.batches_a_step
     passes = cfg.steps * rows / sum(map(len, run.mixture.manifests))
     step = statistics.median(seconds) * cfg.accumulate
     print(

@@ -22,7 +22,7 @@ from data import tar_members, text_hash, write_text
 from model import UserError, one_line_errors, visible
 from prepare import corpus_formats as formats
 from prepare.corpus_formats import UNREADABLE, find, read_lines, read_pairs, read_table, select
-from prepare.mcif import read_references, read_source
+from prepare.mcif import TASKS, read_tasks
 
 
 def language_code(name: str) -> str:
@@ -35,18 +35,21 @@ def folder_code(path: Path) -> str:
     return language_code(path.resolve().parent.name)
 
 
-def parse_part(start: str, end: str) -> dict | None:
-    """Start and duration, in seconds, of a part of a recording; None if a field is no number."""
-    if not all(re.fullmatch(r"\d{1,12}(\.\d+)?", field, re.ASCII) for field in (start, end)):
-        return None
-    return dict(start=float(start), duration=float(end) - float(start))
+def parse_segment(text: str) -> tuple[str, dict | None]:
+    """RECORDING START END as the recording and the part's start and duration, in seconds; the part
+    is None if the text is another."""
+    match = re.match(r"(\S+)\s+(\d{1,12}(?:\.\d+)?)\s+(\d{1,12}(?:\.\d+)?)(\s|$)", text, re.ASCII)
+    if not match:
+        return "", None
+    start, end = float(match[2]), float(match[3])
+    return match[1], dict(start=start, duration=end - start)
 
 
 def librispeech(source, dropped, split=("train",)):
     files = find(source, "*/*/*/*.trans.txt", "LibriSpeech/*/*/*/*.trans.txt")
     for path in select(files, split, lambda path: path.parts[-4], "split"):
         for where, name, text in read_pairs(path):
-            audio, speaker = path.with_name(f"{name}.flac"), name.split("-")[0]
+            audio, speaker = path.parent / f"{name}.flac", name.split("-")[0]
             yield dict(where=where, audio=audio, text=text, style="bare", speaker=speaker)
 
 
@@ -121,7 +124,7 @@ def fleurs(source, dropped, out, split=("train",), language=None):
             # The same id is the same sentence in every language.
             other = folders[written or spoken] / path.name
             texts = formats.read_column(other, "id", "raw_transcription", columns=columns)
-            for where, record in read_table(path, columns, dropped, columns=columns):
+            for where, record in read_table(path, [], dropped, columns):
                 if record["id"] in texts:
                     audio, text = clips / record["file"], texts[record["id"]]
                     yield dict(fields, where=where, audio=audio, text=text)
@@ -167,8 +170,8 @@ def peoples_speech(source, dropped, split=("train",)):
                 item = json.loads(line)
                 terms = spdx(str(item.get("license") or item.get("licenseurl") or licence))
                 fields = dict(style="bare", speaker=str(item.get("identifier", "")), licence=terms)
-                columns = ("name", "label", "duration_ms")
-                clips = zip(*map(item["training_data"].get, columns), strict=True)
+                data = item["training_data"]
+                clips = zip(data["name"], data["label"], data["duration_ms"], strict=True)
                 for name, text, milliseconds in clips:
                     name = name.removeprefix("./")
                     audio = tars.get(name, path.with_suffix("")) / name
@@ -200,8 +203,7 @@ def europarl_st(source, dropped, split=("train",), language=None):
         with one_line_errors(texts, "expected as many lines as in segments.lst; get both again"):
             lines = list(zip(read_lines(path), read_lines(texts), strict=True))
         for (_, segment), (where, text) in lines:
-            recording, start, end = (segment.split() + 3 * [""])[:3]
-            part = parse_part(start, end)
+            recording, part = parse_segment(segment)
             if part is None:
                 dropped[UNREADABLE].append(where)
                 continue
@@ -273,49 +275,51 @@ def librisqa(source, dropped, split=("train",), librispeech=None):
 
 
 def mcif(source, dropped, out, split=("long",), language=None):
-    tasks = dict(ASR="asr", TRANS="st", QA="sqa")
-    entries = list(mcif_references(source))
+    entries, texts = [], set()
+    for track, target, where, reference, samples in mcif_references(source):
+        task = TASKS.get(reference.get("task"))
+        lines = reference.findtext("reference", "").split("\n")
+        fields = dict(task=task, text=" ".join(lines), target_language=target, test_only=True)
+        if task == "sqa":
+            instruction = samples[0].findtext("instruction", "") if samples else ""
+            fields["question"] = re.split("[:：]", instruction, maxsplit=1)[-1]
+            lines = [fields["question"]]
+        texts.update(lines, reference.findtext("metadata/transcript", "").split("\n"))
+        entries.append((track, target, where, fields, samples))
 
     # No text of any track and language may get into training, whichever rows are asked for.
-    texts = set()
-    for *_, reference, _, question in entries:
-        lines = reference.lines + reference.transcript
-        texts.update([question] if reference.task == "QA" else lines)
     hashes = sorted({text_hash(text) for text in texts if text.strip()})
     write_text(out.with_suffix(".fingerprints"), "".join(f"{line}\n" for line in hashes))
 
     entries = select(entries, split, lambda entry: entry[0], "track")
     entries = select(entries, language, lambda entry: entry[1], "language")
-    for track, target, where, reference, samples, question in entries:
-        if reference.task not in tasks:
+    for track, _, where, fields, samples in entries:
+        if fields["task"] is None:
             dropped["not transcription, translation or a question"].append(where)
-        elif len(samples) != 1 or len(reference.ids) != 1:
+        elif len(samples) != 1:
             dropped["not one recording with one text: take --split long"].append(where)
         else:
-            audio = source / f"{track.upper()}_AUDIOS" / samples[0].audio
-            fields = dict(task=tasks[reference.task], target_language=target, test_only=True)
-            fields |= dict(question=question) if reference.task == "QA" else {}
-            yield dict(fields, where=where, audio=audio, text=" ".join(reference.lines))
+            name = samples[0].findtext("audio_path", "").strip()
+            yield dict(fields, where=where, audio=source / f"{track.upper()}_AUDIOS" / name)
 
 
 def mcif_references(source: Path) -> Iterator[tuple]:
-    """(track, language, where it stands, Reference, its Samples, their question) of each one."""
+    """(track, language, where it stands, reference, its samples) of each one, as XML elements."""
     for path in find(source, "*.ref.xml*"):
         name = ".".join(path.name.split(".ref.xml")[0].split(".")[-2:])  # long.de
-        tasks = read_source(find(source, f"*.{name}.src*.xml*")[0])
-        samples = {(task.track, task.language, s.id): s for task in tasks for s in task.samples}
-        for (track, language), references in read_references(path).items():
-            for reference in references:
-                keys = [(track, language, id) for id in reference.ids]
-                asked = [samples[key] for key in keys if key in samples]
-                question = re.split("[:：]", asked[0].instruction, maxsplit=1)[-1] if asked else ""
-                yield track, language, f"{path} {reference.iid}", reference, asked, question
+        with one_line_errors(path, "copy it and its source file again"):
+            tasks = read_tasks(find(source, f"*.{name}.src*.xml*")[0])
+            samples = {(*key, id): sample for key, pairs in tasks for id, sample in pairs}
+            for key, references in read_tasks(path):
+                for ids, reference in references:
+                    asked = [samples.get((*key, id)) for id in ids.split(",")]
+                    where = f"{path} {reference.get('iid')}"
+                    yield *key, where, reference, [] if None in asked else asked
 
 
 def ljspeech(source, dropped):
     path = find(source, "metadata.csv")[0]
-    columns = ["name", "text", "words"]
-    for where, record in read_table(path, columns, dropped, columns=columns, delimiter="|"):
+    for where, record in read_table(path, [], dropped, ["name", "text", "words"], delimiter="|"):
         audio = path.with_name("wavs") / f"{record['name']}.wav"
         yield dict(where=where, audio=audio, text=record["text"], speaker="lj")
 
@@ -334,10 +338,7 @@ def kaldi(source, dropped, language=("en",), licence="unknown"):
     fields = dict(style="bare" if bare else "written", source_language=language[0])
     fields |= dict(corpus=source.resolve().name, licence=licence)
     for where, id, text in texts:
-        recording, part = id, {}
-        if segments:
-            recording, start, end = (segments.get(id, "").split() + 3 * [""])[:3]
-            part = parse_part(start, end)
+        recording, part = parse_segment(segments.get(id, "")) if segments else (id, {})
         file = recordings.get(recording)
         if not file or part is None:
             dropped["no place in segments or wav.scp"].append(where)

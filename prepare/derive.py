@@ -65,6 +65,8 @@ def derive(out: Path, manifest: Manifest, sources: list[dict], place: dict, **fi
         given = source["sources"] or [[source["corpus"], source["licence"]]]
         pairs.update(tuple(pair) for pair in given)
     licences = [licence for _, licence in pairs] + [source["licence"] for source in sources]
+
+    # The path is relative to the new manifest, which may lie in another folder.
     audio = os.path.relpath(manifest.path.parent / place["audio"], out.parent)
     example = {"audio": Path(audio).as_posix()}
     example |= {name: place[name] for name in ("start", "duration") if place.get(name)}
@@ -124,6 +126,7 @@ def join_audio(out: Path, manifest: Manifest, examples: list[dict]) -> dict:
     If each continues the one before in the same file, this is a longer piece of that file, else a
     new 16 kHz FLAC file in a folder beside `out`. Raises AudioError.
     """
+    # Pieces without a gap need no file of their own.
     first, last = examples[0], examples[-1]
     if all(map(continues, examples, examples[1:])):
         duration = last["duration"]
@@ -177,6 +180,8 @@ def concatenate(path: str, out: Path, longest: float) -> None:
         min(part.values(), key=lambda example: example["task"]) for part in tasks.values()
     ]
     groups = group_neighbours(manifest, utterances, longest)
+
+    # Every group becomes a recording, and that an example of each task.
     joined = []
     skipped = 0
     for group in tqdm(groups, out.name, unit=" recordings"):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data
 from data import REFUSALS, letter_count, text_hash
-from model import UserError, fetch, load_tokenizer, one_line_errors, read_json, visible
+from model import LLMConfig, UserError, fetch, load_tokenizer, one_line_errors, read_json, visible
 
 ALWAYS, FEW, MANY, NEVER = 0.0, 0.01, 0.05, 1.0
 KINDS = {  # kind: (share of the rows above which it is serious, fault, remedy)
@@ -43,9 +43,9 @@ KINDS = {  # kind: (share of the rows above which it is serious, fault, remedy)
 }
 GROUP = ("corpus", "task", "source_language", "target_language")
 REQUEST = ("recording", *GROUP[1:], "question", "instruction", "style")
-# Characters a second that are possible; a translation may be longer than what is spoken.
-SPEED, CJK_SPEED = (1.5, 40.0), (0.5, 20.0)
-LONGER_TRANSLATION = 1.5
+# Characters a second that are possible. Translations may be longer than what is spoken.
+SPEEDS = {"asr": (1.5, 40), "st": (1.5, 60), "sqa": (0, math.inf)}
+CJK_SPEEDS = {"asr": (0.5, 20), "st": (0.5, 30), "sqa": (0, math.inf)}
 MIN_SECONDS, MAX_SECONDS = 0.1, 30.0  # the latter is the default of training
 SILENCE = -60  # dBFS
 KNOWN_TEXT, KNOWN_QUESTION = 20, 40  # letters: shorter texts may be alike by chance
@@ -55,7 +55,7 @@ CJK = ("zh", "yue", "ja", "ko")
 SCRIPTS = {"zh": "[\u3400-\u9fff]", "ja": "[\u3040-\u30ff\u3400-\u9fff]", "ko": "[\uac00-\ud7af]"}
 SCRIPTS |= dict.fromkeys(("en", "de", "it", "fr", "es", "pt", "nl"), "[A-Za-z\u00c0-\u024f]")
 COMMON = {
-    "en": set("the and of is that was with this are have you he they not it to".split()),
+    "en": set("the and of is that with this are have you they not it to there for".split()),
     "de": set("der die das und ist nicht ein eine den dem mit auf von sie ich wir".split()),
     "it": set("il che di è non una per la sono con le gli della nel del si".split()),
 }
@@ -63,7 +63,6 @@ REFUSING = re.compile(
     r"not answerable|unanswerable|can ?(not|['’]t) (be )?answer|^n/a\W*$|nicht (zu )?beantwort|"
     "unbeantwortbar|non (è possibile|si può|posso) risponde|(无法|不能|没法)(作答|回答)"
 )
-
 Recording = tuple[str, float, float | None]  # file, start and duration in seconds
 
 
@@ -127,8 +126,8 @@ def read_examples(paths: list[str], faults: dict[str, str]) -> list[dict]:
                 faults[f"{path} line {manifest.lines[i] + 1}"] = reason_of(error)
                 continue
             file = os.path.abspath(manifest.path.parent / example["audio"])
-            example["recording"] = (file, example["start"], example["duration"])
-            examples.append(example)
+            recording = (file, example["start"], example["duration"])
+            examples.append(example | {"recording": recording})
         if len(examples) == before:
             where, reason = next(reversed(faults.items()))
             raise UserError(f"{where} and all others: {reason}; give a manifest")
@@ -192,9 +191,8 @@ def check_example(example: dict, sound: Sound, licences: list, hashes: frozenset
     if not MIN_SECONDS <= sound.seconds <= MAX_SECONDS:
         yield "duration", f"{sound.seconds:.3g} s"
     speed = len(text) / max(sound.seconds, 1e-3)
-    low, high = CJK_SPEED if target in CJK else SPEED
-    high = high * LONGER_TRANSLATION if task == "st" else high
-    if task != "sqa" and not low <= speed <= high:
+    low, high = CJK_SPEEDS[task] if target in CJK else SPEEDS[task]
+    if not low <= speed <= high:
         yield "speed", f"{speed:.3g} characters/s, expected {low:g} to {high:g}"
 
 
@@ -243,8 +241,8 @@ def look_over(args: argparse.Namespace) -> dict:
     context = ()
     if args.tokenizer:
         directory = fetch(args.tokenizer)
-        config = read_json(directory / "config.json")
-        context = (load_tokenizer(directory), config.get("max_position_embeddings", math.inf))
+        config = LLMConfig.from_dict(read_json(directory / "config.json"), directory)
+        context = (load_tokenizer(directory), config.max_position_embeddings)
     hashes = data.protected_hashes(args.manifests)
     findings = {kind: {} for kind in KINDS}
     examples = read_examples(args.manifests, findings["example"])
@@ -289,6 +287,8 @@ def main(argv: list[str] | None = None) -> None:
             data.write_text(path, json.dumps(report, ensure_ascii=False, indent=1))
     except UserError as error:
         parser.exit(2, f"doctor: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "doctor: stopped\n")
     texts = [finding["text"] for finding in report["findings"]]
     print(*map(visible, report["figures"] + texts), sep="\n")
     serious = sum(finding["level"] == "serious" for finding in report["findings"])

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-from data import read_lines
+from data import letter_count, read_lines
 from eval import normalise
 from model import UserError, one_line_errors, visible
 from prepare.derive import write_examples
@@ -58,15 +58,10 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+", text.casefold())
 
 
-def text_size(text: str) -> int:
-    """How long a text is, in Latin letters; a Chinese character counts as three."""
-    return len(text) + 2 * len(re.findall("[\u3000-\u9fff\uff00-\uffef]", text))
-
-
 def translation_scores(source: str, text: str, language: str, ids: list[int]) -> dict:
     """Scores of a translation, as text and as the LLM's token ids, against its source."""
     # Ten letters are added so that a word more or less does not count in short texts.
-    ratio = (text_size(text) + 10) / (text_size(source) + 10)
+    ratio = (letter_count(text) + 10) / (letter_count(source) + 10)
     source_words = words_of(source)
     words = words_of(text)
     copied = sum(word in source_words for word in words)
@@ -124,6 +119,7 @@ def read_made(path: str) -> list[dict]:
 
 def select(examples: list[dict], out: Path, thresholds: dict = THRESHOLDS) -> None:
     """Writes the examples that pass to the manifest `out`; prints how many, and why others fail."""
+    # An example passes if nothing is held against it.
     reasons = {example["id"]: failures(example["made_by"], thresholds) for example in examples}
     passing = [example for example in examples if not reasons[example["id"]]]
     for id in surplus_ids(passing):
@@ -136,8 +132,8 @@ def select(examples: list[dict], out: Path, thresholds: dict = THRESHOLDS) -> No
         counts.update(names)
         if not names:
             kinds[example["made_by"]["kind"]] += 1
-            fields = {k: v for k, v in example.items() if k not in ("id", "reasons")}
-            selected.append(fields)
+            fields = [name for name in example if name not in ("id", "reasons")]
+            selected.append({name: example[name] for name in fields})
     write_examples(out, selected)
 
     print(f"{out}: kept {len(selected)} of {len(examples)} examples")
@@ -162,6 +158,7 @@ def surplus_ids(examples: list[dict]) -> set[str]:
     for kinds in languages.values():
         if not {"answerable", "unanswerable"} <= kinds.keys():
             continue
+        # The scarcer kind decides how many questions there can be in all.
         share = kinds["unanswerable"][0]["made_by"]["unanswerable"]
         shares = {"answerable": 1 - share, "unanswerable": share}
         total = min(len(kinds[kind]) / part for kind, part in shares.items())
@@ -181,6 +178,7 @@ def find_names(texts: list[str]) -> tuple[dict, dict]:
     Chinese has none.
     """
     tokens = [re.findall(r"\w[\w'’-]*|[.!?:]", text) for text in texts]
+    # A word that is also written small is no name, nor is one that begins a sentence.
     lower = {word for part in tokens for word in part if word[0].islower()}
     names = set()
     for part in tokens:
@@ -188,6 +186,7 @@ def find_names(texts: list[str]) -> tuple[dict, dict]:
             capital = word[0].isupper() and before not in ".!?:" and word.lower() not in lower
             if capital or word[0].isdecimal():
                 names.add(word)
+    # The neighbours of a name tell how it is used.
     contexts = {name: set() for name in sorted(names)}
     for part in tokens:
         padded = ["", *part, ""]
@@ -213,6 +212,8 @@ def swap_name(question: str, passage: str, names: tuple, random: Random) -> str 
     candidates = [word for word in words if word in contexts]
     if not candidates:
         return None
+
+    # Of the names used alike, those that share more than half as many neighbours as the best.
     old = random.choice(candidates)
     shared = Counter(name for pair in contexts[old] for name in beside[pair])
     for name in list(shared):

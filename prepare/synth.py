@@ -112,6 +112,8 @@ class Translations:
         return self.writer.prompt(TRANSLATE.format(text=text, **LANGUAGE_NAMES[language]))
 
     def write(self, examples: list[dict]) -> None:
+        """Has the LLM translate, and scores what it wrote."""
+        # A translation of twice the tokens of its transcript has gone wrong.
         prompts = []
         limits = []
         for example in examples:
@@ -137,6 +139,7 @@ class Translations:
             self.translate_back(examples, limits)
 
     def translate_back(self, examples: list[dict], limits: list[int]) -> None:
+        """Scores translations by what the LLM makes of them in the language of the transcript."""
         # Half a character at the end of a text takes more tokens than were written.
         prompts = []
         for example, limit in zip(examples, limits, strict=True):
@@ -223,6 +226,8 @@ class Questions:
         self.made_by = made_by | {"unanswerable": args.unanswerable}
         self.manifest = Manifest(args.input)
         self.limit = 8 + 6 * args.answer_words  # tokens of an answer
+
+        # Without a manifest of questions, one is written about every passage in every language.
         passages = read_passages(self.manifest, args.bare, args.utterances)
         self.names = filters.find_names([passage.text for passage in passages])
         questions = []
@@ -269,6 +274,8 @@ class Questions:
         passage = question.passage
         language = question.language
         id = f"{question.number + 1} {language}"
+
+        # The draws depend on the seed and the id alone, so that they are the same in every run.
         draw = random.Random(f"{self.args.seed} {id}")
         prompt = f"{REFUSE[language]} {REFUSALS[language]}\n{ANSWER[language]}"
         about = {"kind": "answerable", "transcript": passage.text, "prompt": prompt}
@@ -279,6 +286,8 @@ class Questions:
             about |= {"kind": "unanswerable", "way": way, "asked_of": original.passage.text}
         if self.args.questions and not text:
             about["failed"] = "swap"
+
+        # An example without audio is kept with its reason, beside those that fail by their scores.
         try:
             place = join_audio(self.args.out, self.manifest, passage.examples)
         except AudioError as error:
@@ -343,6 +352,7 @@ class Questions:
 
     def check_answerable(self, examples: list[dict]) -> None:
         """Scores answers by what the LLM answers with and without the passage."""
+        # A prompt without the passage shows which answers can be guessed.
         writer = self.writer
         prompts = []
         for example in examples:
@@ -374,6 +384,7 @@ class Questions:
     def check_unanswerable(self, examples: list[dict]) -> None:
         """Makes the refusal the answer, and scores it against the best other answer."""
         writer = self.writer
+        # The best other answer is what the LLM says if it may not begin like a refusal.
         never_first = {writer.encode(refusal)[0] for refusal in REFUSALS.values()}
         refusals = [REFUSALS[example["target_language"]] for example in examples]
         asked = self.read_passage(examples)
@@ -460,11 +471,13 @@ def run(args) -> None:
     if args.command == "filter":
         return filters.select(filters.read_made(args.input), args.out, thresholds)
 
+    # A language given twice is meant once.
     args.languages = list(dict.fromkeys(args.languages))
     made_by = {"model": args.llm, "sha256": fingerprint(args.llm)["sha256"], "seed": args.seed}
     makers = {"translate": Translations, "questions": Questions}
     maker = makers[args.command](args, Writer(args.llm), made_by)
-    # What an example depends on; with other settings a run begins anew.
+
+    # The settings are all that an example depends on; with other settings a run begins anew.
     settings = {"model": made_by["sha256"], "prompts": [TRANSLATE, WRITE, ANSWER, REFUSE]}
     for name, value in vars(args).items():
         if name not in ("out", "batch", "threshold", "llm"):

@@ -19,7 +19,7 @@ CHAT = (
 )
 NO_THINKING = "<think>\n\n</think>\n\n"  # how Qwen3's template asks for an answer at once
 WINDOW = 2048  # examples that are sorted by length together
-MARGIN = 512  # positions for instructions, answers and the chat format
+MARGIN = 512  # positions for instructions, questions and answers
 SCORED = 1024  # tokens whose log p is computed at once
 
 
@@ -71,6 +71,7 @@ class Writer:
     @torch.no_grad()
     def answer(self, asked: tuple, limits: list[int], never_first=()) -> list[list[int]]:
         """Greedy answers to what `read` returned, of at most limits[i] tokens each."""
+        # A batch is as long as its longest prompt, and must not outgrow the context.
         prefix, last = asked
         ids, lengths = pack(last, self.device)
         room = self.context - max(prefix.lengths) - 1
@@ -85,6 +86,7 @@ class Writer:
     @torch.no_grad()
     def weigh(self, asked: tuple, answers: list[list[int]]) -> list[tuple[float, int]]:
         """(log p in nats, tokens) of an answer to each prompt; its end counts as a token."""
+        # Few answers are scored at once, because a token has as many scores as there are words.
         prefix, last = asked
         weights = []
         sizes = [(len(answer) + 1, 1, i) for i, answer in enumerate(answers)]
@@ -96,15 +98,12 @@ class Writer:
         return weights
 
 
-def count_positions(writer: Writer, example: dict) -> int:
-    """The most positions of the LLM that an example takes while it is written and checked.
-
-    A translation, up to twice as long as its transcript, is also read and translated back.
-    """
+def count_tokens(writer: Writer, example: dict) -> int:
+    """Tokens of all the texts of an example that prompts are made of."""
     made_by = example["made_by"]
     texts = [made_by["transcript"], made_by.get("asked_of", "")]
     texts += [example["text"], example.get("question", "")]
-    return 4 * len(writer.encode("\n".join(texts))) + MARGIN
+    return len(writer.encode("\n".join(texts)))
 
 
 def produce(maker, path: Path, settings: dict, thresholds: dict, batch_size: int) -> list[dict]:
@@ -118,12 +117,14 @@ def produce(maker, path: Path, settings: dict, thresholds: dict, batch_size: int
     made = journal.items
     bar = tqdm(total=len(maker.examples), initial=len(made), desc=path.name, unit=" examples")
     for start in range(0, len(maker.examples), WINDOW):
+        # Examples of a kind and of similar length are written together.
         sizes = []
         for example in maker.examples[start : start + WINDOW]:
-            size = count_positions(maker.writer, example)
-            if size > maker.writer.context:
+            tokens = count_tokens(maker.writer, example)
+            sizes.append((tokens, 1, example))
+            # A translation, of up to twice the tokens, is also read and translated back.
+            if 4 * tokens + MARGIN > maker.writer.context:
                 example["made_by"]["failed"] = "too long"
-            sizes.append((size, 1, example))
         sizes.sort(key=lambda entry: (entry[2]["made_by"]["kind"], entry[0]))
 
         # A batch in which a run was stopped is written again, and what is missing is added.

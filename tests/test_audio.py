@@ -163,8 +163,12 @@ def test_encoded_opus_is_read_again(tmp_path):
 
 
 def pack_tar(path, names, content, **options):
-    """A tar of equal files. Pax writes their broken times into headers of its own."""
+    """A tar of equal files, and a link, which is no member. Pax writes broken times into headers of
+    its own."""
+    link = tarfile.TarInfo("link.wav")
+    link.type, link.linkname = tarfile.SYMTYPE, names[0]
     with tarfile.open(path, "w", **options) as tar:
+        tar.addfile(link)
         for name in names:
             member = tarfile.TarInfo(name)
             member.size, member.mtime = len(content), 1.5
@@ -181,8 +185,8 @@ def test_parts_of_files_and_members_of_tars(tmp_path):
         assert audio_seconds(path) == 2.0
         refuses(path, "a.wav: found no samples, expected at least 35 ms", 3.0)
         refuses(path, "a.wav: found 0.50 s of audio, expected 1.00 s", 1.5, 1.0)
-    refuses(tmp_path / "s.tar" / "b.wav", "s.tar/b.wav: no such member in the tar")
-    assert audio_seconds(tmp_path / "s.tar" / "b.wav") == 0
+    refuses(tmp_path / "s.tar" / "link.wav", "s.tar/link.wav: no such member in the tar")
+    assert audio_seconds(tmp_path / "s.tar" / "link.wav") == 0
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -195,18 +199,6 @@ def test_names_in_tars_of_every_kind(tmp_path, kind):
     assert list(data.tar_members(str(tmp_path / "s.tar"))) == names
     for name in names:
         assert torch.equal(load_audio(tmp_path / "s.tar" / name), x)
-
-
-def test_links_in_tars_are_no_members(tmp_path):
-    write_tone(tmp_path / "x.wav")
-    kinds = {"a": tarfile.SYMTYPE, "b": tarfile.LNKTYPE, "c": tarfile.CHRTYPE}
-    with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        for name, kind in kinds.items():
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, "x.wav"
-            tar.addfile(member)
-    for name in kinds:
-        refuses(tmp_path / "s.tar" / name, "no such member in the tar")
 
 
 def tar_header(kind=b"0", size=b"00000001000\0"):

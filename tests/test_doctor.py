@@ -15,7 +15,6 @@ SENTENCES = {
     "de": ["Die alte Frau verkauft rote Äpfel auf dem Markt.", "Mein Bruder ist auf dem Weg."],
     "zh": ["老太太在市场上卖红苹果。", "我的弟弟今天在火车站。"],
 }
-QUESTION = "In which of the four small villages did the old woman sell her apples?"
 ASR, GERMAN, CHINESE, SQA = 0, 2, 4, 6  # the first row of each task in the manifest of the tests
 
 
@@ -77,9 +76,9 @@ def check(findings, expected):
 
 def test_a_clean_manifest(examine, capsys):
     assert examine(clean_rows(), "--tokenizer", ROOT / "demo/llm") == (0, {})
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "demo asr en en: 2 rows, 0.00 h, 2 speakers, CC0-1.0"
-    assert len(printed) == 5 and printed[-1].startswith("0 serious findings, 0 notes")
+    printed = capsys.readouterr().out
+    assert printed.startswith("demo asr en en: 2 rows, 0.00 h, 2 speakers, CC0-1.0\n")
+    assert "\n0 serious findings, 0 notes" in printed
 
 
 # The row of this number with changes, which is put behind the clean rows, and its finding.
@@ -89,7 +88,6 @@ FAULTS = [
     (GERMAN, dict(target_language="fr"), "example", "no wording for the language 'fr'"),
     (ASR, dict(licence="CC-BY-NC-4.0"), "refused", "licence 'CC-BY-NC-4.0'"),
     (GERMAN, dict(sources=[["web", "unknown"]]), "refused", "'web' has the licence 'unknown'"),
-    (GERMAN, dict(test_only=True), "refused", "for testing only"),
     (SQA, dict(duration=31), "duration", "31 s"),
     (ASR, dict(duration=0.7), "speed", "64.3 characters/s, expected 1.5 to 40"),
     (ASR, dict(text="Yes."), "speed", "1.33 characters/s"),
@@ -100,7 +98,6 @@ FAULTS = [
     (SQA, dict(question="桌子上有几个瓶子？"), "language", "en: '桌子上"),
     (ASR, dict(source_language="de"), "languages", "asr from de to en"),
     (ASR, dict(task="st"), "languages", "st from en to en"),
-    (SQA, dict(text="Not answerable"), "refusal", "'Not answerable'"),
     (SQA, dict(text="This question cannot be answered."), "refusal", "'This question cannot"),
     (SQA, dict(text=REFUSALS["de"]), "refusal", REFUSALS["de"]),
     (GERMAN, dict(audio="./0.wav"), "duplicate", "train.jsonl line 3"),
@@ -121,18 +118,18 @@ def test_faults_of_rows(examine, capsys):
     text = findings["example"]["text"]
     assert text.startswith("serious: example: 4 rows cannot be trained on: ")
     assert "train.jsonl line 9 (task is 'tts'" in text and text.endswith("; correct or delete them")
+    assert findings["languages"]["level"] == "serious", "2 of 29 are over 5 %"
+    assert findings["two texts"]["level"] == "note", "1 of 29 is not"
 
 
 def test_faults_of_recordings(examine, tmp_path):
     (tmp_path / "page.mp3").write_bytes(b"<html>404</html>")
-    (tmp_path / "empty.wav").write_bytes(b"")
     waves = dict(quiet=noise(3, 9, 20), zero=noise(3, 9, 0), none=noise(0, 9), long=noise(33, 9))
     for name, wave in waves.items():
         soundfile.write(tmp_path / f"{name}.wav", wave, 16000)
     cases = [
         ("missing.wav", 3, "missing.wav: no such file"),
         ("page.mp3", 3, "starts with b'<html>"),
-        ("empty.wav", 3, "0 bytes"),
         ("none.wav", None, "no samples"),
         ("1.wav", 5, "found 3.00 s of audio, expected 5.00 s"),
         ("zero.wav", 3, "no sound, -120 dBFS"),
@@ -143,26 +140,19 @@ def test_faults_of_recordings(examine, tmp_path):
     rows.append(rows[SQA] | dict(audio="long.wav", duration=None))
     expected = {line: words for line, (_, _, words) in enumerate(cases, 9)}
     code, findings = examine(rows)
-    check(findings, {"audio": expected, "duration": {16: "33 s"}})
+    check(findings, {"audio": expected, "duration": {15: "33 s"}})
     assert code == 1
 
     # Without decoding, a file is opened only if its duration is not stated.
-    check(examine(rows, "--sample", 0)[1], {"audio": {12: "no samples"}, "duration": {16: "33 s"}})
-
-
-def test_a_finding_is_serious_by_its_share(examine):
-    rows = [row | {"audio": f"{i}{row['audio']}"} for i in range(10) for row in clean_rows()[:4]]
-    for i, serious in ((0, False), (4, False), (8, True)):  # over 5 % of 40
-        rows[i]["text"] = SENTENCES["de"][0]
-        code, findings = examine(rows, "--sample", 0)
-        assert list(findings) == ["language"] and code == serious
+    check(examine(rows, "--sample", 0)[1], {"audio": {11: "no samples"}, "duration": {15: "33 s"}})
 
 
 def test_leaks(examine, tmp_path):
     soundfile.write(tmp_path / "copy.flac", noise(3, 1), 16000)
     soundfile.write(tmp_path / "test.wav", noise(3, 8), 16000)
-    rows, path = clean_rows(), tmp_path / "test.jsonl"
-    rows[SQA].update(question=QUESTION)
+    path = tmp_path / "test.jsonl"
+    rows = clean_rows()
+    rows[SQA].update(question="In which of the four small villages does the old woman sell apples?")
     test = rows[ASR] | dict(audio="test.wav", text="Nobody said this in training.")
     tests = [
         test | dict(text=SENTENCES["en"][1].upper()),
@@ -171,16 +161,15 @@ def test_leaks(examine, tmp_path):
         test | dict(audio="copy.flac"),
         test | dict(audio="gone.wav"),
     ]
-    texts = {2: "test.jsonl line 1", SQA + 1: "test.jsonl line 2"}
     recording = dict.fromkeys((2, 4, 6, 8), "test.jsonl line 4")
     code, findings = examine(rows, "--against", write(tests, path))
-    check(findings, {"test text": texts, "test audio": recording, "test row": {5: "no such file"}})
-    assert code == 1
+    assert code == 1 and findings.pop("test row")["at"].keys() == {5}
+    check(findings, {"test text": {2: "line 1", SQA + 1: "line 2"}, "test audio": recording})
 
     # The same file needs no decoding, nor does a text that was put on record.
     (tmp_path / "mcif.fingerprints").write_text(text_hash(SENTENCES["en"][0]) + "\n")
     write([test, test, test, test | dict(audio="./1.wav")], path)
-    code, findings = examine(rows, "--against", path, "--sample", 0)
+    findings = examine(rows, "--against", path, "--sample", 0)[1]
     check(findings, {"refused": {1: "a text of a test-only corpus"}, "test audio": recording})
 
 

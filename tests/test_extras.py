@@ -2,7 +2,6 @@
 gradients; the report shows any text as text; curves are drawn."""
 
 import json
-import math
 import re
 from xml.etree import ElementTree
 
@@ -11,7 +10,6 @@ import torch
 
 import model
 from conftest import (
-    Shapes,
     gradients,
     relative_error,
     speech_batch,
@@ -98,15 +96,6 @@ def test_biases_spread_over_the_keys(left, right):
         torch.testing.assert_close(ours, plain)
 
 
-@torch.no_grad()
-def test_attention_makes_no_table_of_positions():
-    """Nothing has more elements than the scores of all heads, queries and keys."""
-    inputs = attention_inputs([400], 6, (12, 3), torch.float32)
-    with Shapes() as made:
-        cpu.attend(*inputs[:3], Rows([400], "cpu"), bias=inputs[3], left=12)
-    assert max(math.prod(shape) for shape in made.shapes) <= 6 * 400 * 400
-
-
 @pytest.mark.parametrize("dtype, bound", DTYPES)
 @pytest.mark.parametrize("frames", [40, 3])
 def test_depthwise_convolution(frames, dtype, bound):
@@ -151,6 +140,7 @@ def test_compiled_steps_answer_the_same(monkeypatch):
     """Greedy answers that end at different steps, beams, and answers behind a prefix: the same ids
     as without, and one compilation for each shape."""
     monkeypatch.setitem(decode.CPU_OPTIONS, "max_autotune", False)  # which takes its time
+    torch.manual_seed(3)
     llm = tiny_llm("qwen3", eos_token_id=list(range(20)), num_hidden_layers=1)
     x, question = llm.embed(torch.randint(20, 211, (16,))).split([12, 4])
 
@@ -177,13 +167,14 @@ def test_compiled_steps_answer_the_same(monkeypatch):
 def test_compiled_logits(monkeypatch, eight):
     """In bfloat16, tuned as it is outside the tests, and with weights of 8 bits."""
     monkeypatch.setitem(decode.CPU_OPTIONS, "max_autotune", not eight)
-    sizes = dict.fromkeys(["hidden_size", "intermediate_size"], 32)
+    # All products of one shape, as each is tuned for itself.
+    sizes = dict.fromkeys(["hidden_size", "intermediate_size", "vocab_size"], 32)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    llm = tiny_llm("qwen2", num_hidden_layers=1, **sizes, **heads).to(torch.bfloat16)
+    llm = tiny_llm("llama", num_hidden_layers=1, **sizes, **heads).to(torch.bfloat16)
     llm.compute_dtype = torch.bfloat16
     if eight:
         quantise(llm)
-    ids, lengths = torch.randint(8, 211, (10,)), [6, 1, 3]
+    ids, lengths = torch.randint(8, 32, (10,)), [6, 1, 3]
     fast = FastDecode(decode_step, pays=0)
     logits = []
     for step in (decode_step, fast):

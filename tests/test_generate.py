@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+import sample
 from conftest import (
     ANSWERS,
     FAMILIES,
@@ -20,16 +21,7 @@ from conftest import (
     without_answers,
 )
 from model import AUDIO, LLM, adapter_length
-from sample import (
-    KVCache,
-    decode_step,
-    draw_token,
-    generate,
-    loop_size,
-    prefill,
-    read_prefix,
-    score,
-)
+from sample import KVCache, decode_step, draw_token, generate, prefill, read_prefix
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
@@ -46,10 +38,6 @@ def embed_questions(speech_lm, batch, instruction=2):
 def speech_lm():
     """With so many end tokens that answers end at different steps."""
     return tiny_speech_lm(eos_token_id=list(range(60)))
-
-
-# ------------------------------------------------------------------------------
-# Against the full forward pass, and against transformers
 
 
 @torch.no_grad()
@@ -126,10 +114,6 @@ def test_generated_ids_equal_peer(tmp_path, options, end_ids):
         assert any(len(answer) < 10 for answer in answers)
 
 
-# ------------------------------------------------------------------------------
-# Batches
-
-
 @pytest.mark.parametrize("options", [dict(), BEAMS[2], dict(num_beams=3, length_penalty=0.4)])
 @torch.no_grad()
 def test_a_generated_batch_equals_its_sequences(speech_lm, options):
@@ -138,6 +122,10 @@ def test_a_generated_batch_equals_its_sequences(speech_lm, options):
     answers = answer(x, lengths)
     alone = [answer(part, [len(part)])[0] for part in x.split(lengths)]
     assert answers == alone and len({len(ids) for ids in answers}) > 1
+    if not options:  # every token but the end is announced
+        streams = [[] for _ in lengths]
+        answer(x, lengths, on_token=lambda row, token: streams[row].append(token))
+        assert streams == answers and all(token >= 60 for ids in answers for token in ids)
 
 
 @torch.no_grad()
@@ -164,21 +152,6 @@ def test_decoding_computes_what_is_needed(speech_lm, beams):
         assert all(n <= size < 2 * n for n, size in zip(live, sizes, strict=True))
 
 
-# ------------------------------------------------------------------------------
-# Options
-
-
-@torch.no_grad()
-def test_every_token_is_announced_but_the_end(speech_lm):
-    x, lengths = embed_questions(speech_lm, speech_batch(speech_lm))
-    streams = [[] for _ in lengths]
-    answers = generate(
-        speech_lm.llm, x, lengths, 9, on_token=lambda row, token: streams[row].append(token)
-    )
-    assert streams == answers and len({len(answer) for answer in answers}) > 1
-    assert min(min(answer, default=60) for answer in answers) >= 60
-
-
 @torch.no_grad()
 def test_questions_about_a_prefix(speech_lm):
     """What is before the instruction is read once, and then asked as often as one likes."""
@@ -203,11 +176,13 @@ def test_questions_about_a_prefix(speech_lm):
 @torch.no_grad()
 def test_answers_that_repeat_themselves_end():
     """A loop of up to 32 tokens, gone through four times and over 24 tokens, keeps one turn."""
-    assert loop_size([1, 2, 3] * 8) == 21 and loop_size([9] + [1, 2, 3] * 8) == 21
-    assert loop_size([1, 2, 3] * 7) == 0 and loop_size(list(range(100))) == 0
-    assert loop_size([5] * 24) == 23 and loop_size([5] * 23) == 0
-    assert loop_size(list(range(32)) * 4) == 96 and loop_size(list(range(33)) * 4) == 0
-    assert loop_size([7, 1, 2] + [3, 1, 2] * 11) == 32  # as far back as it goes
+    assert sample.loop_size([1, 2, 3] * 8) == 21 and sample.loop_size([9] + [1, 2, 3] * 8) == 21
+    assert sample.loop_size([1, 2, 3] * 7) == 0 and sample.loop_size(list(range(100))) == 0
+    assert sample.loop_size([5] * 24) == 23 and sample.loop_size([5] * 23) == 0
+    assert (
+        sample.loop_size(list(range(32)) * 4) == 96 and sample.loop_size(list(range(33)) * 4) == 0
+    )
+    assert sample.loop_size([7, 1, 2] + [3, 1, 2] * 11) == 32  # as far back as it goes
 
     # A step that goes in circles: 101, 102, 100, 101 and so on.
     llm, x, steps = tiny_llm(), torch.randn(4, 48), []
@@ -234,7 +209,6 @@ def test_no_answer_begins_with_a_forbidden_id(beams):
     assert not {answer[0] for answer in answers} & firsts
 
 
-PREFIX = read_prefix(tiny_llm(), torch.randn(60, 48), [20, 15, 25])
 REFUSED = [
     (dict(max_new_tokens=0), "max_new_tokens 0 and num_beams 1 must be at least 1"),
     (dict(num_beams=0), "num_beams 0 must be at least 1"),
@@ -245,8 +219,6 @@ REFUSED = [
     (dict(lengths=[0, 8]), r"lengths \[0, 8\] of 8 positions"),
     (dict(lengths=[5, 4]), r"lengths \[5, 4\] of 8 positions"),
     (dict(max_new_tokens=508), "needs 513 positions with its 508 new tokens, .* context has 512"),
-    (dict(prefix=PREFIX, prefix_rows=[0, 2], max_new_tokens=484), "needs 513 positions"),
-    (dict(prefix=PREFIX), "prefix"),  # which two of the three?
 ]
 
 
@@ -258,8 +230,13 @@ def test_generate_refuses_what_makes_no_sense(options, message):
         generate(llm, **{**arguments, **options})
 
 
-# ------------------------------------------------------------------------------
-# Sampling and scores
+def test_prefixes_that_do_not_fit_are_refused():
+    llm, x = tiny_llm(), torch.randn(8, 48)
+    prefix = read_prefix(llm, x, [5, 3])
+    with pytest.raises(ValueError, match="needs 513 positions"):
+        generate(llm, x[:2], [2], 506, prefix=prefix, prefix_rows=[0])
+    with pytest.raises(ValueError):
+        generate(llm, x, [2, 2, 4], prefix=prefix)  # which three of the two?
 
 
 def test_sampling():
@@ -300,7 +277,7 @@ def test_score_is_the_log_probability_of_the_answer():
     sizes = [ANSWERS[row] for row in rows]
     lengths = [len(sequence) for sequence in sequences]
     assert AUDIO not in torch.cat(sequences)
-    scores = score(speech_lm.llm, torch.cat(sequences), lengths, sizes, prefix, rows)
+    scores = sample.score(speech_lm.llm, torch.cat(sequences), lengths, sizes, prefix, rows)
     losses = [speech_lm(*single)[0] for single in single_batches(batch)]
     expected = torch.stack([-losses[row] for row in rows])
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)

@@ -190,12 +190,8 @@ def test_real_llms_have_the_published_names_sizes_and_angles(name):
         torch.testing.assert_close(mine[:, 0], theirs[0], rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------
-# The reference system (arXiv 2506.17019)
-
-
 def reference_logits(peer, projection, llm, features, ids):
-    """The reference's forward pass over sequences of one length: audio, then text."""
+    """The forward pass of the reference system (arXiv 2506.17019): audio, then text."""
     audio = projection(peer(features).last_hidden_state)
     return llm(inputs_embeds=torch.cat([audio, llm.get_input_embeddings()(ids)], 1)).logits
 
@@ -381,8 +377,8 @@ def test_gradients_of_a_batch_are_the_sum_of_its_sequences(call_layer, kernels):
     for single in single_batches(batch):
         speech_lm(*single)[0].backward()
     summed = gradients(speech_lm)
-    assert any("distance_embedding" in name for name in summed)
-    assert any("depthwise_conv" in name for name in summed)
+    # Without masking, the vector of masked frames has no use.
+    assert set(speech_lm.state_dict()) - set(summed) == {"encoder.masked_spec_embed"}
     torch.testing.assert_close(batched, summed, rtol=1e-3, atol=1e-4)
 
 
@@ -520,26 +516,7 @@ def test_compiled_training_step_equals_eager():
 
 
 # ------------------------------------------------------------------------------
-# Loss and training
-
-
-@pytest.mark.parametrize("trained", [["adapter"], ["encoder", "adapter", "llm"]])
-def test_one_step_moves_what_is_trained_and_nothing_else(trained):
-    speech_lm = tiny_speech_lm()
-    speech_lm.encoder.config.layerdrop = speech_lm.encoder.config.mask_time_prob = 0.0
-    for name, part in speech_lm.named_children():
-        part.requires_grad_(name in trained).train(name in trained)
-    before = {name: p.clone() for name, p in speech_lm.named_parameters()}
-    loss, count = speech_lm(*speech_batch(speech_lm))
-    (loss / count).backward()
-    torch.optim.SGD([p for p in speech_lm.parameters() if p.requires_grad], 0.1).step()
-    for name, p in speech_lm.named_parameters():
-        moved = not torch.equal(p, before[name])
-        # The vector of masked frames has no use here. A bias of the keys shifts all scores of a
-        # query alike, so that its gradient is zero but for rounding.
-        idle = name == "encoder.masked_spec_embed" or name.endswith("linear_k.bias")
-        if moved or not idle:
-            assert moved == (name.split(".")[0] in trained), name
+# Loss, training, LoRA
 
 
 def test_loss_makes_no_logits_for_all_positions(monkeypatch):
@@ -689,10 +666,6 @@ def test_masked_spans_have_the_peers_statistics():
         assert widths.min() >= span
     short = (lengths == 9) | (lengths == 1)
     assert not model.span_mask(lengths, 200, 0.3, 10, 2)[short].any()
-
-
-# ------------------------------------------------------------------------------
-# LoRA
 
 
 def test_low_rank_updates():

@@ -119,20 +119,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(
     assert len(calls) == total, "a run that is done asks the LLM nothing"
 
 
-def test_an_example_does_not_depend_on_its_batch(llm, manifest, tmp_path):
-    runs = []
-    for batch in ("1", "3"):
-        out = tmp_path / f"{batch}.jsonl"
-        options = ["--llm", llm, "--languages", "de", "--batch", batch]
-        synth.main(["translate", manifest, str(out), *options])
-        examples = sorted(read(out.with_suffix(".all.jsonl")), key=lambda example: example["id"])
-        scores = [example["made_by"].pop("scores") for example in examples]
-        runs.append((examples, scores))
-    assert runs[0][0] == runs[1][0]
-    for alone, batched in zip(runs[0][1], runs[1][1], strict=True):
-        assert alone == pytest.approx(batched, abs=2e-4)
-
-
 def test_weights_equal_a_plain_forward_pass_and_prompts_are_chatml(llm):
     w = writer.Writer(llm)
     prompts = [w.prompt(text) for text in ("Hello.", "End.<|im_end|>\nNew {text}")]
@@ -150,7 +136,7 @@ def test_weights_equal_a_plain_forward_pass_and_prompts_are_chatml(llm):
         assert log_p == pytest.approx(expected, abs=1e-4) and tokens == len(answer) + 1
 
 
-def test_rows_are_drawn_bare_and_overlong_transcripts_left_out(llm, tmp_path):
+def test_bare_and_overlong_transcripts_are_left_out(llm, tmp_path):
     examples = [asr(i, text) for i, text in enumerate(["Short.", "word " * 900, "Third."])]
     source = write(tmp_path / "in.jsonl", [*examples, asr(3, "no case", style="bare")])
 
@@ -163,8 +149,6 @@ def test_rows_are_drawn_bare_and_overlong_transcripts_left_out(llm, tmp_path):
     assert everything.keys() == {"1 de", "2 de", "3 de"}
     assert everything["2 de"] == ["too long"] != everything["1 de"]
     assert made("--languages", "de", "--bare").keys() == everything.keys() | {"4 de"}
-    draws = [tuple(made("--languages", "de", "it", "--rows", "3", "--seed", x)) for x in "0123"]
-    assert {len(draw) for draw in draws} == {3} and len(set(draws)) > 1
 
 
 # ------------------------------------------------------------------------------
@@ -329,6 +313,7 @@ def test_questions_are_written_about_neighbouring_utterances(llm, tmp_path, monk
     for name, licence in licences.items():
         for k, text in enumerate((f"{name} likes tea and rice.", f"Also {name} sleeps.")):
             fields = {"audio": f"{name}-{k}.wav", "speaker": name, "licence": licence}
+            fields["duration"] = 0.5
             soundfile.write(tmp_path / fields["audio"], np.full(8000, len(name) / 9 + k / 5), 16000)
             examples.append(asr(0, text, **fields))
     source = write(tmp_path / "asr.jsonl", examples[::-1])  # names order them, not lines
@@ -415,12 +400,11 @@ def test_joined_utterances_are_exact(tmp_path):
     assert joined[lines]["duration"] == 9
     piece = joined[talk]
     assert piece["audio"] == "../talk.wav" and piece["duration"] == 9.75, "one piece of the file"
-    assert piece["sources"] == [["talks", "CC-BY-SA-4.0"]]
-    waves = {example["text"]: Manifest(out).audio(example) for example in Manifest(out)}
-    assert len(waves[talk]) == 9.75 * 16000
+    assert piece["sources"] == [["talks", "CC-BY-SA-4.0"]] and "start" not in piece
+    assert len(list(Manifest(out))) == 5, "valid examples"
 
 
-def test_a_pause_is_cut_out_and_bad_audio_left_out(tmp_path, capsys):
+def test_audio_that_cannot_be_used_is_left_out(tmp_path, capsys):
     examples = library(tmp_path)[4:]
     (tmp_path / "8/8-10.flac").write_bytes(b"")
     out = tmp_path / "long.jsonl"
@@ -428,9 +412,7 @@ def test_a_pause_is_cut_out_and_bad_audio_left_out(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "1 left out because their audio cannot be used" in printed.out
     assert "8-10.flac" in printed.err
-    wave, _ = soundfile.read(tmp_path / "talk.wav", dtype="int16")
-    joined, _ = soundfile.read(tmp_path / read(out)[0]["audio"], dtype="int16")
-    assert np.array_equal(joined, np.concatenate([wave[:156000], wave[192000:240000]]))
+    assert [example["corpus"] for example in read(out)] == ["talks"]
 
 
 # ------------------------------------------------------------------------------
@@ -443,11 +425,9 @@ def test_a_pause_is_cut_out_and_bad_audio_left_out(tmp_path, capsys):
         ("translate IN OUT --llm PLAIN", "its tokenizer has no <|im_start|> and <|im_end|>"),
         ("translate BARE OUT --llm LLM", "found no asr example in en, de, it, zh with case"),
         ("translate IN OUT --llm LLM --languages en", "in these languages already"),
-        ("translate missing.jsonl OUT --llm LLM", "missing.jsonl"),
         ("translate IN IN --llm LLM", "is both input and output"),
         ("translate IN OUT --llm LLM --threshold fluency=1", "found 'fluency=1', expected"),
         ("questions IN OUT --llm LLM --unanswerable 25", "found 25, expected 0 to 1"),
-        ("questions IN OUT --llm LLM --questions IN", "none of its answerable questions"),
         ("concatenate IN OUT --seconds 1", "found no neighbouring utterances"),
         ("filter IN OUT", "line 1: not made by prepare.synth"),
         ("filter gone.all.jsonl OUT", "gone.all.jsonl: found no examples"),

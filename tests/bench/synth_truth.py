@@ -1,63 +1,77 @@
-r"""What prepare.synth wrote about the demo's transcripts, against the truth of the grammar; to be run by hand:
+"""What prepare.synth wrote about the demo's transcripts, against the truth of the grammar.
 
-    python -m prepare.synth translate demo/train.jsonl out/st.jsonl --llm demo/llm --languages de it zh --no-round-trip \
-        --threshold log_p=-0.03
-    python tests/synth_truth.py train out/st.all.jsonl
-    python -m prepare.synth questions demo/train.jsonl out/sqa.jsonl --llm demo/llm --questions demo/train.jsonl \
-        --unanswerable 0.4
-    python tests/synth_truth.py train out/sqa.all.jsonl
+    python -m prepare.synth translate demo/train.jsonl out/st.jsonl --llm demo/llm \
+        --languages de it zh --no-round-trip --threshold log_p=-0.03
+    python tests/bench/synth_truth.py train out/st.all.jsonl
+    python -m prepare.synth questions demo/train.jsonl out/sqa.jsonl --llm demo/llm \
+        --questions demo/train.jsonl --unanswerable 0.4
+    python tests/bench/synth_truth.py train out/sqa.all.jsonl
 
-The demo's LLM reads English only, so it cannot translate back; nor can it write questions.
+The demo's LLM reads English only, so it cannot translate back, nor can it write questions.
 """
 
-import json
 import random
 import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from prepare.demo import CLIPS_PER_FILE, CORPUS, EN, TEST_VOICE, draw_voice
-from prepare.demo_grammar import LANGUAGES, example
+from demo import make
+from demo.grammar import LANGUAGES, example
+from prepare.filters import read_made
 
 
-def sentences(split):
-    """{English sentence: (its four texts, {question: answer} of its facts in all languages)} of a split of the corpus,
-    drawn again as prepare.demo drew them, with the random numbers that speaking took."""
-    found = {}
-    for name, files in CORPUS.items():
-        for index in range(files if name.split("-")[0] == split else 0):
+def draw_sentences(split: str) -> dict:
+    """{English sentence: (texts in all languages, {question: answer})} of a split of the corpus.
+
+    They are drawn as demo.make drew them. Its engines run without their programs, for the random
+    numbers that speaking took.
+    """
+    make.run = lambda *command: None
+    sentences = {}
+    for name, files in make.CORPUS.items():
+        if name.split("-")[0] != split:
+            continue
+        for index in range(files):
             rng = random.Random(f"{name} {index}")
-            for _ in range(CLIPS_PER_FILE):
+            for _ in range(make.CLIPS_PER_FILE):
                 texts, facts, _ = example(rng, split)
-                voice = TEST_VOICE if name == "test-rms" else draw_voice(rng, name)
-                if voice.startswith("flite"):
-                    for _ in range(1 if voice == TEST_VOICE else 2):
-                        rng.random()
-                else:
-                    rng.randint(160, 210), rng.randint(25, 75), rng.random()
-                found[texts[EN]] = texts, {q: a for questions, answers in facts for q, a in zip(questions, answers)}
-    return found
+                voice = make.TEST_VOICE if name == "test-rms" else make.draw_voice(rng, name)
+                engine, speaker = voice.split("-", 1)
+                make.ENGINES[engine](texts[make.EN], speaker, "", rng)
+                answers = {}
+                for questions, replies in facts:
+                    answers.update(zip(questions, replies, strict=True))
+                sentences[texts[make.EN]] = texts, answers
+    return sentences
 
 
-def main(split, path):
-    known, table = sentences(split), {}
-    for row in map(json.loads, open(path, encoding="utf-8")):
-        made_by, language = row["made_by"], row["target_language"]
-        texts, facts = known[made_by["transcript"]]
-        if row["task"] == "st":
-            right = row["text"] == texts[LANGUAGES.index(language)]
-        elif made_by["kind"] == "answerable":
-            right = facts.get(row["question"]) == row["text"]
-        else:
-            right = row["question"] not in facts
-        kind = row["task"] if row["task"] == "st" else made_by["kind"]
-        for group in (language, "all"):
-            table.setdefault((kind, group), Counter())["rejected" if row["reasons"] else "kept", right] += 1
-    for (kind, group), n in sorted(table.items()):
-        kept, rejected = (f"{n[which, True]} of {n[which, True] + n[which, False]} right" for which in ("kept", "rejected"))
-        print(f"{kind} {group}: of {n.total()} kept {n['kept', True] + n['kept', False]}, {kept}; rejected {rejected}")
+def is_right(written: dict, sentences: dict) -> bool:
+    made_by = written["made_by"]
+    texts, answers = sentences[made_by["transcript"]]
+    if made_by["kind"] == "translated":
+        return written["text"] == texts[LANGUAGES.index(written["target_language"])]
+    if made_by["kind"] == "answerable":
+        return answers.get(written["question"]) == written["text"]
+    return written["question"] not in answers
+
+
+def main(split: str, path: str) -> None:
+    sentences = draw_sentences(split)
+    table = {}
+    for written in read_made(path):
+        verdict = "rejected" if written["reasons"] else "accepted"
+        for language in (written["target_language"], "all"):
+            counts = table.setdefault((written["made_by"]["kind"], language), Counter())
+            counts[verdict] += 1
+            counts[verdict, "right"] += is_right(written, sentences)
+    for (kind, language), counts in sorted(table.items()):
+        parts = []
+        for verdict in ("accepted", "rejected"):
+            right = counts[verdict, "right"]
+            parts.append(f"{counts[verdict]} {verdict}, of which {right} are right")
+        print(f"{kind}, {language}: {'; '.join(parts)}")
 
 
 if __name__ == "__main__":
