@@ -72,8 +72,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON Lines file, none if it is not there. Half a line, as a kill leaves, is
-    passed over."""
+    """The objects of a JSON Lines file, if it is there, but for half a line that a kill left."""
     objects = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
@@ -101,15 +100,11 @@ def load_audio(path: str | Path, start: float = 0.0, duration: float | None = No
 
     Raises AudioError for a file that cannot be opened or decoded, that holds no samples, NaN or
     inf, that is shorter than 35 ms, or that delivers 0.1 s less than asked for or than its header
-    promises (mp3 headers also count the decoder's delay).
-    """
+    promises (mp3 headers also count the decoder's delay)."""
     with open_sound(path) as sound:
         rate = sound.samplerate
         if not 1000 <= rate <= 200000:
-            raise AudioError(
-                f"{path}: found a sample rate of {rate} Hz, expected 1000 to 200000; convert it "
-                "to 16000 Hz"
-            )
+            raise AudioError(f"{path}: found {rate} Hz, expected 1000 to 200000 Hz; convert it")
         first = round(start * rate)
         expected = promised_samples(sound) - first
         if duration is not None:
@@ -120,8 +115,7 @@ def load_audio(path: str | Path, start: float = 0.0, duration: float | None = No
         wave = resample(wave, rate)
     if len(wave) < MIN_SAMPLES:
         raise AudioError(
-            f"{path}: found {1000 * len(wave) / SAMPLE_RATE:.1f} ms of audio, expected at least "
-            "35 ms (two 25 ms windows, 10 ms apart); leave the file out"
+            f"{path}: found {len(wave) / 16:.1f} ms of audio, expected at least 35 ms; leave it out"
         )
     return wave
 
@@ -160,8 +154,7 @@ def check_wave(wave: Tensor, rate: int, expected: float, path: str | Path) -> No
     if not finite.all():
         place = int(finite.int().argmin()) / rate
         raise AudioError(
-            f"{path}: found {int((~finite).sum())} NaN or inf samples, the first at {place:.3f} s, "
-            "expected finite ones; export it again"
+            f"{path}: found NaN or inf at {place:.3f} s, expected finite samples; export it again"
         )
 
 
@@ -198,8 +191,7 @@ def open_sound(path: str | Path) -> Iterator[soundfile.SoundFile]:
             head = file.read(16)
             content = f"content that starts with {head}" if head else "0 bytes"
             raise AudioError(
-                f"{path}: found {content}, expected intact audio such as wav, flac, ogg or mp3; "
-                f"{READ_AGAIN}"
+                f"{path}: found {content}, expected audio such as wav, flac, ogg; {READ_AGAIN}"
             ) from error
         with sound:
             yield sound
@@ -273,8 +265,7 @@ def resampling_kernels(rate: int) -> tuple[Tensor, int, int]:
     samples, and after how many outputs its phases repeat.
 
     Source: Kaiser's formulas (Oppenheim & Schafer, Discrete-Time Signal Processing, 7.5.3) for a
-    100 dB stopband and a transition from 0.92 to 1.0 of the lower Nyquist frequency.
-    """
+    100 dB stopband and a transition from 0.92 to 1.0 of the lower Nyquist frequency."""
     lower = min(rate, SAMPLE_RATE)
     beta = 0.1102 * (100 - 8.7)
     width = math.ceil((100 - 7.95) / (2.285 * 0.08 * math.pi) / 2 * rate / lower)
@@ -312,8 +303,7 @@ def cut_windows(wave: Tensor, longest: float = 30.0) -> list[Tensor]:
 
 
 def load_clip(clip: tuple[str, float, float | None]) -> Tensor:
-    """The waveform (N,) of a path, start and length as one window, so at least 0.5 s. Raises
-    AudioError."""
+    """The waveform of a path, start and length: (N,), at least 0.5 s. Raises AudioError."""
     return cut_windows(load_audio(*clip), math.inf)[0]
 
 
@@ -332,13 +322,11 @@ def fbank(waves: list[Tensor]) -> tuple[Tensor, list[int]]:
     A 10 ms frame is 80 log-mel energies, each bin with zero mean and unit variance over its wave;
     two of them make one 20 ms output frame, so a wave has (1 + (N - 400) // 160) // 2. An odd last
     10 ms frame only counts for the mean and variance. Raises AudioError for a wave that is too
-    short, not 1-d or not floating point.
-    """
+    short, not 1-d or not floating point."""
     for i, wave in enumerate(waves):
         if wave.ndim != 1 or not wave.is_floating_point() or len(wave) < MIN_SAMPLES:
             raise AudioError(
-                f"wave {i}: found {tuple(wave.shape)} {wave.dtype}, expected (N,) floating point "
-                "samples, N >= 560 (35 ms at 16 kHz); load it with load_audio"
+                f"wave {i}: found {tuple(wave.shape)} {wave.dtype}, expected (N,) float, N >= 560"
             )
 
     # All waves stand in one line, each from a whole hop on. The few frames that cross from one to
@@ -467,33 +455,29 @@ def wordings(task: str) -> Iterator[tuple[str, str]]:
                 yield language, wording
 
 
-def bare_wording(text: str) -> str:
-    """A wording without what does not matter: its case, and a full stop at its end."""
-    return text.strip().rstrip(".。").casefold()
-
-
 @lru_cache
-def known_wordings() -> dict[str, str]:
-    """The task of every wording of asr and st, with every language put in."""
-    tasks = {}
-    for task in ("asr", "st"):
+def wording_patterns() -> list[tuple[re.Pattern, str]]:
+    """What each wording looks like, whatever its case and with or without its full stop, and its
+    task."""
+    patterns = []
+    for task in TASKS:
         for language, wording in wordings(task):
-            for forms in INSTRUCTIONS["targets"][language].values():
-                tasks[bare_wording(wording.format(**forms))] = task
-    return tasks
+            pattern = re.escape(wording.rstrip(".。"))
+            for name in ("to", "in"):
+                forms = [form[name] for form in INSTRUCTIONS["targets"][language].values()]
+                pattern = pattern.replace(f"\\{{{name}\\}}", f"({'|'.join(forms)})")
+            if wording != "{question}":  # which anything would match
+                pattern = pattern.replace("\\{question\\}", ".+") + "[.。]?"
+                patterns.append((re.compile(pattern, re.IGNORECASE | re.DOTALL), task))
+    return patterns
 
 
 def task_of(instruction: str) -> str | None:
     """The task of an instruction: that of a known wording; else sqa if it has a question mark, and
     None if not, which is answered window by window like a transcript."""
-    text = bare_wording(instruction)
-    if text in known_wordings():
-        return known_wordings()[text]
-    for _, wording in wordings("sqa"):
-        before, after = bare_wording(wording).split("{question}")
-        framed = text.startswith(before) and text.endswith(after)
-        if (before or after) and framed:
-            return "sqa"
+    for pattern, task in wording_patterns():
+        if pattern.fullmatch(instruction.strip()):
+            return task
     return "sqa" if re.search("[?？]", instruction) else None
 
 
@@ -561,8 +545,7 @@ def text_hash(text: str) -> str:
 
 
 def protected_hashes(manifests: Iterable[str | Path]) -> frozenset[str]:
-    """The hashes of test-only texts: the lines of all *.fingerprints files beside the manifests.
-    Raises UserError."""
+    """The hashes of test-only texts, in *.fingerprints files beside manifests. Raises UserError."""
     folders = {Path(manifest).parent for manifest in manifests}
     hashes = set()
     for path in itertools.chain(*(folder.glob("*.fingerprints") for folder in folders)):
@@ -585,14 +568,12 @@ def check_licence(example: dict, allowed: tuple[str, ...], hashes: frozenset[str
             )
     if example.get("test_only"):
         raise UserError(
-            f"{where}: the corpus {example['corpus']!r} is for testing only; leave it out of "
-            "training and validation"
+            f"{where}: the corpus {example['corpus']!r} is for testing only; leave the row out"
         )
     text = example["question"] if example["task"] == "sqa" else example["text"]
     if hashes and letter_count(text) >= 20 and text_hash(text) in hashes:
         raise UserError(
-            f"{where}: {text[:60]!r} is a text of a test-only corpus (a *.fingerprints file beside "
-            "the manifests has it); leave the row out"
+            f"{where}: {text[:40]!r} is of a test-only corpus, by *.fingerprints; leave the row out"
         )
 
 
@@ -686,8 +667,7 @@ class Manifest:
     of an uncompressed tar), text (what is to be answered), task (asr, st or sqa), licence (SPDX),
     and may have start and duration (seconds within the audio), source_language, target_language
     (en), question (sqa), instruction, speaker, corpus, style (of a transcript: written, or bare of
-    case and punctuation), sources ([corpus, licence] of what it was derived from), test_only.
-    """
+    case and punctuation), sources ([corpus, licence] of what it was derived from), test_only."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -737,8 +717,7 @@ class Manifest:
         return load_clip((path, example["start"], example["duration"]))
 
     def seconds(self, example: dict) -> float:
-        """How long an example's audio is, by the example or else by the audio's header; 0 if that
-        cannot be read."""
+        """How long an example's audio is by the example, or by its header; 0 if unreadable."""
         if example["duration"] is not None:
             return example["duration"]
         return max(0.0, audio_seconds(self.path.parent / example["audio"]) - example["start"])
@@ -760,7 +739,12 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, max_seconds=30.
     in them. paths: manifests; PATH=2 counts each of its examples twice. A task and language is
     drawn as often as its examples to the power 1 / temperature. Raises UserError at the first bad
     row, or the first that must not be trained on."""
-    weighted = [split_weight(path) for path in paths]
+    weighted = []
+    for path in paths:
+        name, weight = re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", path).groups("1")
+        if float(weight) == 0:
+            raise UserError(f"{path}: a manifest of weight 0; leave it out")
+        weighted.append((name, float(weight)))
     hashes = protected_hashes([dev, *(path for path, _ in weighted)])
 
     def check(example: dict) -> None:
@@ -793,14 +777,6 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, max_seconds=30.
     for corpus, licence, language, total in hours:
         print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))
     return Mixture(manifests, weights, dev, hours, longest)
-
-
-def split_weight(path: str) -> tuple[str, float]:
-    """A manifest's path and its weight, of PATH or PATH=2. Raises UserError."""
-    name, weight = re.fullmatch(r"(?s)(.*?)(?:=(\d*[.]?\d+))?", path).groups("1")
-    if float(weight) == 0:
-        raise UserError(f"{path}: a manifest of weight 0; leave it out")
-    return name, float(weight)
 
 
 def read_groups(manifest: Manifest, tasks, max_seconds: float, check: Callable, least: int):
@@ -847,8 +823,7 @@ def render(example: dict, audio_frames: int, tokenizer: Tokenizer, end_id: int):
         [begin token, if the tokenizer has one] audio \\n instruction \\n answer end
 
     example: a manifest row; without "text" the ids stop where the answer begins. audio_frames: how
-    many AUDIO placeholders, of 80 ms each. Pure: same in, same out.
-    """
+    many AUDIO placeholders, of 80 ms each. Pure: same in, same out."""
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -906,8 +881,7 @@ def schedule(manifests, weights, size, max_frames, max_tokens, seed, position=No
     length and cut by the budgets of 20 ms frames and LLM positions, and its batches are shuffled.
     size(manifest, row, turn) gives (frames, positions). Yields (position, batch): starting again
     from that position continues right behind the batch, whatever was prefetched. All choices derive
-    from seed and position.
-    """
+    from seed and position."""
     position = position or {"pool": 0, "batch": 0, "taken": [0] * len(manifests)}
     share = np.array(weights, float) / sum(weights)
     while True:
@@ -942,8 +916,7 @@ class Examples(torch.utils.data.Dataset):
     states: a function from a clip (see Manifest.clip) to encoder outputs (F, D), which then take
     the place of audio and features. An example whose audio cannot be used is left out; the batch's
     "bad" has its (file and line, reason). A batch of which none is left is silence without targets:
-    its loss and gradients are 0.
-    """
+    its loss and gradients are 0."""
 
     def __init__(
         self, manifests, tokenizer, end_id, adapter, max_seconds=30.0, states=None, seed=0
@@ -959,22 +932,18 @@ class Examples(torch.utils.data.Dataset):
         return example | {"instruction": instruction_of(example, random)}
 
     def size(self, m: int, i: int, turn: int) -> tuple[int, int]:
-        """The 20 ms frames and LLM positions of an example, by its manifest (or, lacking a duration
-        there, its audio)."""
+        """The 20 ms frames and the LLM positions of an example by its manifest."""
         example = self.example(m, i, turn)
         frames = feature_length(self.manifests[m].seconds(example))
         ids, _ = render(example, 0, self.tokenizer, self.end_id)
         return frames, adapter_length(frames, self.adapter) + len(ids)
 
     def frames(self, m: int, example: dict) -> Tensor:
-        """What the model hears of an example: features (F, 160), or the encoder's states (F, D).
-        Raises AudioError."""
+        """The features (F, 160) of an example, or encoder states (F, D). Raises AudioError."""
         seconds = self.manifests[m].seconds(example)
         if seconds > self.max_seconds:
-            raise AudioError(
-                f"{seconds:.1f} s of audio, expected at most {self.max_seconds:g} s; raise "
-                "--max-seconds"
-            )
+            limit = f"expected at most {self.max_seconds:g} s; raise --max-seconds"
+            raise AudioError(f"{seconds:.1f} s of audio, {limit}")
         if self.states is not None:
             return self.states(self.manifests[m].clip(example))
         return fbank([self.manifests[m].audio(example)])[0]

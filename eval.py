@@ -61,8 +61,7 @@ def normalise(text: str, language: str) -> str:
 
 
 def item_scores(task: str, language: str, reference: str, hypothesis: str) -> dict:
-    """What one answer adds to the scores of a corpus, and "error", by which answers are sorted: 0
-    is right."""
+    """What one answer adds to the scores of a corpus, and its "error", 0 for a right one."""
     if task == "st":
         chrf = sacrebleu.sentence_chrf(hypothesis, [reference]).score
         return {"error": 1 - chrf / 100, "chrf": round(chrf, 1)}
@@ -206,8 +205,7 @@ VALIDATION_NAMES = {
 
 
 def validation_scores(pairs: list[tuple[dict, str]]) -> dict[str, float]:
-    """Figures of (example, answer) pairs for the validation of a training run: each score's mean
-    over target languages."""
+    """Figures of (example, answer) pairs for a validation: each score's mean over languages."""
     by_kind = {}
     for example, text in pairs:
         task, language = example["task"], example["target_language"]
@@ -314,14 +312,9 @@ def answer_manifest(
                 failures[example["id"]] = str(error)
         recordings = encode_waves(model, list(waves.values()), checkpoint["window"])
         by_key = dict(zip(waves, recordings, strict=True))
-        answers = answer_examples(
-            model,
-            tokenizer,
-            answerable,
-            [by_key[recording_key(example)] for example in answerable],
-            checkpoint.get("refuse_above"),
-            **options,
-        )
+        encoded = [by_key[recording_key(example)] for example in answerable]
+        refuse_above = checkpoint.get("refuse_above")
+        answers = answer_examples(model, tokenizer, answerable, encoded, refuse_above, **options)
         for example, answer in zip(answerable, answers, strict=True):
             if isinstance(answer, data.AudioError):
                 failures[example["id"]] = str(answer)
@@ -415,16 +408,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
     path = Path(args.out) / f"{manifest.path.stem}-{ckpt.stem}.jsonl"
     settings = run_settings(ckpt, args.manifest, args)
-    answers, failures = answer_manifest(
-        model,
-        tokenizer,
-        checkpoint,
-        list(examples.values()),
-        load_wave,
-        Journal(path, settings),
-        num_beams=args.beams,
-        step=fast_step(),
-    )
+    journal = Journal(path, settings)
+    inputs = model, tokenizer, checkpoint, list(examples.values()), load_wave, journal
+    answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=fast_step())
     items = [answers[i] for i in examples if i in answers]
     if not items:
         raise UserError(f"{args.manifest}: none of its {len(examples)} rows could be answered")
@@ -472,11 +458,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", default="out/eval", help="directory of answers, summary and report (%(default)s)")
     add("--tasks", nargs="+", choices=data.TASKS, default=data.TASKS, help="rows to be answered")
     add("--beams", type=int, default=1, help="beam search with so many beams; 1 is greedy")
-    add(
-        "--int8",
-        action="store_true",
-        help="8-bit LLM weights: less memory, faster one answer at a time",
-    )
+    add("--int8", action="store_true", help="8-bit LLM weights: less memory, faster alone")
     args = parser.parse_args(argv)
     keep_freed_memory()
     try:

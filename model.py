@@ -94,8 +94,7 @@ def expect(raw: dict, where: object, **allowed: list) -> None:
         if value is not None and value not in values:
             raise UserError(
                 f"{where}: {name} is {reprlib.repr(value)}, expected "
-                f"{' or '.join(map(repr, values))}; this architecture is not supported: "
-                "choose another checkpoint"
+                f"{' or '.join(map(repr, values))}; choose another checkpoint"
             )
 
 
@@ -223,7 +222,9 @@ class LLMConfig:
         expect({"model_type": "", **raw}, where, model_type=["qwen2", "qwen3", "llama"])
         expect(raw, where, hidden_act=["silu"], mlp_bias=[False], partial_rotary_factor=[1.0])
         expect(raw, where, num_experts=[0], num_local_experts=[0], quantization_config=[])
-        check_full_attention(raw, where)
+        expect(raw, where, use_sliding_window=[False])
+        for kind in raw.get("layer_types") or []:
+            expect({"layer_types": kind}, where, layer_types=["full_attention"])
         end_ids = (generation or {}).get("eos_token_id", raw.get("eos_token_id"))
         overrides = rope_fields(raw, where) | {"eos_token_id": end_ids}
         values = known_fields(cls, raw | overrides, where)
@@ -231,18 +232,6 @@ class LLMConfig:
         config = cls(**values)
         check_divides(where, config, "num_attention_heads", "num_key_value_heads")
         return config
-
-
-def check_full_attention(raw: dict, where: object) -> None:
-    """Raises UserError if the LLM would use sliding-window attention in any layer."""
-    first_windowed = raw.get("max_window_layers", 28)
-    windowed = raw.get("use_sliding_window") and first_windowed < raw.get("num_hidden_layers", 0)
-    other_kinds = set(raw.get("layer_types") or []) - {"full_attention"}
-    if windowed or other_kinds:
-        raise UserError(
-            f"{where}: sliding-window attention is in use (use_sliding_window, layer_types); "
-            "only full attention is supported: choose another checkpoint"
-        )
 
 
 LLAMA3_FIELDS = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
@@ -259,9 +248,9 @@ def rope_fields(raw: dict, where: object) -> dict:
         numbers |= {name: scaling.get(name) for name in LLAMA3_FIELDS}
     for name, value in numbers.items():
         if not is_number(value) or not 0 < float(value) < float("inf"):
+            shown = reprlib.repr(value)
             raise UserError(
-                f"{where}: {name} of the RoPE is {reprlib.repr(value)}, expected a positive "
-                f"number; {COPY_CONFIG}"
+                f"{where}: {name} is {shown}, expected a positive number; {COPY_CONFIG}"
             )
     llama3 = {**scaling, "rope_type": kind} if kind == "llama3" else None
     return {"rope_theta": numbers["rope_theta"], "rope_scaling": llama3}
@@ -273,8 +262,8 @@ def check_end_ids(end_ids: object, vocab_size: int, where: object) -> list[int]:
     for token in ids or [None]:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise UserError(
-                f"{where}: eos_token_id is {reprlib.repr(end_ids)}, expected integers below the "
-                f"vocab_size, {vocab_size}; copy the config files again"
+                f"{where}: eos_token_id is {reprlib.repr(end_ids)}, expected integers below "
+                f"{vocab_size}, the vocab_size; {COPY_CONFIG}"
             )
     return ids
 
@@ -358,8 +347,7 @@ class Rows:
     lengths: list of B; count (B,): the same; begin (B,): where each sequence begins; row (N,): the
     sequence of each position; offset (N,): its place among the batch's own positions of that
     sequence; position (N,): its place in the sequence, which is `start` (B,) further when a cache
-    already holds so many positions of each.
-    """
+    already holds so many positions of each."""
 
     def __init__(self, lengths: list[int], device: torch.device, start: Tensor | None = None):
         self.lengths = list(lengths)
@@ -473,8 +461,7 @@ PLAIN = Kernels()
 
 
 def default_kernels(device: str) -> Kernels:
-    """The fastest operators for a device. Those for the CPU are optional: without extras/ the plain
-    ones do."""
+    """The fastest operators for a device. Those for the CPU are optional and in extras/."""
     if str(device).startswith("cuda"):
         try:
             import torch.nn.attention.varlen  # noqa: F401  (since PyTorch 2.10)
@@ -623,8 +610,7 @@ class SpeechEncoder(nn.Module):
         after sequence; lengths: how many frames each has, at least 1 -> (N, D). In training,
         dropout, layerdrop and SpecAugment apply as the config says.
 
-        Source: Wav2Vec2BertModel of transformers.
-        """
+        Source: Wav2Vec2BertModel of transformers."""
         rows = Rows(lengths, features.device)
         x = self.feature_projection(features.to(self.compute_dtype))
         if self.training and self.config.apply_spec_augment:
@@ -695,8 +681,7 @@ def span_mask(lengths: Tensor, size: int, prob: float, span: int, min_spans: int
     A sequence of n positions gets floor(prob * n / span + u) spans, u uniform, at least min_spans
     and as many as fit, at distinct starts. As _compute_mask_indices in transformers, except that
     what fits depends on the sequence, not on the longest of the batch, and that a sequence shorter
-    than a span is left alone instead of refused.
-    """
+    than a span is left alone instead of refused."""
     device = lengths.device
     at = torch.arange(size, device=device)
     count = (prob * lengths / span + torch.rand(len(lengths), device=device)).long()
@@ -759,8 +744,7 @@ class LengthAdapter(nn.Module):
         Source: Wav2Vec2BertAdapter of transformers and the reference's projection, with two
         differences. A convolution reads zeros past a sequence's end (there it reads padding, unless
         a length divides by 4), and there is no layerdrop (there a dropped layer keeps its input's
-        length, and half of the frames get masked out).
-        """
+        length, and half of the frames get masked out)."""
         x = x.to(self.compute_dtype)
         rows = Rows(lengths, x.device)
         for layer in self.layers:
@@ -783,8 +767,7 @@ class LengthAdapter(nn.Module):
 
 
 def strided_length(frames: int, config: AdapterConfig) -> int:
-    """Frames after one layer of the adapter, whose convolutions pad kernel // 2 frames of zeros at
-    either end."""
+    """Frames after one layer of the adapter, which pads kernel // 2 frames at either end."""
     padded = frames + 2 * (config.adapter_kernel_size // 2)
     return (padded - config.adapter_kernel_size) // config.adapter_stride + 1
 
@@ -803,8 +786,7 @@ def rope(positions: Tensor, config: LLMConfig) -> tuple[Tensor, Tensor]:
     """Rotary angles (arXiv 2104.09864): positions (N,) -> cos, sin (N, 1, d), float32.
 
     Llama 3 scaling: wavelengths over the original context / low_freq_factor are slowed by `factor`,
-    those under context / high_freq_factor are kept, those between are interpolated.
-    """
+    those under context / high_freq_factor are kept, those between are interpolated."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent  # (d / 2,)
     if config.rope_scaling is not None:
@@ -891,14 +873,11 @@ class LLM(nn.Module):
     def __init__(self, config: LLMConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
+        embedding = Embedding(config.vocab_size, config.hidden_size)
         layers = [DecoderLayer(config, kernels) for _ in range(config.num_hidden_layers)]
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(layers),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        parts = {"embed_tokens": embedding, "layers": nn.ModuleList(layers), "norm": norm}
+        self.model = nn.ModuleDict(parts)
         # Where the two are tied, the embedding matrix itself is the output layer.
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -916,8 +895,7 @@ class LLM(nn.Module):
         last layer computes no others.
 
         cache: a sample.KVCache, written in place. start (B,): how many positions of each sequence
-        it already holds; None means none, and the sequences begin here.
-        """
+        it already holds; None means none, and the sequences begin here."""
         rows = Rows(lengths, x.device, start)
         mask = None
         if start is not None:
@@ -1062,8 +1040,7 @@ class SpeechLM(nn.Module):
         features (N, 160) and lengths as in encode; ids (N',) int64 and ids_lengths, with as many
         placeholders in a sequence as adapter_length says; targets: the places in ids of every
         supervised token (the answer from its first token to its end token), none of them a
-        sequence's first. Divide by the count over all batches of a step, not by each batch's.
-        """
+        sequence's first. Divide by the count over all batches of a step, not by each batch's."""
         audio, _ = self.encode(features, lengths)
         hidden = self.llm.hidden(self.embed(ids, audio), ids_lengths, wanted=targets - 1)
         return AnswerLoss.apply(hidden, self.llm.head, ids[targets]), len(targets)
@@ -1100,9 +1077,8 @@ class SpeechLM(nn.Module):
 
 
 def add_lora(module: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
-    """Freezes a module and gives each linear layer of these names a trainable low-rank update: it
-    adds alpha / rank * B A x to its output, with A (rank, in) random and B (out, rank) zero, both
-    float32."""
+    """Freezes a module and gives each linear layer of these names a trainable update, float32: it
+    adds alpha / rank * B A x to its output, with A (rank, in) random and B (out, rank) zero."""
     module.requires_grad_(False)
     for name, linear in module.named_modules():
         if not isinstance(linear, Linear) or name.split(".")[-1] not in targets:
@@ -1174,8 +1150,7 @@ def weight_files(directory: Path) -> list[Path]:
         pickled = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".ckpt")]
         raise UserError(
             f"{directory}: found {', '.join(sorted(pickled)) or 'no weights'}, expected "
-            "model.safetensors or model.safetensors.index.json; pickled weights are not opened: "
-            "take the checkpoint's safetensors version or convert it"
+            "model.safetensors or its index; take the checkpoint's safetensors version"
         )
     with one_line_errors(index, "copy it from the checkpoint again"):
         names = sorted(set(read_json(index)["weight_map"].values()))
@@ -1229,8 +1204,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     size = read_json(config).get("vocab_size") if config.exists() else None
     if largest < 0 or (is_number(size) and largest >= size):
         raise UserError(
-            f"{path}: has tokens up to {largest}, expected them below the vocab_size of "
-            f"config.json, {size}; copy both from the same LLM"
+            f"{path}: has tokens up to {largest}, config.json {size}; copy both from the same LLM"
         )
     return tokenizer
 
@@ -1269,8 +1243,7 @@ def load_weights(
 
     Tensors already in `dtype` stay memory-mapped; others are converted in blocks of 64 MB, so that
     loading needs hardly more memory than the weights. Raises UserError that lists missing,
-    unexpected and mis-shaped tensors, ValueError for another dtype than float32 and bfloat16.
-    """
+    unexpected and mis-shaped tensors, ValueError for another dtype than float32 and bfloat16."""
     config, compute_dtype, *_ = build.args
     if {dtype, compute_dtype} - {torch.float32, torch.bfloat16}:
         raise ValueError(f"found {dtype}, {compute_dtype}, expected torch.float32 or bfloat16")

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -59,8 +59,7 @@ class KVCache:
 
     @classmethod
     def empty(cls, llm: LLM, batch: int, size: int) -> "KVCache":
-        """Zeros for at least `size` positions: a power of two, as few sizes mean few compilations
-        of a step."""
+        """Zeros for at least `size` positions. Few sizes mean few compilations of a step."""
         config = llm.config
         size = max(256, 1 << (size - 1).bit_length())
         shape = (batch, config.num_key_value_heads, size, config.head_dim)
@@ -114,8 +113,7 @@ def read_prefix(llm: LLM, x: Tensor, lengths: list[int]) -> Prefix:
 
 
 def continue_prefix(llm: LLM, prefix: Prefix, rows: list[int], more: int) -> tuple[Tensor, KVCache]:
-    """How many positions these sequences of a prefix fill (B,), and a cache that holds them with
-    room for `more` behind each."""
+    """The positions that sequences of a prefix fill (B,), and a cache of them with more room."""
     lengths = [prefix.lengths[row] for row in rows]
     cache = KVCache.empty(llm, len(rows), max(lengths) + more)
     cache.copy_from(prefix.cache, rows, max(lengths))
@@ -178,20 +176,18 @@ def generate(
     step: Callable = decode_step,
 ) -> list[list[int]]:
     """Continues sequences of embeddings, greedily unless told otherwise, until each meets an end
-    token. Returns the ids of each, without the end token.
+    token. Returns the ids of each, without it.
 
     x (N, D), sequence after sequence of these lengths: llm.embed(ids) or model.embed(ids, audio).
     num_beams > 1 is beam search with scores sum(log p) / n**length_penalty; temperature, top_p and
     generator are for sampling. on_token(row, id) is called for every token as it is made (not with
-    beams). prefix: sequences read before, of which prefix_rows are continued here (row b by row b
-    when not given). never_first: ids that no answer begins with. stop_loops ends an answer that
-    repeats itself and keeps one turn of the loop. step: decode_step, or a faster one.
-
-    Raises ValueError when options contradict each other, or a sequence could outgrow the context.
-    """
+    beams). prefix: sequences read before, of which prefix_rows are continued here (all in turn when
+    not given). never_first: ids that no answer begins with. stop_loops ends an answer that repeats
+    itself and keeps one turn of the loop. step: decode_step, or a faster one. Raises ValueError
+    when options contradict each other, or a sequence could outgrow the context."""
     check_options(max_new_tokens, num_beams, temperature, top_p, on_token)
     if min(lengths) < 1 or sum(lengths) != len(x):
-        raise ValueError(f"lengths {lengths} of {len(x)} positions, expected their sum, each >= 1")
+        raise ValueError(f"lengths {lengths} of {len(x)} positions, expected that sum, each >= 1")
     totals = list(lengths)
     if prefix is not None:
         prefix_rows = range(len(prefix.lengths)) if prefix_rows is None else prefix_rows
@@ -199,8 +195,7 @@ def generate(
     needed, context = max(totals) + max_new_tokens, llm.config.max_position_embeddings
     if needed > context:
         raise ValueError(
-            f"a row needs {needed} positions with its {max_new_tokens} new tokens, the model's "
-            f"context has {context}; give shorter audio or text, or lower max_new_tokens"
+            f"a row needs {needed} positions with its new tokens, the model's context has {context}"
         )
 
     # Read what is given, then make the answers token by token.
@@ -215,7 +210,7 @@ def generate(
     end_ids = set(llm.config.eos_token_id)
     if num_beams > 1:
         search = partial(Beams, num_beams, length_penalty, end_ids)
-        answers = beam_search(search, logits, totals, cache, max_new_tokens, num_beams, step)
+        answers = beam_search(search, logits, totals, cache, max_new_tokens, step)
         return [ids[: len(ids) - loop_size(ids)] if stop_loops else ids for ids in answers]
     draw = partial(draw_token, temperature=temperature, top_p=top_p, generator=generator)
     answers = [Continuation(row, end_ids, on_token, stop_loops) for row in range(len(lengths))]
@@ -327,11 +322,12 @@ class Beams:
         return going_on
 
 
-def beam_search(new_search, logits, totals, cache, max_new_tokens, num_beams, step):
+def beam_search(new_search, logits, totals, cache, max_new_tokens, step) -> list[list[int]]:
     """The best answer to each sequence. logits (B, V) and cache as prefill leaves them; totals: how
     many positions each sequence fills."""
-    (B, V), K, device = logits.shape, num_beams, logits.device
+    (B, V), device = logits.shape, logits.device
     searches = [new_search() for _ in range(B)]
+    K = searches[0].num_beams
     # Every sequence becomes K rows, of which only the first counts at the beginning.
     rows = torch.arange(B, device=device).repeat_interleave(K)
     cache, logits = cache.select(rows), logits[rows]
@@ -379,14 +375,11 @@ def pack(rows: list[list[int]], device: torch.device) -> tuple[Tensor, list[int]
     return torch.tensor(ids, device=device), [len(row) for row in rows]
 
 
-# --- Recordings, encoded
-
-# A recording is a list of windows: features (F, 160), then audio embeddings (A, D).
-Windows = list[Tensor]
+# --- Recordings: lists of windows, which are features (F, 160), then audio embeddings (A, D)
 
 
 @torch.no_grad()
-def encode_recordings(model: SpeechLM, recordings: list[Windows]) -> list[Windows]:
+def encode_recordings(model: SpeechLM, recordings: list[list[Tensor]]) -> list[list[Tensor]]:
     """Encodes recordings, each a list of windows: features (F, 160), or encoder states (F, D) where
     the model's encoder is a CachedEncoder. Returns for each a list of audio embeddings (A, D)."""
     device = next(model.adapter.parameters()).device
@@ -402,7 +395,7 @@ def encode_recordings(model: SpeechLM, recordings: list[Windows]) -> list[Window
     return [[next(remaining) for _ in recording] for recording in recordings]
 
 
-def encode_waves(model: SpeechLM, waves: list[Tensor], longest: float) -> list[Windows]:
+def encode_waves(model: SpeechLM, waves: list[Tensor], longest: float) -> list[list[Tensor]]:
     """Encodes waveforms (N,), each cut into windows of at most `longest` seconds."""
     device = next(model.adapter.parameters()).device
     recordings = []
@@ -436,7 +429,7 @@ def answer_examples(
     model: SpeechLM,
     tokenizer: Tokenizer,
     examples: list[dict],
-    recordings: list[Windows],
+    recordings: list[list[Tensor]],
     refuse_above: float | None = None,
     weigh: bool = False,
     on_text: Callable[[str], None] | None = None,
@@ -452,27 +445,22 @@ def answer_examples(
     refuse_above: a question with a greater margin is refused; None leaves that to the model, and
     weigh asks for the margins all the same. on_text gets each new piece of the first example's
     answer as it is made. options: those of generate. Returns for each example an Answer, or an
-    AudioError if it does not fit into the LLM's context.
-    """
+    AudioError if it does not fit into the LLM's context."""
     weigh = weigh or refuse_above is not None
     requests, failures = make_requests(model, tokenizer, examples, recordings)
-    live = None
-    if on_text is None:
+    live = LiveText(tokenizer, on_text) if on_text else None
+    if live is None:
         requests.sort(key=lambda request: -len(request.audio))
-    else:
-        live = LiveText(tokenizer, on_text)
     answers: list[dict[int, Answer]] = [{} for _ in examples]
     sizes = [(len(request.ids), 1, request) for request in requests]
     for batch in data.cut_batches(sizes, BATCH_POSITIONS, batch_size):
         streams = live is not None and options.get("num_beams", 1) == 1
         if weigh and examples[batch[0].example]["task"] == "sqa":
             streams = False  # its first answer may not be the last word
-        batch_options = {"max_new_tokens": max_new_tokens, "stop_loops": True, **options}
-        batch_options["on_token"] = live.add if streams else None
-        batch_answers = answer_batch(
-            model, tokenizer, examples, batch, refuse_above, weigh, batch_options
-        )
-        for request, answer in zip(batch, batch_answers, strict=True):
+        more = {"max_new_tokens": max_new_tokens, "stop_loops": True, **options}
+        more["on_token"] = live.add if streams else None
+        outputs = answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, more)
+        for request, answer in zip(batch, outputs, strict=True):
             answers[request.example][request.window] = answer
         if live is not None:
             live.finish([answer.text for answer in answers[0].values()])
@@ -480,8 +468,7 @@ def answer_examples(
 
 
 def make_requests(model, tokenizer, examples, recordings):
-    """The requests that examples make, and {number: AudioError} of those for which the LLM's
-    context is too short."""
+    """The requests of examples, and {number: AudioError} of those too long for the LLM."""
     config = model.llm.config
     requests, failures = [], {}
     joined = {}  # windows of one recording that are heard at once, made once for all its questions
@@ -508,8 +495,7 @@ def make_requests(model, tokenizer, examples, recordings):
 
 
 def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options) -> list[Answer]:
-    """The answers to a batch of requests. What is before an instruction, the audio, is read once
-    for all requests about it."""
+    """The answers to a batch of requests. Audio is read once for all requests about it."""
     llm, device = model.llm, next(model.adapter.parameters()).device
     places, audios, prefix_ids, prefix_rows, instructions = {}, [], [], [], []
     for request in batch:
@@ -640,69 +626,45 @@ def load_model(path: str | Path, device: str = "cpu", int8: bool = False):
         try:
             from extras.int8 import quantise
         except ImportError:
-            raise UserError(
-                "--int8 needs extras/int8.py; put the folder beside sample.py"
-            ) from None
+            raise UserError("--int8 needs extras/int8.py beside sample.py") from None
         quantise(model.llm)
     return model.eval(), load_tokenizer(directory), checkpoint
 
 
-def ask(model, tokenizer, checkpoint, recording, instruction, task=None, on_text=None, **options):
+def ask(model, tokenizer, checkpoint, recording, instruction, task=None, **options):
     """The task and the Answer of an instruction in words about a recording as encode_waves gave it.
-    task: sqa to ask about all of it at once; None leaves that to task_of. Raises AudioError."""
+    task: sqa to ask about all of it at once; None leaves that to task_of. options: those of
+    answer_examples. Raises AudioError."""
     task = task or data.task_of(instruction)
     example = {"instruction": instruction, "task": task, "target_language": None}
     if checkpoint["config"]["phase"] == "align" and task != "asr":
-        print(
-            "sample.py: this checkpoint was trained on transcribing only (phase align); trying",
-            file=sys.stderr,
-        )
-    (answer,) = answer_examples(
-        model,
-        tokenizer,
-        [example],
-        [recording],
-        checkpoint.get("refuse_above"),
-        on_text=on_text,
-        **options,
-    )
+        warn("this checkpoint was trained on transcribing only (phase align); trying")
+    refuse_above = checkpoint.get("refuse_above")
+    (answer,) = answer_examples(model, tokenizer, [example], [recording], refuse_above, **options)
     if isinstance(answer, data.AudioError):
         raise answer
     if answer.cut:
-        print(
-            f"sample.py: the answer is longer than {MAX_NEW_TOKENS} tokens a window; the rest is "
-            "missing",
-            file=sys.stderr,
-        )
+        warn(f"the answer is longer than {MAX_NEW_TOKENS} tokens a window; the rest is missing")
     return task, answer
+
+
+def warn(text: str) -> None:
+    print(f"sample.py: {text}", file=sys.stderr)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, with its last word in args.instruction if that is one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add(
-        "audio",
-        nargs="+",
-        help='recordings, and behind them the instruction, such as "Transcribe the English '
-        'speech."; without one you are asked for instructions',
-    )
+    add("audio", nargs="+", help="recordings, and behind them the instruction; else you are asked")
     add("--ckpt", help="checkpoint; otherwise the newest of out/ift.pt and out/align.pt")
     add("--json", action="store_true", help="print one JSON object per recording and instruction")
-    add(
-        "--whole",
-        action="store_true",
-        help="ask about a long recording as a whole, as questions are, not window by window",
-    )
+    add("--whole", action="store_true", help="ask about a long recording at once, as questions do")
     add("--beams", type=int, default=1, help="beam search with so many beams; 1 is greedy")
     add("--temperature", type=float, default=0.0, help="draw the answer at this temperature")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share")
     add("--seed", type=int, default=0, help="of the drawing")
-    add(
-        "--int8",
-        action="store_true",
-        help="8-bit LLM weights: less memory, faster one answer at a time",
-    )
+    add("--int8", action="store_true", help="8-bit LLM weights: less memory, faster alone")
     args = parser.parse_args(argv)
     last = args.audio[-1]
     suffixes = r"\S*[.](wav|flac|mp3|ogg|opus|oga|aiff?|m4a)"
@@ -729,44 +691,29 @@ def main(argv: list[str] | None = None) -> None:
         "generator": torch.Generator(device).manual_seed(args.seed),
         "step": fast_step(),
         "task": "sqa" if args.whole else None,
+        "on_text": None if args.json else print_piece,
     }
     try:
         waves = {path: data.load_audio(path) for path in args.audio}
-        model, tokenizer, checkpoint = load_model(
-            args.ckpt or newest_checkpoint(), device, args.int8
-        )
+        loaded = load_model(args.ckpt or newest_checkpoint(), device, args.int8)
     except UserError as error:
         sys.exit(f"sample.py: {error}")
+    model, _, checkpoint = loaded
     recordings, failed = {}, False
-    for instruction in instructions(args.instruction):
+    for instruction in [args.instruction] if args.instruction else iter(read_instruction, ""):
         for path, wave in waves.items():
             if path not in recordings:
                 (recordings[path],) = encode_waves(model, [wave], checkpoint["window"])
-            on_text = None
-            if not args.json:
-                print(visible(f"{path}: ") if len(waves) > 1 else "", end="")
-                on_text = print_piece
+            if len(waves) > 1 and not args.json:
+                print(visible(f"{path}: "), end="")
             try:
-                task, answer = ask(
-                    model,
-                    tokenizer,
-                    checkpoint,
-                    recordings[path],
-                    instruction,
-                    on_text=on_text,
-                    **options,
-                )
+                task, answer = ask(*loaded, recordings[path], instruction, **options)
             except data.AudioError as error:
                 failed = True
-                print(f"sample.py: {visible(path)}: {error}", file=sys.stderr)
+                warn(f"{visible(path)}: {error}")
                 continue
-            line = {
-                "audio": path,
-                "instruction": instruction,
-                "task": task,
-                "text": answer.text,
-                "seconds": len(wave) / data.SAMPLE_RATE,
-            }
+            line = {"audio": path, "instruction": instruction, "task": task, "text": answer.text}
+            line["seconds"] = len(wave) / data.SAMPLE_RATE
             print(visible(json.dumps(line, ensure_ascii=False)) if args.json else "")
     if failed:
         sys.exit(1)
@@ -776,19 +723,12 @@ def print_piece(text: str) -> None:
     print(visible(text, keep="\n\t"), end="", flush=True)
 
 
-def instructions(given: str | None) -> Iterator[str]:
-    """The instruction given, or those that the user types until there is none any more."""
-    if given is not None:
-        yield given
-        return
-    while True:
-        try:
-            text = input("instruction> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if not text:
-            return
-        yield text
+def read_instruction() -> str:
+    """An instruction that the user types; "" when there is none any more."""
+    try:
+        return input("instruction> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import resource
 import shutil
 import signal
@@ -55,6 +54,7 @@ from model import (
     fast_dtype,
     fetch,
     fingerprint,
+    first_line,
     keep_freed_memory,
     load_checkpoint,
     load_tokenizer,
@@ -66,6 +66,8 @@ from sample import answer_examples, encode_recordings
 
 DEMO = Path(__file__).resolve().parent / "demo"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+SAME = "give the same, or start anew without --resume"
 RESUME = "what was saved is intact: mend this and start again with --resume"
 
 # --- The configuration, and the phases
@@ -124,11 +126,7 @@ class TrainConfig:
     cache_gb: float = option(2.0, "Keep a frozen encoder's outputs on disk if they fit; 0: never.")
     fsdp: bool = option(False, "Split weights and optimizer among the ranks of torchrun.")
     workers: int = option(2, "Processes that read audio and compute features.")
-    device: str = option(
-        "cuda" if torch.cuda.is_available() else "cpu",
-        "cuda or cpu.",
-        choices=("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
-    )
+    device: str = option(DEVICES[0], "Where to compute.", choices=DEVICES)
 
     eval_every: int = option(500, "Steps between validations, each of which also saves.", low=1)
     eval_rows: int = option(200, "Rows for the validation loss.", low=2)
@@ -179,11 +177,9 @@ CURVES = [  # panels of the picture
 
 def parse(argv: list[str] | None) -> TrainConfig:
     """The TrainConfig of a command line. Exits with code 2 on an unknown option or value."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(formatter_class=formatter, allow_abbrev=False)
+    parser.description = __doc__.splitlines()[0]
     group = parser
     for f in fields(TrainConfig):
         if f.name in GROUPS:
@@ -340,8 +336,7 @@ def freeze(model: SpeechLM, rates: dict[str, float], cfg: TrainConfig) -> None:
 
 
 def parameter_groups(model: SpeechLM, rates: dict[str, float], weight_decay: float) -> list[dict]:
-    """AdamW groups: the matrices of each part, and its vectors. Every trained parameter is in
-    exactly one."""
+    """AdamW groups: each part's matrices, and its vectors. Each trained parameter is in one."""
     groups = []
     for part, rate in rates.items():
         trained = [p for p in getattr(model, part).parameters() if p.requires_grad]
@@ -356,8 +351,7 @@ def parameter_groups(model: SpeechLM, rates: dict[str, float], weight_decay: flo
 
 
 def rate_share(step: int, cfg: TrainConfig) -> float:
-    """Share of the learning rate at a step, counted from 0: linear warmup, then a cosine from 1
-    down to min_lr."""
+    """Share of the learning rate at a step from 0 on: linear warmup, then a cosine to min_lr."""
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
     done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
@@ -489,8 +483,7 @@ def world() -> int:
 
 
 def join_ranks(device: str) -> None:
-    """Joins the other ranks, by gloo and on CUDA by nccl. Rank 0 alone prints from here on. Raises
-    UserError."""
+    """Joins the other ranks. Rank 0 alone prints from here on. Raises UserError."""
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return
     local = int(os.environ["LOCAL_RANK"])
@@ -622,8 +615,7 @@ def ignore_signals(_) -> None:
 
 
 def next_batch(loader: Iterator) -> dict:
-    """The next batch of a DataLoader. Raises UserError if its processes died, hang, or met a bad
-    row."""
+    """The next batch of a DataLoader. Raises UserError if its processes died, hang, or fail."""
     try:
         return next(loader)
     except (RuntimeError, OSError, UserError) as error:
@@ -640,7 +632,7 @@ class RunState:
     """How far a run is."""
 
     step: int = 0
-    position: dict | None = None  # in the data.schedule, behind the last batch
+    position: dict | None = None  # in the schedule, behind the last batch
     seen: int = 0  # examples drawn
     bad: dict = field(default_factory=dict)  # why recordings could not be used, by file and line
     validated: int = 0  # the step of the last validation
@@ -698,9 +690,8 @@ def open_run(cfg: TrainConfig) -> Run:
     if states is not None:
         model = SpeechLM(CachedEncoder(), model.adapter, model.llm)
     end_id, adapter = model.llm.config.eos_token_id[0], model.adapter.config
-    examples = data.Examples(
-        manifests, tokenizer, end_id, adapter, cfg.max_seconds, states, cfg.seed
-    )
+    limits = cfg.max_seconds, states, cfg.seed
+    examples = data.Examples(manifests, tokenizer, end_id, adapter, *limits)
     hours = data.merge_hours(load_checkpoint(cfg.init)["data"] if cfg.init else [], mixture.hours)
     size = lru_cache(2 * data.POOL)(examples.size)
     run = Run(cfg, rates, tasks, mixture, model, bases, examples, hours, size)
@@ -733,10 +724,11 @@ def start_adapter(run: Run) -> None:
 
 def start_files(run: Run, resumed: bool) -> None:
     """The logs keep their lines up to where the run goes on; files of another run go."""
-    for ending in (".jsonl", ".nonfinite.jsonl"):
-        lines = data.read_lines(run.path(ending)) if resumed else []
-        kept_lines = [json_line(line) for line in lines if line["step"] <= run.state.step]
-        data.write_text(run.path(ending), "".join(kept_lines))
+    for path in (run.path(".jsonl"), run.path(".nonfinite.jsonl")):
+        lines = data.read_lines(path) if resumed else []
+        lines = [json_line(line) for line in lines if line["step"] <= run.state.step]
+        if path.exists():
+            data.write_text(path, "".join(lines))
     data.write_text(Path(run.cfg.out) / "config.json", json.dumps(asdict(run.cfg), indent=2))
     if not resumed:
         run.path(".resume.pt").unlink(missing_ok=True)
@@ -810,13 +802,12 @@ def read_resume(run: Run) -> dict:
         free = name in MAY_CHANGE or (name == "accumulate" and same_batches)
         if not free and config.get(name) != value:
             raise UserError(
-                f"{path}: was trained with {name} {value!r}, found {config.get(name)!r}; give the "
-                "same, or start anew without --resume"
+                f"{path}: was trained with {name} {value!r}, found {config.get(name)!r}; {SAME}"
             )
     if not same_batches:
         raise UserError(
-            f"{path}: had {resumed['batches_a_step']} batches a step over all ranks, found "
-            f"{run.batches_a_step}; change --accumulate, or start anew without --resume"
+            f"{path}: was trained with {resumed['batches_a_step']} batches a step over all ranks, "
+            f"found {run.batches_a_step}; {SAME}"
         )
     restore(run.model, resumed, run.bases, path)
     return resumed
@@ -901,8 +892,7 @@ def mean_loss(run: Run, rows: list[dict], frames: list[Tensor]) -> float:
 
 
 def find_refusal_threshold(run: Run) -> dict[str, float]:
-    """The threshold above which questions are refused, by up to 500 questions of the dev manifest:
-    {} if it has too few."""
+    """refusal_threshold by up to 500 questions of the dev manifest."""
     questions, frames = dev_examples(run, ("sqa",), 500)
     run.model.eval()
     recordings = encode_recordings(run.model, [[x] for x in frames])
@@ -929,17 +919,14 @@ def next_step(run: Run, loader: Iterator[dict]) -> tuple[list[dict], int, float]
         met = min(state.seen, sum(map(len, run.mixture.manifests)))  # different recordings
         if len(state.bad) > BAD_SHARE * max(met, 300) or (not tokens and tries == 100):
             reasons = [f"{where}: {why}" for where, why in list(state.bad.items())[-3:]]
-            raise UserError(
-                f"{len(state.bad)} of {met} recordings could not be used, more than 1 %: "
-                + "; ".join(reasons)
-            )
+            count = f"{len(state.bad)} of {met} recordings could not be used, more than 1 %"
+            raise UserError(f"{count}: {'; '.join(reasons)}")
         if tokens:
             return batches, tokens, audio
 
 
 def reduce_step(state: RunState, batches: list[dict]) -> tuple[int, float]:
-    """Adds what all ranks drew for a step to the state. Returns the step's target tokens and
-    seconds of audio."""
+    """Adds what all ranks drew for a step to the state. Returns target tokens and seconds."""
     drawn = []
     for batch in batches:
         frames = sum(batch["lengths"]) if batch["examples"] else 0
@@ -1021,15 +1008,6 @@ def validate_and_save(run: Run, stop: Stop) -> bool:
     return True
 
 
-def stop_now(run: Run, saved: bool) -> None:
-    """Ends a run that was asked to, with its last step saved."""
-    # Weights that give no finite gradient are not worth an older checkpoint.
-    if not saved and not run.state.skipped and run.state.step > 0:
-        save(run)
-    gather("saved")  # torchrun ends the others when one ends
-    raise KeyboardInterrupt
-
-
 def train(cfg: TrainConfig, stop: Stop) -> None:
     """Runs a phase, from its beginning or from where it was stopped."""
     run = open_run(cfg)
@@ -1040,12 +1018,7 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
         return print(f"{run.path('.pt')}: all {state.step} steps are done")
     loader = open_loader(run)
     bar = tqdm(
-        total=cfg.steps,
-        initial=state.step,
-        desc=cfg.phase,
-        unit=" steps",
-        dynamic_ncols=True,
-        disable=rank() > 0,
+        total=cfg.steps, initial=state.step, desc=cfg.phase, unit=" steps", disable=rank() > 0
     )
     while True:
         # Once in a while, validate and save. A signal is answered here, between two steps.
@@ -1054,7 +1027,11 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
         if due and state.step > state.validated and not any(gather(stop.signal)):
             saved = validate_and_save(run, stop)
         if any(gather(stop.signal)):
-            stop_now(run, saved)
+            # Weights that give no finite gradient are not worth an older checkpoint.
+            if not (saved or state.skipped or state.step == 0):
+                save(run)
+            gather("saved")  # torchrun ends the others when one ends
+            raise KeyboardInterrupt
         if state.step == cfg.steps:
             break
 
@@ -1097,31 +1074,22 @@ def report(run: Run) -> None:
         print(f"{run.path('.svg')}: the curves")
     for where, why in run.state.bad.items():
         print(visible(f"left out: {where}: {why}"))
-    skipped, bad = sum("skipped" in line for line in lines), len(run.state.bad)
-    print(
-        f"{run.path('.pt')}: {run.state.seen} rows drawn, {skipped} steps and {bad} recordings "
-        "left out"
-    )
-
-
-TIMED_STEPS = 3
+    skipped = sum("skipped" in line for line in lines)
+    counts = f"{run.state.seen} rows drawn, {skipped} steps and {len(run.state.bad)} recordings"
+    print(f"{run.path('.pt')}: {counts} left out")
 
 
 def dry_run(run: Run) -> None:
-    """Takes the largest steps of the first pool of batches, and prints what the run would need.
-    Leaves nothing behind. Raises UserError if they do not fit into memory."""
-    cfg, costs = run.cfg, []
-    for position, batch in run_schedule(run):
-        if position["pool"] > 0 and costs:
-            break
-        costs.append((sum(sum(run.size(*key)) for key in batch), position, batch))
-    costs.sort(key=lambda entry: -entry[0])
-    seconds = []
+    """Takes the largest steps of the first 200 batches, and prints what the run would need. Leaves
+    nothing behind. Raises UserError if they do not fit into memory."""
+    cfg, seconds = run.cfg, []
+    scheduled = list(islice(run_schedule(run), 200))
+    scheduled.sort(key=lambda entry: -sum(sum(run.size(*key)) for key in entry[1]))
     try:
-        for _, position, batch in costs[:TIMED_STEPS]:
+        for entry in scheduled[:3]:
             began = time.time()
-            tensors = run.examples[position, batch]
-            backward(run, [tensors], max(1, len(tensors["targets"])))
+            batch = run.examples[entry]
+            backward(run, [batch], max(1, len(batch["targets"])))
             run.optimizer.step()
             run.optimizer.zero_grad()
             seconds.append(time.time() - began)
@@ -1135,7 +1103,7 @@ def dry_run(run: Run) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if cfg.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    rows = sum(len(batch) for *_, batch in costs) / len(costs) * run.batches_a_step
+    rows = sum(len(batch) for _, batch in scheduled) / len(scheduled) * run.batches_a_step
     passes = cfg.steps * rows / sum(map(len, run.mixture.manifests))
     step = statistics.median(seconds) * cfg.accumulate
     print(
@@ -1170,15 +1138,11 @@ def explain(error: Exception) -> str:
         time.sleep(10)  # torchrun ends the other ranks when one ends, and rank 0 is to speak first
     if isinstance(error, UserError):
         return str(error)
-    first = str(error).splitlines()[0] if str(error) else ""
-    if isinstance(error, dist.DistError) or "gloo/" in first:
-        reason = re.sub(r"^\[.*?\] |[.] .*", "", first)
-        return visible(
-            f"rank {rank()} of {world()} lost another rank, whose own message says why ({reason}); "
-            "what was saved is intact: start all of them again with --resume"
-        )
-    if "DataLoader" in first:
-        return visible(f"the loader failed ({first}); {RESUME}")
+    reason = first_line(error)
+    if isinstance(error, dist.DistError) or "gloo/" in reason:
+        return visible(f"lost another rank, whose own message says why ({reason}); {RESUME}")
+    if "DataLoader" in reason:
+        return visible(f"the loader failed ({reason}); {RESUME}")
     raise error
 
 

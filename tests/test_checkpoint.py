@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,12 @@ def test_parts_are_joined_in_the_precision_asked_for(tiny_project):
     assert {part.compute_dtype for part in rounded.children()} == {float32}
     with pytest.raises(ValueError, match="torch.float16, .* expected torch.float32 or bfloat16"):
         LLM.from_pretrained(parts[1], torch.float16)
+
+
+def test_adapters_that_are_none(tiny_project):
+    join = partial(SpeechLM.from_parts, tiny_project / "encoder", tiny_project / "llm")
+    refused("the adapter: adapter_act is 'x', expected", partial(join, adapter_act="x"))
+    refused("the adapter: adapter_stride is -1, expected", partial(join, adapter_stride=-1))
 
 
 def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch):

@@ -216,16 +216,11 @@ def test_equals_the_reference_where_it_has_no_holes():
     and of a length that divides by 4. Its loss drops the first token of the longest answer."""
     peer, llm = peer_encoder(add_adapter=True, num_adapter_layers=2), peer_llm("qwen2")
     parts = peer, randomise(torch.nn.Linear(32, 48)), llm
-    ours, features, text = (
-        join_reference(*parts),
-        torch.randn(2, 16, 160),
-        torch.randint(8, 211, (2, 9)),
-    )
+    ours = join_reference(*parts)
+    features, text = torch.randn(2, 16, 160), torch.randint(8, 211, (2, 9))
     theirs = reference_logits(*parts, features, text)
-    features, ids = (
-        features.flatten(0, 1),
-        torch.cat([torch.full((2, 4), AUDIO), text], 1).flatten(),
-    )
+    ids = torch.cat([torch.full((2, 4), AUDIO), text], 1).flatten()
+    features = features.flatten(0, 1)
     audio, _ = ours.encode(features, [16, 16])
     logits = ours.llm.logits(ours.llm.hidden(ours.embed(ids, audio), [13, 13]))
     assert relative_error(logits, theirs.flatten(0, 1)) < 1e-5
@@ -279,14 +274,14 @@ def attend_by_query(q, k, v, lengths, causal, bias, left):
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(
-    "causal, heads, left, places",
-    [(True, 2, 0, 0), (False, 6, 0, 0), (False, 6, 12, 16), (False, 6, 0, 1), (False, 6, 3, 4)],
-)
-def test_attention_and_its_gradients(causal, heads, left, places, padded):
-    if padded and not places:
-        pytest.skip("attend_padded is for relative keys alone")
+# Whether all sequences are padded and go at once, causal, heads of keys, left, width of the bias.
+CASES = [(False, True, 2, 0, 0), (False, False, 6, 0, 0)]
+for left, places in ((12, 16), (0, 1), (3, 4)):
+    CASES += [(padded, False, 6, left, places) for padded in (False, True)]
+
+
+@pytest.mark.parametrize("padded, causal, heads, left, places", CASES)
+def test_attention_and_its_gradients(padded, causal, heads, left, places):
     lengths = [40, 1, 2, 15]
     N = sum(lengths)
     shapes = [(N, 6, 16), (N, heads, 16), (N, heads, 16), (N, 6, places)]

@@ -1,10 +1,13 @@
-"""The real configurations of w2v-BERT 2.0 and Qwen2.5-1.5B at full size, random weights, against transformers.
+"""The configurations of w2v-BERT 2.0 and Qwen2.5-1.5B at full size, with random weights, against
+transformers.
 
-    python tests/full_size.py [--dir DIR]     about 5 minutes, 6 GB of disk under DIR, 12 GB of memory
+    python tests/bench/full_size.py [--dir DIR]
 
-Writes both checkpoints as safetensors in the published layout and dtype (encoder float32, LLM bfloat16), then runs
-each implementation in a process of its own: loads, computes hidden states of 10 s of audio and logits of 64 tokens.
-Prints errors between the two, seconds to load, seconds to compute and peak memory over the weights' size.
+takes about 5 minutes, 6 GB of disk and 12 GB of memory. It writes both checkpoints as safetensors
+in the published layout and dtype (encoder float32, LLM bfloat16). Then each implementation, in a
+process of its own, loads them and computes hidden states of 10 s of audio and logits of 64 tokens.
+Printed are the errors between the two, seconds to load and to compute, and the peak of memory over
+the weights' size. --layers 1 is a quick try, which needs a --dir of its own.
 """
 
 import argparse
@@ -16,104 +19,178 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-ENCODER = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-               feature_projection_input_dim=160, position_embeddings_type="relative_key")
-LLM = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=151936, hidden_size=1536,
-           intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-           hidden_act="silu", max_position_embeddings=131072, max_window_layers=28, rms_norm_eps=1e-6,
-           rope_theta=1000000.0, sliding_window=131072, use_sliding_window=False, tie_word_embeddings=True,
-           bos_token_id=151643, eos_token_id=151643, initializer_range=0.02, torch_dtype="bfloat16")
-BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}  # relative error: largest against the peer, mean against float32
+ENCODER = dict(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    feature_projection_input_dim=160,
+    position_embeddings_type="relative_key",
+)
+LLM = dict(
+    architectures=["Qwen2ForCausalLM"],
+    model_type="qwen2",
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    hidden_act="silu",
+    max_position_embeddings=131072,
+    max_window_layers=28,
+    rms_norm_eps=1e-6,
+    rope_theta=1000000.0,
+    sliding_window=131072,
+    use_sliding_window=False,
+    tie_word_embeddings=True,
+    bos_token_id=151643,
+    eos_token_id=151643,
+    initializer_range=0.02,
+    torch_dtype="bfloat16",
+)
+LARGEST = 1e-4  # relative error of float32: the largest difference to transformers
+MEAN = 2e-2  # relative error of bfloat16: the mean difference to float32
 PEAK = 1.15  # times the weights' size
 
 
-def peer_class(part):
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Wav2Vec2BertConfig, Wav2Vec2BertModel
-    return (Wav2Vec2BertModel, Wav2Vec2BertConfig(**ENCODER)) if part == "encoder" else (Qwen2ForCausalLM, Qwen2Config(**LLM))
+def peer_class(part: str, layers: int = 0) -> tuple[type, object]:
+    """The class in transformers, and the configuration with so many layers, 0 for its own."""
+    from transformers import (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Wav2Vec2BertConfig,
+        Wav2Vec2BertModel,
+    )
+
+    if part == "encoder":
+        config = Wav2Vec2BertConfig(**with_layers(ENCODER, layers))
+        return Wav2Vec2BertModel, config
+    return Qwen2ForCausalLM, Qwen2Config(**with_layers(LLM, layers))
 
 
-def write(part, directory):
+def with_layers(config: dict, layers: int) -> dict:
+    return config | {"num_hidden_layers": layers or config["num_hidden_layers"]}
+
+
+def write(part: str, directory: Path, layers: int) -> None:
+    """A checkpoint with random weights, as it would be published."""
     from conftest import randomise
-    cls, config = peer_class(part)
-    randomise(cls(config)).to(torch.float32 if part == "encoder" else torch.bfloat16).save_pretrained(directory)
+
+    peer, config = peer_class(part, layers)
+    dtype = torch.float32 if part == "encoder" else torch.bfloat16
+    randomise(peer(config)).to(dtype).save_pretrained(directory)
     if part == "llm":  # as the Hub has it, not as the installed transformers rewrites it
-        (directory / "config.json").write_text(json.dumps(LLM, indent=2))
+        text = json.dumps(with_layers(LLM, layers), indent=2)
+        (directory / "config.json").write_text(text)
 
 
-def memory(field):
+def memory(field: str) -> int:
     """VmHWM (peak) or VmRSS (now) of this process in bytes."""
-    return int(re.search(field + r":\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(field + r":\s*(\d+) kB", status)[1]) * 1024
 
 
 @torch.no_grad()
-def run(part, who, dtype, directory):
+def run(part: str, side: str, dtype_name: str, directory: Path) -> None:
     """Loads one model, computes on fixed inputs, saves the outputs; prints its figures as JSON."""
+    dtype = getattr(torch, dtype_name)
     torch.manual_seed(1)
     features, ids = torch.randn(1, 500, 160), torch.randint(0, 151000, (1, 64))
-    if who == "ours":
+    if side == "ours":
         import model
-        cls = model.SpeechEncoder if part == "encoder" else model.LLM
+
+        loader = model.SpeechEncoder if part == "encoder" else model.LLM
     else:
-        cls = peer_class(part)[0]
+        loader, _ = peer_class(part)
     before, start = memory("VmRSS"), time.time()
-    module = cls.from_pretrained(directory, dtype=dtype).eval()
-    seconds_load = time.time() - start
+    module = loader.from_pretrained(directory, dtype=dtype).eval()
+    load_seconds = time.time() - start
     for p in module.parameters():
-        p.flatten()[::1024].sum()  # memory-mapped pages count too, so touch every one
+        p.flatten()[::1024].sum()  # pages that are mapped count too, so every one is touched
     peak, size = memory("VmHWM") - before, sum(p.nbytes for p in module.parameters())
-    times = []
+
+    seconds = []
     for _ in range(2):
         start = time.time()
-        if who == "ours":
-            out = (module(features[0], [500]) if part == "encoder" else module(ids[0], [64]))[None]
+        if side == "ours":
+            inputs = (features[0], [500]) if part == "encoder" else (ids[0], [64])
+            out = module(*inputs)[None]
+        elif part == "encoder":
+            out = module(features.to(dtype)).last_hidden_state
         else:
-            out = module(features.to(dtype)).last_hidden_state if part == "encoder" else module(ids).logits
-        times.append(time.time() - start)
-    torch.save(out.float(), directory / f"{who}-{dtype}.pt")
-    print(json.dumps(dict(load_s=seconds_load, forward_s=min(times), peak=peak, size=size)))
+            out = module(ids).logits
+        seconds.append(time.time() - start)
+    torch.save(out.float(), directory / f"{side}-{dtype_name}.pt")
+    figures = {"load": load_seconds, "forward": min(seconds), "peak": peak, "size": size}
+    print(json.dumps(figures))
 
 
-def main():
-    parser = argparse.ArgumentParser()
+def measure(part: str, side: str, dtype: str, directory: Path) -> float:
+    """Runs one model in a process of its own. Returns its peak of memory over its size."""
+    command = [sys.executable, __file__, "--dir", directory, "--run", part, side, dtype]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(result.stderr)
+    figures = json.loads(result.stdout.splitlines()[-1])
+    peak = figures["peak"] / figures["size"]
+    print(
+        f"{part:7} {dtype:8} {side}: weights {figures['size'] / 1e9:.2f} GB, loaded in "
+        f"{figures['load']:5.1f} s, peak {peak:.2f} x weights, forward {figures['forward']:.2f} s",
+        flush=True,
+    )
+    return peak
+
+
+def differences(ours: Tensor, other: Tensor) -> tuple[float, float]:
+    """The largest and the mean difference, relative to the other's largest value and norm."""
+    largest = (ours - other).abs().max() / other.abs().max()
+    return largest.item(), ((ours - other).norm() / other.norm()).item()
+
+
+def compare(part: str, directory: Path) -> dict[str, tuple[float, float]]:
+    """Runs both sides in both dtypes. Returns what is bounded: {name: (value, bound)}."""
+    bounded, outputs = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        for side in ("ours", "peer"):
+            peak = measure(part, side, dtype, directory)
+            outputs[side, dtype] = torch.load(directory / part / f"{side}-{dtype}.pt")
+            if side == "ours":
+                bounded[f"{part} {dtype} peak"] = peak, PEAK
+        largest, mean = differences(outputs["ours", dtype], outputs["peer", dtype])
+        figures = f"largest {largest:.1e}, mean {mean:.1e} (relative)"
+        print(f"{part:7} {dtype:8} ours against peer: {figures}", flush=True)
+        if dtype == "float32":
+            bounded[f"{part} against peer"] = largest, LARGEST
+    _, mean = differences(outputs["ours", "bfloat16"], outputs["ours", "float32"])
+    print(f"{part:7} ours bfloat16 against ours float32: mean {mean:.1e} (relative)", flush=True)
+    bounded[f"{part} bfloat16"] = mean, MEAN
+    return bounded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, default=Path("out/full_size"))
+    parser.add_argument("--layers", type=int, default=0, help="of each model; 0: all")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        part, who, dtype = args.run
-        return run(part, who, getattr(torch, dtype), args.dir / part)
-    missed = []
-
-    def judge(what, value, bound):
-        if not value < bound:
-            missed.append(f"{what} {value:.3g}, expected below {bound}")
-
+        return run(*args.run, args.dir / args.run[0])
+    bounded = {}
     for part in ("encoder", "llm"):
-        if not (args.dir / part / "config.json").exists():
-            print(f"writing a random {part} checkpoint to {args.dir / part}", flush=True)
-            write(part, args.dir / part)
-        for dtype in ("float32", "bfloat16"):
-            for who in ("ours", "peer"):
-                result = subprocess.run([sys.executable, __file__, "--dir", args.dir, "--run", part, who, dtype],
-                                        capture_output=True, text=True)
-                if result.returncode:
-                    sys.exit(result.stderr)
-                figures = json.loads(result.stdout.splitlines()[-1])
-                print(f"{part:7} {dtype:8} {who}: weights {figures['size'] / 1e9:.2f} GB, loaded in {figures['load_s']:5.1f} s, "
-                      f"peak {figures['peak'] / figures['size']:.2f} x weights, forward {figures['forward_s']:.2f} s", flush=True)
-                if who == "ours":
-                    judge(f"{part} {dtype} peak", figures["peak"] / figures["size"], PEAK)
-            ours, peer = (torch.load(args.dir / part / f"{who}-torch.{dtype}.pt") for who in ("ours", "peer"))
-            largest, mean = (ours - peer).abs().max() / peer.abs().max(), (ours - peer).norm() / peer.norm()
-            print(f"{part:7} {dtype:8} ours against peer: largest {largest:.1e}, mean {mean:.1e} (relative)", flush=True)
-            if dtype == "float32":
-                exact = ours
-                judge(f"{part} against peer", largest, BOUNDS["float32"])
-        mean = (ours - exact).norm() / exact.norm()
-        print(f"{part:7} ours bfloat16 against ours float32: mean {mean:.1e} (relative)", flush=True)
-        judge(f"{part} bfloat16", mean, BOUNDS["bfloat16"])
+        directory = args.dir / part
+        if not (directory / "config.json").exists():
+            print(f"writing a random {part} checkpoint to {directory}", flush=True)
+            write(part, directory, args.layers)
+        bounded |= compare(part, args.dir)
+    missed = []
+    for name, (value, bound) in bounded.items():
+        if not value < bound:
+            missed.append(f"{name} {value:.3g}, expected below {bound}")
     sys.exit("; ".join(missed) or None)
 
 

@@ -1,9 +1,11 @@
-"""kill -9 at random moments, --resume, and the same weights in the end: python tests/kill_loop.py --kills 50
+"""kill -9 at random moments, --resume, and the same weights in the end:
 
-Trains a tiny run that is left alone, then the same run killed with its loader's processes again and again, each time at
-a moment between its start and 1.5 times the time to its first save; every second kill then waits for the next save and
-hits it. After every kill each checkpoint that is there must be whole, and in the end log and weights must be those of the
-run left alone, bit for bit.
+    python tests/bench/kill_loop.py [--kills N]
+
+trains a tiny run that is left alone. Then the same run is killed, with its loader's processes, again
+and again, each time at a moment between its start and 1.5 times the time to its first save. Every
+second kill then waits for the next save and hits it. After every kill each checkpoint that is there
+must be complete, and in the end log and weights must be those of the run left alone, bit for bit.
 """
 
 import argparse
@@ -15,83 +17,134 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from conftest import make_project
-from test_train import arguments, log
+from conftest import ROOT, make_project  # noqa: E402
 
-from prepare.checkpoint import read_back
-
-ROOT = Path(__file__).resolve().parent.parent
-STEPS, EVERY = 400, 10  # of the run, and between saves
+EVERY = 10  # steps between saves
+OPTIONS = f"""--adapter-lr 3e-3 --warmup 2 --batch-frames 300 --eval-every {EVERY} --eval-rows 2
+--eval-clips 1 --workers 1 --cache-gb 0 --resume"""
 
 
-def start(project, out):
-    argv = arguments(project, out, steps=STEPS, eval_every=EVERY, eval_rows=2, eval_clips=1, workers=1, cache_gb=0,
-                     resume=True)
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *argv], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS="1"), start_new_session=True)
+class Project:
+    """A tiny project in a directory of its own, and the runs in it."""
+
+    def __init__(self, place: Path, steps: int):
+        make_project(place)
+        self.place, self.steps = place, steps
+
+    def start(self, out: Path) -> subprocess.Popen:
+        command = [sys.executable, ROOT / "train.py", "--out", out, "--steps", str(self.steps)]
+        command += ["--encoder", self.place / "encoder", "--llm", self.place / "llm"]
+        command += ["--data", self.place / "train.jsonl", "--dev", self.place / "dev.jsonl"]
+        return subprocess.Popen(
+            [*command, *OPTIONS.split()],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    def run_alone(self, out: Path) -> float:
+        """Runs to the end; returns the seconds until the first save."""
+        begun, first = time.time(), None
+        run = self.start(out)
+        while run.poll() is None:
+            if first is None and (out / "align.resume.pt").exists():
+                first = time.time() - begun
+            time.sleep(0.01)
+        if run.returncode or first is None:
+            sys.exit("the run that was left alone failed")
+        seconds = time.time() - begun
+        saves = self.steps // EVERY
+        print(
+            f"left alone: {seconds:.0f} s for {self.steps} steps and {saves} saves, the first "
+            f"after {first:.1f} s",
+            flush=True,
+        )
+        return first
 
 
-def check(out):
+def saving(out: Path) -> bool:
+    return bool(list(out.glob("*.pt.tmp")))
+
+
+def kill(run: subprocess.Popen, out: Path, seconds: float, amid_save: bool) -> None:
+    """Kills a run and its processes after so many seconds, or else amid the next save."""
+    try:
+        run.wait(seconds)
+    except subprocess.TimeoutExpired:
+        while amid_save and run.poll() is None and not saving(out):
+            time.sleep(0.001)
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+
+
+def check_files(out: Path) -> int:
     """Reads every checkpoint that is there; returns the step that --resume will begin with."""
     step = 0
-    for path in sorted(out.glob("*.pt")):
-        read_back(path)
-        step = torch.load(path, weights_only=True)["step"]  # align.pt, then align.resume.pt
+    for path in sorted(out.glob("*.pt")):  # align.pt, then align.resume.pt
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()
+        if damaged:
+            sys.exit(f"{path}: {damaged} is not what was written")
+        step = torch.load(path, weights_only=True)["step"]
     return step
 
 
-def main():
+def same_result(out: Path, other: Path) -> bool:
+    logs = [(path / "align.jsonl").read_bytes() for path in (out, other)]
+    states = [torch.load(path / "align.pt", weights_only=True)["model"] for path in (out, other)]
+    equal = all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    return equal and logs[0] == logs[1]
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=400, help="of a run (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     random.seed(args.seed)
-    started = time.time()
-    place = Path(tempfile.mkdtemp(prefix="kill-loop-"))
-    make_project(place)
-    whole, begun = place / "whole", time.time()
-    run = start(place, whole)
-    while not (whole / "align.resume.pt").exists():
-        time.sleep(0.01)
-    startup = time.time() - begun  # until the first save
-    if run.wait():
-        sys.exit("the run that was left alone failed")
-    print(f"left alone: {time.time() - begun:.0f} s for {STEPS} steps and {STEPS // EVERY} saves, the first after "
-          f"{startup:.1f} s", flush=True)
-    wanted, kills, runs, saving, early = log(whole), 0, 0, 0, 0
+    started, place = time.time(), Path(tempfile.mkdtemp(prefix="kill-loop-"))
+    project = Project(place, args.steps)
+    alone = place / "alone"
+    startup = project.run_alone(alone)
+    kills, runs, amid_save, early = 0, 0, 0, 0
     while kills < args.kills:
-        runs, out, begun = runs + 1, place / f"killed-{runs}", time.time()
+        runs += 1
+        out = place / f"killed-{runs}"
         while True:
-            run, last = start(place, out), kills == args.kills
-            try:
-                run.wait(None if last else random.uniform(0, 1.5 * startup))
-            except subprocess.TimeoutExpired:
-                while kills % 2 and run.poll() is None and not list(out.glob("*.pt.tmp")):
-                    time.sleep(0.001)
-                if run.poll() is None:
-                    os.killpg(run.pid, signal.SIGKILL)
-            if run.wait() == 0:
+            run = project.start(out)
+            if kills == args.kills:
+                run.wait()
+            else:
+                kill(run, out, random.uniform(0, 1.5 * startup), amid_save=kills % 2 == 1)
+            if run.returncode == 0:
                 break
             if run.returncode != -signal.SIGKILL:
                 sys.exit(f"exit code {run.returncode} after {kills} kills; see {out}")
-            kills, half = kills + 1, bool(list(out.glob("*.pt.tmp")))
-            step = check(out)
-            saving, early = saving + half, early + (step == 0)
+            kills += 1
+            hit, step = saving(out), check_files(out)
+            amid_save += hit
+            early += step == 0
             for path in out.glob("*.tmp"):
                 path.unlink()  # else the next kill would take it for its own
-            print(f"kill {kills}: step {step}" + ", a save was under way" * half, flush=True)
-        a, b = (torch.load(path / "align.pt", weights_only=True)["model"] for path in (whole, out))
-        if not all(torch.equal(a[name], b[name]) for name in a) or log(out) != wanted:
-            sys.exit(f"the weights or the log of {out} are not those of {whole}")
+            print(f"kill {kills}: step {step}{', amid a save' if hit else ''}", flush=True)
+        if not same_result(out, alone):
+            sys.exit(f"the weights or the log of {out} are not those of {alone}")
     shutil.rmtree(place)
-    print(f"{kills} kills in {runs} runs and {time.time() - started:.0f} s, {saving} of them amid a save, {early} before the "
-          f"first: every checkpoint was whole, and {STEPS} steps end in the same weights and log, bit for bit")
+    print(
+        f"{kills} kills in {runs} runs and {time.time() - started:.0f} s, {amid_save} of them amid "
+        f"a save, {early} before the first: every checkpoint was complete, and {args.steps} steps "
+        "end in the same weights and log, bit for bit"
+    )
 
 
 if __name__ == "__main__":

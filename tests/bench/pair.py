@@ -7,7 +7,7 @@ Qwen2.5-1.5B.
 reads tasks from standard input, a JSON object a line, and answers each by such a line. LAYERS 0
 stands for the usual number. SIDE is one of
     stock                    transformers as it is
-    tuned                    with the head on the targets alone and one product for the position bias
+    tuned                    with the head on targets alone and one product for the position bias
     ours                     this repository
     plain                    the same without extras/
     compiled, int8, int8 compiled    as ours, for answers
@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from conftest import randomise  # noqa: E402
 from full_size import ENCODER as LARGE_ENCODER  # noqa: E402
 from full_size import LLM as LARGE_LLM  # noqa: E402
 from full_size import memory  # noqa: E402
+
+from conftest import randomise  # noqa: E402
 
 NO_CHANCE = dict(layerdrop=0.0, mask_time_prob=0.0, conformer_conv_dropout=0.0)
 ENCODER = dict(
@@ -90,8 +91,12 @@ class Peer(nn.Module):
 
     def __init__(self, sizes: tuple[dict, dict], tuned: bool, device: str):
         super().__init__()
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-        from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
+        from transformers import (
+            Qwen2Config,
+            Qwen2ForCausalLM,
+            Wav2Vec2BertConfig,
+            Wav2Vec2BertModel,
+        )
 
         encoder, llm = sizes
         encoder_config = Wav2Vec2BertConfig(**encoder, add_adapter=True, num_adapter_layers=2)
@@ -151,9 +156,9 @@ class Peer(nn.Module):
     def prepare(self, what: str) -> None:
         for part in (self.encoder, self.llm):
             if "checkpointing" in what:
-                part.gradient_checkpointing_enable()
+                part.activation_checkpointing_enable()
             else:
-                part.gradient_checkpointing_disable()
+                part.activation_checkpointing_disable()
 
 
 def gather_bias() -> None:
@@ -300,8 +305,9 @@ def training_step(side: nn.Module, what: str, seconds: list[float]) -> Callable[
 
 def count_operations(side: Ours, what: str, seconds: list[float]) -> Callable[[], int]:
     """A function that returns the floating point operations of a step's products."""
-    from model import default_kernels
     from torch.utils.flop_counter import FlopCounterMode
+
+    from model import default_kernels
 
     def products(_, a, b, **options) -> int:
         return 2 * math.prod(a) * b[-1]
@@ -314,7 +320,6 @@ def count_operations(side: Ours, what: str, seconds: list[float]) -> Callable[[]
         in_place = {torch.ops.aten.baddbmm_: products}
         with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
             run()
-        side.prepare(what)
         return counter.get_total_flops()
 
     return count
