@@ -16,8 +16,8 @@ import torch
 from test_train import arguments, log, refused, saved
 
 import train
-from data import Examples, Manifest
-from model import SpeechLM
+from data import Examples
+from model import SpeechEncoder, SpeechLM
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1")
@@ -116,7 +116,7 @@ def test_a_signal_before_the_first_step_ends_the_run_there(
     monkeypatch, capfd, tiny_project, tmp_path
 ):
     """While the encoder cache is computed or saved, nothing half-written stays."""
-    for owner, name in ((Manifest, "audio"), (torch, "save")):
+    for owner, name in ((SpeechEncoder, "forward"), (torch, "save")):
         with monkeypatch.context() as patch:
             signal_at(patch, owner, name, 1, signal.SIGTERM)
             assert stopped(arguments(tiny_project, tmp_path, cache_gb=2)) == 143

@@ -21,7 +21,17 @@ import torch
 import sample
 import train
 from conftest import ESCAPES, gradients, speech_batch, tiny_speech_lm
-from data import Examples, Manifest, collate, fbank, open_mixture, render, schedule
+from data import (
+    Examples,
+    Manifest,
+    collate,
+    cut_windows,
+    fbank,
+    load_audio,
+    open_mixture,
+    render,
+    schedule,
+)
 from model import LLM, Kernels, SpeechEncoder, SpeechLM, adapter_length
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +115,11 @@ def read_rows(path):
 
 
 def features(manifest, i):
-    return fbank([manifest.audio(manifest[i])])[0]
+    """The frames of an example, whose audio is one window."""
+    example = manifest[i]
+    path = manifest.path.parent / example["audio"]
+    wave = load_audio(path, example["start"], example["duration"])
+    return fbank(cut_windows(wave))[0]
 
 
 def sequence(example, frames, model, tokenizer):

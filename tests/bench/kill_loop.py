@@ -2,9 +2,9 @@
 
     python tests/bench/kill_loop.py [--kills N]
 
-trains a tiny run that is left alone. Then the same run is killed, with its loader's processes, again
-and again, each time at a moment between its start and 1.5 times the time to its first save. Every
-second kill then waits for the next save and hits it. After every kill each checkpoint that is there
+trains a tiny run that is left alone. Then the same run is killed, with its loader's processes,
+again and again, each time at a moment between its start and 1.5 times the time to its first save.
+Every second kill then waits for the next save and hits it. After every kill each checkpoint that is there
 must be complete, and in the end log and weights must be those of the run left alone, bit for bit.
 """
 
@@ -31,43 +31,36 @@ OPTIONS = f"""--adapter-lr 3e-3 --warmup 2 --batch-frames 300 --eval-every {EVER
 --eval-clips 1 --workers 1 --cache-gb 0 --resume"""
 
 
-class Project:
-    """A tiny project in a directory of its own, and the runs in it."""
+def start(place: Path, steps: int, out: Path) -> subprocess.Popen:
+    """Starts or resumes the run of the tiny project in `place`."""
+    command = [sys.executable, ROOT / "train.py", "--out", out, "--steps", str(steps)]
+    command += ["--encoder", place / "encoder", "--llm", place / "llm"]
+    command += ["--data", place / "train.jsonl", "--dev", place / "dev.jsonl"]
+    return subprocess.Popen(
+        [*command, *OPTIONS.split()],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
 
-    def __init__(self, place: Path, steps: int):
-        make_project(place)
-        self.place, self.steps = place, steps
 
-    def start(self, out: Path) -> subprocess.Popen:
-        command = [sys.executable, ROOT / "train.py", "--out", out, "--steps", str(self.steps)]
-        command += ["--encoder", self.place / "encoder", "--llm", self.place / "llm"]
-        command += ["--data", self.place / "train.jsonl", "--dev", self.place / "dev.jsonl"]
-        return subprocess.Popen(
-            [*command, *OPTIONS.split()],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-
-    def run_alone(self, out: Path) -> float:
-        """Runs to the end; returns the seconds until the first save."""
-        begun, first = time.time(), None
-        run = self.start(out)
-        while run.poll() is None:
-            if first is None and (out / "align.resume.pt").exists():
-                first = time.time() - begun
-            time.sleep(0.01)
-        if run.returncode or first is None:
-            sys.exit("the run that was left alone failed")
-        seconds = time.time() - begun
-        saves = self.steps // EVERY
-        print(
-            f"left alone: {seconds:.0f} s for {self.steps} steps and {saves} saves, the first "
-            f"after {first:.1f} s",
-            flush=True,
-        )
-        return first
+def run_alone(place: Path, steps: int, out: Path) -> float:
+    """Runs to the end; returns the seconds until the first save."""
+    begun, first = time.time(), None
+    run = start(place, steps, out)
+    while run.poll() is None:
+        if first is None and (out / "align.resume.pt").exists():
+            first = time.time() - begun
+        time.sleep(0.01)
+    if run.returncode or first is None:
+        sys.exit("the run that was left alone failed")
+    print(
+        f"left alone: {time.time() - begun:.0f} s for {steps} steps and {steps // EVERY} saves, "
+        f"the first after {first:.1f} s",
+        flush=True,
+    )
+    return first
 
 
 def saving(out: Path) -> bool:
@@ -113,15 +106,15 @@ def main() -> None:
     args = parser.parse_args()
     random.seed(args.seed)
     started, place = time.time(), Path(tempfile.mkdtemp(prefix="kill-loop-"))
-    project = Project(place, args.steps)
+    make_project(place)
     alone = place / "alone"
-    startup = project.run_alone(alone)
+    startup = run_alone(place, args.steps, alone)
     kills, runs, amid_save, early = 0, 0, 0, 0
     while kills < args.kills:
         runs += 1
         out = place / f"killed-{runs}"
         while True:
-            run = project.start(out)
+            run = start(place, args.steps, out)
             if kills == args.kills:
                 run.wait()
             else:
