@@ -337,6 +337,42 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
+class Pretrained(nn.Module):
+    """A module that is read from a checkpoint directory. Its classes have a read_config(directory),
+    and a module_key(config, key), which gives the module's name of a checkpoint's tensor, or None
+    for one that is not needed."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        kernels: "Kernels | None" = None,
+    ):
+        """Loads a checkpoint, single-file or sharded, in eval mode. Raises UserError, which lists
+        missing, unexpected and mis-shaped tensors, and ValueError for another dtype than float32
+        and bfloat16."""
+        compute_dtype = compute_dtype or dtype
+        if {dtype, compute_dtype} - {torch.float32, torch.bfloat16}:
+            raise ValueError(f"found {dtype}, {compute_dtype}, expected torch.float32 or bfloat16")
+        directory = fetch(path_or_hub_id)
+        with one_line_errors(directory / "config.json", COPY_CONFIG):
+            config = cls.read_config(directory)
+        state = read_state(directory, partial(cls.module_key, config), dtype, device)
+        with one_line_errors(directory, "the weights and config.json are of different models"):
+            if config.num_hidden_layers > len(state):  # before so many layers are built
+                raise ValueError(f"{len(state)} tensors for {config.num_hidden_layers} layers")
+            with torch.device("meta"):
+                model = cls(config, compute_dtype, kernels or default_kernels(device))
+            try:
+                model.load_state_dict(state, strict=True, assign=True)
+            except RuntimeError as error:
+                raise ValueError(" ".join(str(error).split())) from error
+        return model.eval()
+
+
 # --- Packed sequences, and attention within each of them
 
 
@@ -593,7 +629,10 @@ class ConformerLayer(nn.Module):
         return self.final_layer_norm(x)
 
 
-class SpeechEncoder(nn.Module):
+ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
+
+
+class SpeechEncoder(Pretrained):
     def __init__(
         self, config: EncoderConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN
     ):
@@ -646,24 +685,20 @@ class SpeechEncoder(nn.Module):
             x = x.masked_fill(channels[rows.row], 0)
         return x
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path,
-        dtype: torch.dtype = torch.float32,
-        compute_dtype: torch.dtype | None = None,
-        device: str = "cpu",
-        kernels: Kernels | None = None,
-    ) -> "SpeechEncoder":
-        """Loads a w2v-BERT 2.0 checkpoint, or the encoder inside a fine-tune of it (CTC,
-        classification), whose head, adapter and intermediate feed-forward layers are left out.
-        Raises UserError."""
-        directory = fetch(path_or_hub_id)
+    @staticmethod
+    def read_config(directory: Path) -> EncoderConfig:
         where = directory / "config.json"
-        with one_line_errors(where, COPY_CONFIG):
-            config = EncoderConfig.from_dict(read_json(where), where)
-        build = partial(cls, config, compute_dtype or dtype, kernels or default_kernels(device))
-        return load_weights(build, directory, partial(encoder_key, config), dtype, device)
+        return EncoderConfig.from_dict(read_json(where), where)
+
+    @staticmethod
+    def module_key(config: EncoderConfig, key: str) -> str | None:
+        """Of a fine-tune of the encoder (CTC, classification), too, whose head, adapter and
+        intermediate feed-forward layers are left out."""
+        key = key.removeprefix("wav2vec2_bert.")
+        masks = config.mask_time_prob > 0 or config.mask_feature_prob > 0
+        if key.startswith(ENCODER_KEYS_LEFT_OUT) or (key == "masked_spec_embed" and not masks):
+            return None
+        return key
 
     def save_pretrained(self, directory: str | Path) -> None:
         save_weights(directory, encoder_dict(self.config), self.state_dict())
@@ -869,7 +904,7 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LLM(nn.Module):
+class LLM(Pretrained):
     def __init__(self, config: LLMConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
@@ -921,25 +956,20 @@ class LLM(nn.Module):
             return self.lm_head(hidden).float()
         return F.linear(hidden, self.head.to(hidden.dtype)).float()
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path,
-        dtype: torch.dtype = torch.float32,
-        compute_dtype: torch.dtype | None = None,
-        device: str = "cpu",
-        kernels: Kernels | None = None,
-    ) -> "LLM":
-        """Loads a Qwen2.5, Qwen3 or Llama checkpoint, single-file or sharded. Raises UserError."""
-        directory = fetch(path_or_hub_id)
+    @staticmethod
+    def read_config(directory: Path) -> LLMConfig:
         where, generation = directory / "config.json", directory / "generation_config.json"
-        with one_line_errors(where, COPY_CONFIG):
-            end_tokens = read_json(generation) if generation.exists() else None
-            config = LLMConfig.from_dict(read_json(where), where, end_tokens)
+        end_tokens = read_json(generation) if generation.exists() else None
+        config = LLMConfig.from_dict(read_json(where), where, end_tokens)
         if config.tie_word_embeddings:
             check_tied(directory)
-        build = partial(cls, config, compute_dtype or dtype, kernels or default_kernels(device))
-        return load_weights(build, directory, partial(llm_key, config), dtype, device)
+        return config
+
+    @staticmethod
+    def module_key(config: LLMConfig, key: str) -> str | None:
+        # Without tables of RoPE, and the copy of a tied head.
+        tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
+        return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
 
     def save_pretrained(self, directory: str | Path) -> None:
         save_weights(directory, asdict(self.config), self.state_dict(), self.config.eos_token_id)
@@ -1218,35 +1248,10 @@ def fast_dtype(directory: Path, device: str) -> torch.dtype:
     return torch.bfloat16 if device != "cpu" or fast_cpu else torch.float32
 
 
-ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
-
-
-def encoder_key(config: EncoderConfig, key: str) -> str | None:
-    """Our name of a tensor of a w2v-BERT checkpoint or a fine-tune of it; None if not needed."""
-    key = key.removeprefix("wav2vec2_bert.")
-    masks = config.mask_time_prob > 0 or config.mask_feature_prob > 0
-    unused = key == "masked_spec_embed" and not masks
-    return None if unused or key.startswith(ENCODER_KEYS_LEFT_OUT) else key
-
-
-def llm_key(config: LLMConfig, key: str) -> str | None:
-    """Our name of an LLM checkpoint's tensor; None for RoPE tables and the copy of a tied head."""
-    tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
-    return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
-
-
-def load_weights(
-    build: partial, directory: Path, rename: Callable, dtype: torch.dtype, device: str
-) -> nn.Module:
-    """The module that build() gives, with its weights read from the directory, in eval mode. rename
-    gives the module's name of a checkpoint's tensor, or None to leave it out.
-
-    Tensors already in `dtype` stay memory-mapped; others are converted in blocks of 64 MB, so that
-    loading needs hardly more memory than the weights. Raises UserError that lists missing,
-    unexpected and mis-shaped tensors, ValueError for another dtype than float32 and bfloat16."""
-    config, compute_dtype, *_ = build.args
-    if {dtype, compute_dtype} - {torch.float32, torch.bfloat16}:
-        raise ValueError(f"found {dtype}, {compute_dtype}, expected torch.float32 or bfloat16")
+def read_state(directory: Path, rename: Callable, dtype: torch.dtype, device: str) -> dict:
+    """The tensors of a checkpoint by the names that rename(key) gives, but for those where it gives
+    None. Tensors already in `dtype` stay memory-mapped; others are converted in blocks of 64 MB, so
+    that loading needs hardly more memory than the weights. Raises UserError."""
     device = str(torch.empty(0, device=device).device)  # "cuda" alone would be GPU 0
     state = {}
     for path in weight_files(directory):
@@ -1257,16 +1262,7 @@ def load_weights(
                     raise ValueError(f"{key} is there twice")
                 if name is not None:
                     state[name] = read_tensor(path, key, dtype, device)
-    with one_line_errors(directory, "the weights and config.json are of different models"):
-        if config.num_hidden_layers > len(state):  # before so many layers are built
-            raise ValueError(f"{len(state)} tensors for {config.num_hidden_layers} layers")
-        with torch.device("meta"):
-            model = build()
-        try:
-            model.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as error:
-            raise ValueError(" ".join(str(error).split())[:1500]) from error
-    return model.eval()
+    return state
 
 
 def read_tensor(path: Path, key: str, dtype: torch.dtype, device: str) -> Tensor:

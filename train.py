@@ -240,7 +240,7 @@ def resolve_phase(cfg: TrainConfig) -> tuple[TrainConfig, dict[str, float], tupl
 # --- Model and optimizer
 
 
-def compiler_found() -> bool:
+def can_compile() -> bool:
     """Whether layers can be compiled where a GPU trains. If not, that is said."""
     from torch.utils._triton import has_triton
 
@@ -311,7 +311,7 @@ def build(cfg: TrainConfig, rates: dict[str, float]):
         compute = getattr(torch, cfg.precision)
     # Low-rank updates leave the LLM's own weights alone, so these need not be float32.
     float32 = set(rates) - ({"llm"} if cfg.lora_rank else set())
-    compiled = cfg.device == "cuda" and not cfg.fsdp and compiler_found()
+    compiled = cfg.device == "cuda" and not cfg.fsdp and can_compile()
     kernels = training_kernels(cfg.device, cfg.checkpointing, compiled)
     model = SpeechLM.from_parts(
         cfg.encoder, cfg.llm, compute, compute, cfg.device, float32, kernels, **adapter

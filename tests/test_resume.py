@@ -153,16 +153,16 @@ def wait_for_lines(process, path, count):
 
 def test_killed_and_resumed_equals_uninterrupted(tiny_project, tmp_path):
     """kill -9 in the middle, twice."""
-    options = {"steps": 60, "eval_every": 10, "eval_rows": 2}
+    options = {"steps": 40, "eval_every": 10, "eval_rows": 2, "eval_clips": 0}
     train.main(arguments(tiny_project, tmp_path / "a", **options))
     out = tmp_path / "b"
-    for lines in (15, 40):
+    for lines in (13, 28):
         run = program(arguments(tiny_project, out, resume=True, **options))
         wait_for_lines(run, out / "align.jsonl", lines)
         run.send_signal(signal.SIGKILL)
         run.communicate()
         assert run.returncode == -signal.SIGKILL
-        assert 0 < saved(out)["step"] < 60  # complete at any moment
+        assert 0 < saved(out)["step"] < 40  # complete at any moment
     train.main(arguments(tiny_project, out, resume=True, **options))
     assert_same_run(tmp_path / "a", out)
 

@@ -4,8 +4,9 @@
 
 trains a tiny run that is left alone. Then the same run is killed, with its loader's processes,
 again and again, each time at a moment between its start and 1.5 times the time to its first save.
-Every second kill then waits for the next save and hits it. After every kill each checkpoint that is there
-must be complete, and in the end log and weights must be those of the run left alone, bit for bit.
+Every second kill then waits for the next save and hits it. After every kill each checkpoint that is
+there must be complete, and in the end log and weights must be those of the run left alone, bit for
+bit.
 """
 
 import argparse

@@ -24,10 +24,10 @@ from extras.report import fill_template  # noqa: E402
 
 CLIPS = 300  # of the items' audio that are in the page
 WORDS = {
-    "en": "the red bird sleeps behind house every morning and Anna travels to Venice by train".split(),
-    "de": "der rote Vogel schläft hinter dem Haus jeden Morgen und Anna fährt nach Venedig".split(),
-    "it": "l'uccello rosso dorme dietro la casa ogni mattina e Anna va a Venezia in treno".split(),
-    "zh": list("红色的鸟每天早上在房子后面睡觉安娜坐火车去威尼斯"),
+    "en": "the red bird sleeps behind house every morning and Anna travels to Venice by train",
+    "de": "der rote Vogel schläft hinter dem Haus jeden Morgen und Anna fährt nach Venedig",
+    "it": "l'uccello rosso dorme dietro la casa ogni mattina e Anna va a Venezia in treno",
+    "zh": "红色的鸟每天早上在房子后面睡觉安娜坐火车去威尼斯",
 }
 HOSTILE = [
     "<script>hacked = 1</script>",
@@ -77,7 +77,8 @@ def make_items(count: int) -> list[dict]:
     for n in range(count):
         task, language = kinds[n % 5]
         space = "" if language == "zh" else " "
-        words = random.choice(WORDS[language], random.integers(6, 20))
+        sentence = list(WORDS["zh"]) if language == "zh" else WORDS[language].split()
+        words = random.choice(sentence, random.integers(6, 20))
         right = [word for word in words if n % 3 == 0 or random.random() > 0.1]
         hostile = HOSTILE[n // 10 % len(HOSTILE)]
         reference, hypothesis = space.join(words), space.join(right)
