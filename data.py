@@ -197,7 +197,7 @@ def open_sound(path: str | Path) -> Iterator[soundfile.SoundFile]:
             yield sound
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=None)
 def tar_members(shard: str) -> dict[str, tuple[int, int]]:
     """{name: (offset, size)} of the files in an uncompressed tar. Raises AudioError."""
     members = {}
@@ -519,7 +519,8 @@ def accepted(licence: str, allowed: tuple[str, ...] = ()) -> bool:
     or one that is named in `allowed`. Of "A AND B" both must be accepted, of "A OR B" one."""
     if licence in allowed:
         return True
-    for choice in licence.strip("() ").split(" OR "):
+    licence = licence.strip("() ")
+    for choice in licence.split(" OR ") if "(" not in licence else []:
         parts = [part.strip() for part in choice.split(" AND ")]
         if all(FREE.fullmatch(part) or part in allowed for part in parts):
             return True

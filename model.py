@@ -94,7 +94,7 @@ def expect(raw: dict, where: object, **allowed: list) -> None:
         if value is not None and value not in values:
             raise UserError(
                 f"{where}: {name} is {reprlib.repr(value)}, expected "
-                f"{' or '.join(map(repr, values))}; choose another checkpoint"
+                f"{' or '.join(map(repr, values)) or 'none'}; choose another checkpoint"
             )
 
 
@@ -369,7 +369,7 @@ class Pretrained(nn.Module):
             try:
                 model.load_state_dict(state, strict=True, assign=True)
             except RuntimeError as error:
-                raise ValueError(" ".join(str(error).split())) from error
+                raise ValueError(" ".join(str(error).split())[:1500]) from error
         return model.eval()
 
 

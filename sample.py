@@ -452,10 +452,14 @@ def answer_examples(
     if live is None:
         requests.sort(key=lambda request: -len(request.audio))
     answers: list[dict[int, Answer]] = [{} for _ in examples]
-    sizes = [(len(request.ids), 1, request) for request in requests]
+    sizes = []
+    for request in requests:
+        # One that leaves its answer less room than asked for is alone, not to cut other answers.
+        short = len(request.ids) + max_new_tokens > model.llm.config.max_position_embeddings
+        sizes.append((len(request.ids), batch_size if short else 1, request))
     for batch in data.cut_batches(sizes, BATCH_POSITIONS, batch_size):
-        streams = live is not None and options.get("num_beams", 1) == 1
-        if weigh and examples[batch[0].example]["task"] == "sqa":
+        streams = live is not None and batch[0].example == 0 and options.get("num_beams", 1) == 1
+        if weigh and examples[0]["task"] == "sqa":
             streams = False  # its first answer may not be the last word
         more = {"max_new_tokens": max_new_tokens, "stop_loops": True, **options}
         more["on_token"] = live.add if streams else None
@@ -553,7 +557,7 @@ def weigh_answer(llm, tokenizer, language, instruction, output, refuse_above, pr
     ids, lengths = pack([instruction + candidate for candidate in candidates], device)
     answer_lengths = [len(candidate) for candidate in candidates]
     scores = score(llm, ids, lengths, answer_lengths, prefix, [0] * len(candidates))
-    margin = (scores[1:].logsumexp(0) - scores[0]).item()
+    margin = (scores[1:].max() - scores[0]).item()
     other = tokenizer.decode(output).strip()
     if refuse_above is not None:
         text = refusals[scores[1:].argmax()] if margin > refuse_above else other
@@ -639,7 +643,8 @@ def ask(model, tokenizer, checkpoint, recording, instruction, task=None, **optio
     example = {"instruction": instruction, "task": task, "target_language": None}
     if checkpoint["config"]["phase"] == "align" and task != "asr":
         warn("this checkpoint was trained on transcribing only (phase align); trying")
-    refuse_above = checkpoint.get("refuse_above")
+    is_question = data.task_of(instruction) == "sqa"
+    refuse_above = checkpoint.get("refuse_above") if is_question else None
     (answer,) = answer_examples(model, tokenizer, [example], [recording], refuse_above, **options)
     if isinstance(answer, data.AudioError):
         raise answer

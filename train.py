@@ -113,7 +113,7 @@ class TrainConfig:
     weight_decay: float = option(0.01, "Of matrices; norms and biases have none.")
     clip: float = option(1.0, "Largest gradient norm.", low=1e-9)
     lora_rank: int = option(0, "Train the LLM by low-rank updates of this rank; 0: all of it.")
-    lora_alpha: float = option(32.0, "Their scale, times the rank.")
+    lora_alpha: float = option(32.0, "Their sum is scaled by this / rank.")
     lora_targets: list[str] = option(LINEAR, "Layers of the LLM that they are added to.")
 
     batch_frames: int | None = option(None, "20 ms frames in a batch, of which each rank has one.")
@@ -162,7 +162,7 @@ DEMO_PHASES = {  # for the tiny models and the corpus of demo/
 }
 
 # Every other option must stay for a run to be resumed.
-MAY_CHANGE = ("resume", "dry_run", "out", "device", "workers", "fsdp")
+MAY_CHANGE = ("resume", "dry_run", "out", "device", "workers", "fsdp", "checkpointing")
 CURVES = [  # panels of the picture
     {"loss": "gray", "dev_loss": "royalblue", "shuffled_loss": "chocolate"},
     {
@@ -177,9 +177,7 @@ CURVES = [  # panels of the picture
 
 def parse(argv: list[str] | None) -> TrainConfig:
     """The TrainConfig of a command line. Exits with code 2 on an unknown option or value."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(formatter_class=formatter, allow_abbrev=False)
-    parser.description = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     group = parser
     for f in fields(TrainConfig):
         if f.name in GROUPS:
@@ -192,7 +190,10 @@ def parse(argv: list[str] | None) -> TrainConfig:
             more = {"nargs": "+"}
         default = f.default_factory() if f.type == list[str] else f.default
         name = "--" + f.name.replace("_", "-")
-        group.add_argument(name, default=default, help=f.metadata["help"], **more)
+        text = (
+            f"{f.metadata['help']} Default: {'the phase has it' if default is None else default}."
+        )
+        group.add_argument(name, default=default, help=text.replace("%", "%%"), **more)
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
     problem = misuse(cfg)
     if problem:
@@ -206,8 +207,8 @@ def misuse(cfg: TrainConfig) -> str | None:
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
             return f"--{f.name.replace('_', '-')} is {value}, expected {low} to {high}"
-    if cfg.lora_rank and "llm" not in PHASES[cfg.phase].rates:
-        return "--lora-rank is for phase ift, in which the LLM is trained"
+    if cfg.phase == "align" and (cfg.encoder_lr or cfg.llm_lr or cfg.lora_rank):
+        return "--encoder-lr, --llm-lr and --lora-rank are for phase ift, which trains these parts"
     if set(cfg.lora_targets) - set(LINEAR):
         return f"--lora-targets are some of {' '.join(LINEAR)}"
     if cfg.fsdp and "LOCAL_RANK" not in os.environ:
@@ -696,12 +697,16 @@ def open_run(cfg: TrainConfig) -> Run:
     size = lru_cache(2 * data.POOL)(examples.size)
     run = Run(cfg, rates, tasks, mixture, model, bases, examples, hours, size)
 
+    if cfg.init and Path(cfg.init).resolve() == run.path(".pt").resolve():
+        raise UserError(f"{cfg.init} is what this run would replace; give another --out")
     resumed = None
     if gather(cfg.resume and run.path(".resume.pt").exists())[0]:
         resumed = read_resume(run)
         run.state = RunState(**resumed["state"])
     elif not cfg.init:
         start_adapter(run)
+    if cfg.resume and not resumed:
+        print(f"{run.path('.resume.pt')}: not there, so the run starts from its beginning")
     run.net = distribute(model, cfg)
     groups = parameter_groups(model, rates, cfg.weight_decay)
     run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
@@ -730,8 +735,8 @@ def start_files(run: Run, resumed: bool) -> None:
         if path.exists():
             data.write_text(path, "".join(lines))
     data.write_text(Path(run.cfg.out) / "config.json", json.dumps(asdict(run.cfg), indent=2))
-    if not resumed:
-        run.path(".resume.pt").unlink(missing_ok=True)
+    if not resumed and run.path(".resume.pt").exists():
+        os.replace(run.path(".resume.pt"), run.path(".resume.old.pt"))
 
 
 def run_schedule(run: Run) -> Iterator[tuple[dict, list]]:
@@ -1123,7 +1128,7 @@ def main(argv: list[str] | None = None) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
         except KeyboardInterrupt:
-            print(f"train.py: stopped; {RESUME}" if not cfg.dry_run else "", file=sys.stderr)
+            print("train.py: stopped; what was saved is intact, --resume goes on", file=sys.stderr)
             sys.exit(128 + (stop.signal or signal.SIGINT))
         except OSError as error:
             place = f"{error.filename or cfg.out}: {error.strerror}"

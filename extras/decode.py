@@ -72,7 +72,7 @@ class FastDecode:
         if not ids.is_cuda:
             return step(llm, ids, positions, cache, cache.size)
         # What a step sets up when it first runs cannot be recorded: its second run is.
-        key = (step, len(ids), *(x.data_ptr() for x in [*cache.keys, *cache.values]))
+        key = (step, len(ids), cache.size, *(x.data_ptr() for x in [*cache.keys, *cache.values]))
         if self.recording is None or self.recording.key != key:
             self.recording = Recording(key)
             return step(llm, ids, positions, cache, cache.size)

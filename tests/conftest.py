@@ -77,8 +77,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-# ------------------------------------------------------------------------------
-# Models
+# --- Models
 
 
 def randomise(module, seed=0):
@@ -124,8 +123,7 @@ def tiny_speech_lm(family="qwen2", kernels=model.Kernels(), **llm_config):  # no
     return randomise(model.SpeechLM(tiny_encoder(kernels), adapter, llm))
 
 
-# ------------------------------------------------------------------------------
-# Batches
+# --- Batches
 
 
 def packed(x, lengths):
@@ -178,8 +176,7 @@ def move(batch, device):
     return [x.to(device) if isinstance(x, torch.Tensor) else x for x in batch]
 
 
-# ------------------------------------------------------------------------------
-# What is checked
+# --- What is checked
 
 
 def relative_error(ours, theirs):
@@ -217,8 +214,7 @@ def refused(message, call, *args, kind=model.UserError):
     return text
 
 
-# ------------------------------------------------------------------------------
-# A project on disk
+# --- A project on disk
 
 
 @pytest.fixture(scope="session")

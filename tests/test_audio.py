@@ -264,7 +264,7 @@ def test_what_is_no_file_is_refused(tmp_path):
 )
 def test_what_is_no_audio_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    remedy = "expected intact audio such as wav, flac, ogg or mp3; copy or download it again"
+    remedy = "expected audio such as wav, flac, ogg; copy or download it again"
     refuses(tmp_path / name, f"{name}: {message}.*, {remedy}")
 
 
@@ -272,7 +272,7 @@ def test_too_few_samples_are_refused(tmp_path):
     path = tmp_path / "x.wav"
     for samples, message in ((0, "no samples"), (80, "5.0 ms of audio"), (559, "34.9 ms of audio")):
         soundfile.write(path, np.zeros(samples), RATE)
-        refuses(path, f"found {message}, expected at least 35 ms.*; leave the file out")
+        refuses(path, f"found {message}, expected at least 35 ms; leave .* out")
     for samples, rate in ((560, 16000), (1679, 48000)):
         soundfile.write(path, np.zeros(samples), rate)
         assert len(load_audio(path)) == 560
@@ -283,13 +283,13 @@ def test_nan_and_inf_are_refused(tmp_path):
     x[4000:4010] = np.nan
     x[9000] = np.inf
     soundfile.write(tmp_path / "x.wav", x, RATE, subtype="FLOAT")
-    refuses(tmp_path / "x.wav", "found 11 NaN or inf samples, the first at 0.250 s")
+    refuses(tmp_path / "x.wav", "found NaN or inf at 0.250 s, expected finite samples")
 
 
 def test_impossible_rates_are_refused(tmp_path):
     for rate in (10, 400000):
         soundfile.write(tmp_path / "x.wav", np.zeros(1000), rate)
-        refuses(tmp_path / "x.wav", f"found a sample rate of {rate} Hz, expected 1000 to 200000")
+        refuses(tmp_path / "x.wav", f"found {rate} Hz, expected 1000 to 200000 Hz; convert it")
 
 
 @pytest.mark.parametrize(

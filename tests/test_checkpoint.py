@@ -37,8 +37,7 @@ def parts(tmp_path, tiny_project):
     return change
 
 
-# ------------------------------------------------------------------------------
-# Saving and loading
+# --- Saving and loading
 
 
 @torch.no_grad()
@@ -162,7 +161,8 @@ def test_hub_id_from_the_local_cache(tmp_path):
     assert error.startswith("a/b (of the Hub): ") and "HF_HUB_OFFLINE" in error
 
 
-def test_names_of_models_are_no_paths():
+def test_names_of_models_are_no_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name in ("../../x", "a/b/../../c", "x" * 1000, "a\0b", "\x1b[2J/x", "no/such/dir"):
         refused("no such directory; give the directory of a checkpoint", model.fetch, name)
 
@@ -209,14 +209,14 @@ LLM_CONFIGS = [
     (dict(hidden_act="gelu"), "hidden_act is 'gelu', expected 'silu'"),
     (dict(num_experts=60), "num_experts is 60, expected 0"),
     (dict(quantization_config=dict(bits=4)), "quantization_config is {'bits': 4}"),
-    (dict(use_sliding_window=True, max_window_layers=1), "sliding-window attention is in use"),
-    (dict(layer_types=["sliding_attention"] * 3), "sliding-window attention is in use"),
-    (dict(rope_theta=0), "rope_theta of the RoPE is 0, expected a positive"),
+    (dict(use_sliding_window=True, max_window_layers=1), "use_sliding_window is True, expected"),
+    (dict(layer_types=["sliding_attention"] * 3), "layer_types is 'sliding_attention', expected"),
+    (dict(rope_theta=0), "rope_theta is 0, expected a positive number"),
     (dict(rope_theta=10**400), "config.json: "),
-    (dict(rope_scaling=dict(rope_type="llama3", factor=8)), "low_freq_factor of the RoPE is None"),
+    (dict(rope_scaling=dict(rope_type="llama3", factor=8)), "low_freq_factor is None, expected"),
     (dict(rope_scaling=dict(type="yarn")), "rope_type is 'yarn', expected 'default' or 'llama3'"),
     (dict(rope_parameters=dict(rope_type="linear")), "rope_type is 'linear'"),
-    (dict(eos_token_id=[-1]), r"eos_token_id is \[-1\], expected integers below the vocab_size"),
+    (dict(eos_token_id=[-1]), r"eos_token_id is \[-1\], expected integers below"),
 ]
 ENCODER_CONFIGS = [
     (dict(model_type=...), "model_type is '', expected 'wav2vec2-bert'"),
@@ -244,10 +244,10 @@ JUNK = [-1, 10**12, -1e300, float("inf"), True, "\x1b[2J", [[[]]], {}, {"a": [No
 @pytest.mark.parametrize("name, build", [("llm", LLM), ("encoder", SpeechEncoder)])
 def test_no_value_of_a_config_gives_another_error(parts, name, build):
     fields = json.loads((parts(name) / "config.json").read_text())
-    for field in [*fields, "layer_types", "rope_parameters", "max_window_layers", "num_experts"]:
+    for field in [*fields, "layer_types", "rope_parameters", "use_sliding_window"]:
         for value in JUNK:
             try:
-                build.from_pretrained(parts(name, use_sliding_window=True, **{field: value}))
+                build.from_pretrained(parts(name, **{field: value}))
             except UserError as error:
                 assert "\n" not in str(error) and "config.json" in str(error), (field, value)
 
@@ -276,7 +276,7 @@ def test_weights_that_are_torn_or_missing(parts):
     weights.unlink()
     refused("found no weights, expected model.safetensors", LLM.from_pretrained, directory)
     torch.save({}, directory / "pytorch_model.bin")
-    refused("found pytorch_model.bin, .* not opened", LLM.from_pretrained, directory)
+    refused("found pytorch_model.bin, expected model.safetensors", LLM.from_pretrained, directory)
     for files in ({}, [], {"a": 5}, {"a": "../no"}, {"a": "\x1b[2J"}, {"a": "x" * 400}):
         index.write_text(json.dumps({"weight_map": files}))
         refused("index.json: ", LLM.from_pretrained, directory)
@@ -333,7 +333,7 @@ def test_tokenizers(parts):
 
     vocabulary = raw["model"]["vocab"] | {"zzz": 10**6}
     path.write_text(json.dumps(raw | {"model": raw["model"] | {"vocab": vocabulary}}))
-    message = "has tokens up to 1000000, .* vocab_size of config.json, 276"
+    message = "has tokens up to 1000000, .*276"
     refused(message, model.load_tokenizer, path.parent)
     for content in (b"[" * 10**6, b"{}", b"", b"\xff" * 100, b'{"version": "1.0", "model": 5}'):
         path.write_bytes(content)
@@ -342,8 +342,7 @@ def test_tokenizers(parts):
     refused("tokenizer.json: No such file", model.load_tokenizer, path.parent)
 
 
-# ------------------------------------------------------------------------------
-# Checkpoints of this project
+# --- Checkpoints of this project
 
 
 @pytest.fixture
@@ -421,8 +420,7 @@ def test_checkpoints_that_do_not_fit(trained, changes, message):
     refused(message, model.restore, build(bases), checkpoint | changes, bases, path)
 
 
-# ------------------------------------------------------------------------------
-# What is printed
+# --- What is printed
 
 TERMINAL = "\x1b]0;owned\x07\x1b[2J\u202etxt.exe\x9b31m"  # sets the title, clears the screen
 

@@ -212,7 +212,7 @@ def test_texts_of_test_only_corpora_are_refused_by_their_hashes(tmp_path):
         {"task": "sqa", "question": secret, "text": "Yes."},
     ]
     for fields in protected:
-        refused("m.jsonl line 7: '.*' is a text of a test-only corpus", lambda x=fields: check(**x))
+        refused("m.jsonl line 7: '.*' is of a test-only corpus", lambda x=fields: check(**x))
     check(text="We present a corpus.")
     check(text="one two")  # too short to tell where it is from
     check(task="sqa", question="What is it?", text=secret)
@@ -278,7 +278,7 @@ UNFIT = [
     ({"licence": "CC-BY-NC-4.0"}, LICENCE.format("tones", "CC-BY-NC-4.0", "CC-BY-NC-4.0")),
     ({"licence": None}, LICENCE.format("tones", "unknown", "unknown")),
     ({"sources": [["tones", "MIT"], SQUAD]}, LICENCE.format(*SQUAD, "CC-BY-SA-4.0")),
-    ({"test_only": True}, "the corpus 'tones' is for testing only; leave it out"),
+    ({"test_only": True}, "the corpus 'tones' is for testing only; leave the row out"),
     (FRENCH, "demo/instructions.json has no wording for the language 'fr'; add it there"),
 ]
 
@@ -482,7 +482,7 @@ def test_grammar():
     assert list(LANGUAGES) == list(data.REFUSALS) == ["en", "de", "it", "zh"]
     for split in ("train", "dev", "test"):
         rng = random.Random(split)
-        for _ in range(200):
+        for _ in range(100):
             sentence, facts, traps = example(rng, split)
             assert split_of(sentence[0]) == split and len(facts) >= 2 and traps
             check_texts([sentence, *traps, *itertools.chain(*facts)])

@@ -2,9 +2,7 @@
 launch of ranks costs seconds, so that one launch makes all runs that need two of them, and another
 loses a rank."""
 
-import itertools
 import json
-import math
 import os
 import shutil
 import signal
@@ -22,55 +20,8 @@ sys.path.insert(0, str(ROOT))
 from test_train import EVERYTHING, arguments, log, read_rows, refused, saved, write_rows  # noqa: E402
 
 import train  # noqa: E402
-from data import schedule  # noqa: E402
 
 SHARDED = {"accumulate": 2, "fsdp": True, "checkpointing": True}
-
-
-# ------------------------------------------------------------------------------
-# Without ranks
-
-
-def batches_of_ranks(monkeypatch, order, size, count, total):
-    """What each of `count` ranks gets in five steps of `total` batches over all of them."""
-    shares = []
-    each = 5 * math.ceil(total / count)
-    monkeypatch.setattr(train, "world", lambda: count)
-    for r in range(count):
-        monkeypatch.setattr(train, "rank", lambda r=r: r)
-        batches = train.rank_batches(order(), size, total)
-        shares.append(list(itertools.islice(batches, each)))
-    return shares
-
-
-@pytest.mark.parametrize("count, total", [(1, 4), (2, 4), (4, 16), (2, 3), (3, 4), (3, 2)])
-def test_every_batch_of_a_step_goes_to_one_rank(monkeypatch, count, total):
-    lengths = np.random.default_rng(0).lognormal(5, 1, 400).clip(10, 1500).astype(int).tolist()
-
-    def size(m, i, turn):
-        return lengths[i], 5
-
-    def cost(batch):
-        return sum(lengths[i] + 5 for _, i, _ in batch)
-
-    def order():
-        return schedule([lengths], [1], size, 1500, 10**6, 0)
-
-    shares = batches_of_ranks(monkeypatch, order, size, count, total)
-    each = math.ceil(total / count)
-    scheduled = order()
-    for first in range(0, 5 * each, each):
-        step = list(itertools.islice(scheduled, total))
-        parts = [share[first : first + each] for share in shares]
-        # Where the batches do not suffice, a rank gets an empty one.
-        drawn = [scheduled for part in parts for scheduled in part if scheduled[1]]
-        assert sorted(map(str, drawn)) == sorted(map(str, step))
-        assert count > 1 or drawn == step
-        # After the step every rank knows the same place in the schedule.
-        places = [position for part in parts for position, _ in part]
-        assert max(places, key=lambda place: (place["pool"], place["batch"])) == step[-1][0]
-        costs = [sum(cost(batch) for _, batch in part) for part in parts]
-        assert max(costs) - min(costs) <= max(cost(batch) for _, batch in step)
 
 
 # ------------------------------------------------------------------------------
@@ -85,6 +36,8 @@ def job(project, work, name, origin=None, at=None, sent=None, **options):
         "data": work / "train.jsonl",
         "steps": 4,
         "eval_every": 2,
+        "eval_rows": 2,
+        "eval_clips": 0,
         "batch_frames": 100,
         **EVERYTHING,
     }
@@ -96,7 +49,7 @@ def job(project, work, name, origin=None, at=None, sent=None, **options):
 def run(job):
     """Does a job in this process, which may be a rank."""
     if job["origin"] and int(os.environ.get("RANK", 0)) == 0:
-        shutil.copytree(job["origin"], job["out"])
+        shutil.copytree(job["origin"], job["out"], dirs_exist_ok=True)
     step, destroy, calls = torch.optim.AdamW.step, torch.distributed.destroy_process_group, []
 
     def signalled(*args):
@@ -161,8 +114,6 @@ def work(tiny_project, tmp_path_factory):
     half = {"at": 2, "sent": signal.SIGTERM}
     run(make("four", accumulate=4))
     run(make("four-half", accumulate=4, **half))
-    run(make("three", accumulate=3))
-    run(make("three-half", accumulate=3, **half))
     run(make("align", phase="align", cache_gb=2, encoder_lr=False, llm_lr=False))
     jobs = [
         make("ddp", accumulate=2),
@@ -172,7 +123,7 @@ def work(tiny_project, tmp_path_factory):
         make("fsdp", **SHARDED),
         make("fsdp-half", **SHARDED, **half),
         make("fsdp-fsdp", "fsdp-half", **SHARDED),
-        make("three-fsdp", "three-half", accumulate=3, fsdp=True),
+        make("four-fsdp", "four-half", accumulate=2, fsdp=True),
         make("align-ddp", phase="align", cache_gb=2, encoder_lr=False, llm_lr=False),
     ]
     code, output = run_on_two_ranks(work, jobs)
@@ -182,34 +133,23 @@ def work(tiny_project, tmp_path_factory):
     return work
 
 
-@pytest.mark.parametrize(
-    "name, same",
-    [
-        ("ddp", "four"),
-        ("fsdp", "four"),
-        ("four-ddp", "four"),
-        ("ddp-one", "four"),
-        ("fsdp-one", "four"),
-        ("three-fsdp", "three"),
-    ],
-)
-def test_ranks_do_what_one_process_does(work, name, same):
-    """Also when a run goes on with other ranks, or with a number of them that does not divide the
-    batches of a step (three)."""
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "four-ddp", "four-fsdp", "ddp-one", "fsdp-one"])
+def test_ranks_do_what_one_process_does(work, name):
+    """Also when a run goes on with another number of ranks."""
     assert len(figures(work / name)) == 4
-    assert np.allclose(figures(work / name), figures(work / same), rtol=1e-5, atol=0)
-    weights, expected = (saved(work / out, "ift.pt")["model"] for out in (name, same))
+    assert np.allclose(figures(work / name), figures(work / "four"), rtol=1e-5, atol=0)
+    weights, expected = (saved(work / out, "ift.pt")["model"] for out in (name, "four"))
     assert list(weights) == list(expected)
     for part, tensor in weights.items():
         assert type(tensor) is torch.Tensor
         # A bias of the keys has no effect: its gradient is rounding, of which AdamW makes steps.
         idle = part.endswith(("linear_k.bias", "k_proj.bias"))
         assert idle or torch.allclose(tensor, expected[part], atol=1e-4), part
-    resumes = [saved(work / out, "ift.resume.pt") for out in (name, same)]
+    resumes = [saved(work / out, "ift.resume.pt") for out in (name, "four")]
     assert list(resumes[0]) == list(resumes[1])
     assert resumes[0]["state"] == resumes[1]["state"] and resumes[0]["state"]["bad"]
     assert sorted(path.name for path in (work / name).iterdir()) == sorted(
-        path.name for path in (work / same).iterdir()
+        path.name for path in (work / "four").iterdir()
     )
 
 
@@ -235,19 +175,34 @@ def test_ranks_share_the_work_of_the_encoder_cache(work):
 
 
 def test_another_number_of_batches_a_step_is_refused(work, tiny_project):
-    made = job(tiny_project, work, "three-half", "three-half", accumulate=2)
-    refused(made["argv"], "had 3 batches a step over all ranks, found 2; change --accumulate")
+    made = job(tiny_project, work, "ddp-half", "ddp-half", accumulate=3)
+    refused(made["argv"], "ddp-half.ift.resume.pt: .*(accumulate|batches a step)")
 
 
 def test_a_lost_rank_ends_the_run_and_nothing_is_lost(work, tiny_project):
-    lost = job(tiny_project, work, "lost", at=3, sent=signal.SIGKILL, **SHARDED)
+    lost = job(tiny_project, work, "lost", at=3, sent=signal.SIGKILL, accumulate=2)
     code, output = run_on_two_ranks(work, [lost])
     assert code == 1 and "Signal 9 (SIGKILL) received" in output
     # Rank 0 says so in one line, if torchrun has not ended it before.
     assert output.count("lost another rank") <= 1 and "[rank0]" not in output, output
     assert saved(work / "lost", "ift.resume.pt")["step"] == 2
-    run(job(tiny_project, work, "found", "lost", accumulate=4, checkpointing=True))
-    assert np.allclose(figures(work / "found"), figures(work / "four"), rtol=1e-5, atol=0)
+    run(job(tiny_project, work, "mended", "lost", accumulate=4))
+    assert np.allclose(figures(work / "mended"), figures(work / "four"), rtol=1e-5, atol=0)
+
+
+def test_a_rank_that_lets_the_first_one_speak_ends_quietly(tiny_project, tmp_path):
+    """What is wrong for all ranks is told once; torchrun then ends the others."""
+    argv = arguments(tiny_project, tmp_path, data=tmp_path / "none.jsonl")
+    code = """if True:
+        import os, signal, sys, time, train
+        train.join_ranks = lambda device: None
+        time.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGTERM)
+        train.main(sys.argv[1:])"""
+    environment = dict(os.environ, OMP_NUM_THREADS="1", LOCAL_RANK="1")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert done.returncode == -signal.SIGTERM and not done.stderr, done.stderr
 
 
 def main(path):

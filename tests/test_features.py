@@ -132,5 +132,5 @@ def test_fbank_on_cuda(monkeypatch):
     ],
 )
 def test_fbank_refuses(wave, message):
-    expected = rf"wave 1: found {message}, expected \(N,\) floating point samples, N >= 560"
+    expected = rf"wave 1: found {message}, expected \(N,\) float, N >= 560"
     refused(expected, fbank, [torch.zeros(RATE), wave], kind=AudioError)

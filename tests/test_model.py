@@ -43,8 +43,7 @@ def kernels(request):
     return KERNELS[request.param]
 
 
-# ------------------------------------------------------------------------------
-# The same results as transformers
+# --- The same results as transformers
 
 
 @torch.no_grad()
@@ -240,8 +239,7 @@ def test_equals_the_reference_where_it_has_no_holes():
     assert (loss - dropped).item() == pytest.approx(first.item(), rel=1e-3)
 
 
-# ------------------------------------------------------------------------------
-# Attention and convolution
+# --- Attention and convolution
 
 
 @pytest.mark.parametrize("left, right", [(64, 8), (12, 3), (0, 0), (0, 5), (7, 0)])
@@ -334,8 +332,7 @@ def test_extras_are_optional(monkeypatch):
     assert model.default_kernels("cuda:1").attend in (model.attend, model.attend_varlen)
 
 
-# ------------------------------------------------------------------------------
-# Packed batches
+# --- Packed batches
 
 
 @torch.no_grad()
@@ -439,8 +436,7 @@ def test_nothing_is_made_on_another_device():
     assert made.devices == {"meta"}
 
 
-# ------------------------------------------------------------------------------
-# Precision, and the compiler
+# --- Precision, and the compiler
 
 
 @torch.no_grad()
@@ -510,8 +506,7 @@ def test_compiled_training_step_equals_eager():
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-# ------------------------------------------------------------------------------
-# Loss, training, LoRA
+# --- Loss, training, LoRA
 
 
 def test_loss_makes_no_logits_for_all_positions(monkeypatch):

@@ -23,6 +23,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import conftest  # noqa: E402
+
 ENCODER = dict(
     hidden_size=1024,
     num_hidden_layers=24,
@@ -79,11 +81,9 @@ def with_layers(config: dict, layers: int) -> dict:
 
 def write(part: str, directory: Path, layers: int) -> None:
     """A checkpoint with random weights, as it would be published."""
-    from conftest import randomise
-
     peer, config = peer_class(part, layers)
     dtype = torch.float32 if part == "encoder" else torch.bfloat16
-    randomise(peer(config)).to(dtype).save_pretrained(directory)
+    conftest.randomise(peer(config)).to(dtype).save_pretrained(directory)
     if part == "llm":  # as the Hub has it, not as the installed transformers rewrites it
         text = json.dumps(with_layers(LLM, layers), indent=2)
         (directory / "config.json").write_text(text)

@@ -104,8 +104,12 @@ def main() -> None:
         assert not known & {wording for choices in by_language.values() for wording in choices}
     examples = draw_examples(args.clips)
     reworded = [variant for example in examples for variant in reword(example)]
-    right = sum(task_of(example["instruction"]) == example["task"] for example in reworded)
-    print(f"the wording alone tells the task of {100 * right / len(reworded):.1f} %")
+    right = 0
+    for example in reworded:
+        is_question = task_of(example["instruction"]) == "sqa"
+        right += is_question == (example["task"] == "sqa")
+    share = 100 * right / len(reworded)
+    print(f"the wording alone tells of {share:.1f} % whether they are questions")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name, rows in (("training", examples), ("held-out", reworded)):
         print(f"--- {name} wordings: {len(rows)} rows")

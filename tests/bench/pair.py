@@ -214,13 +214,13 @@ class Ours(nn.Module):
         return speech_lm
 
     def prepare(self, what: str) -> None:
-        from model import Kernels
-        from train import compiler_found, training_kernels
+        from model import PLAIN
+        from train import can_compile, training_kernels
 
-        compiled = self.device == "cuda" and self.side != "plain" and compiler_found()
+        compiled = self.device == "cuda" and self.side != "plain" and can_compile()
         kernels = training_kernels(self.device, "checkpointing" in what, compiled)
         if self.side == "plain":
-            kernels = replace(Kernels(), call_layer=kernels.call_layer)
+            kernels = replace(PLAIN, call_layer=kernels.call_layer)
         self.model = self.build(kernels)
         self.cached = "cached" in what
 

@@ -1,0 +1,1 @@
+"""Optional: what a run can do without. See README.md."""
