@@ -1,10 +1,7 @@
 """Follows an instruction about recordings: python sample.py audio.wav "Translate to German"
 
-Uses the newest of out/ift.pt and out/align.pt unless told otherwise, and prints the answer as it is
-made. Without an instruction it asks for one after another.
-
-As a library, in reading order: the LLM's cache, generation (greedy, sampling, beams), answers to
-instructions about recordings of any length.
+In reading order: the LLM's cache, generation (greedy, sampling, beams), answers to instructions
+about recordings of any length, the command, which prints an answer as it is made.
 """
 
 import argparse

@@ -190,10 +190,10 @@ def parse(argv: list[str] | None) -> TrainConfig:
             more = {"nargs": "+"}
         default = f.default_factory() if f.type == list[str] else f.default
         name = "--" + f.name.replace("_", "-")
-        text = (
-            f"{f.metadata['help']} Default: {'the phase has it' if default is None else default}."
-        )
-        group.add_argument(name, default=default, help=text.replace("%", "%%"), **more)
+        text = f.metadata["help"]
+        if default or default is None:
+            text += f" Default: {'of the phase' if default is None else default}."
+        group.add_argument(name, default=default, help=text, **more)
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
     problem = misuse(cfg)
     if problem:
