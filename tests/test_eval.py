@@ -97,10 +97,11 @@ def test_questions_are_scored_with_their_refusals():
     for language in REFUSALS:
         for refusal in REFUSALS.values():
             assert item_scores("sqa", language, "x", refusal)["refused"]
-    scores = {name: value for name, (value, *_) in corpus_scores(items)[0].items()}
+    scores, _ = corpus_scores(items)
+    assert all(low <= value <= high for value, low, high in scores.values())
     expected = {"exact match": 1 / 3, "F1": (1 + 0.8 + 0) / 3, "false refusals": 1 / 3}
     expected |= {"refusal precision": 2 / 3, "refusal recall": 2 / 3}
-    assert scores == pytest.approx(expected)
+    assert {name: value for name, (value, *_) in scores.items()} == pytest.approx(expected)
     assert "refusal precision" not in corpus_scores(items[:2])[0]
 
 
@@ -162,7 +163,7 @@ def test_the_threshold_of_refusing():
         return eval.refusal_threshold(examples[part], answers[part])
 
     assert threshold(slice(None)) == {"refuse_above": 1}  # 2 of 16 are above it
-    assert threshold(slice(13, None)) == {"refuse_above": 3}  # of three none may be lost
+    assert threshold(slice(10, None)) == {"refuse_above": 3}  # of six none may be lost
     assert threshold(slice(16)) == threshold(slice(16, None)) == threshold(slice(0)) == {}
     answers[18] = AudioError("")
     assert threshold(slice(None)) == {"refuse_above": 1} and threshold(slice(18, None)) == {}

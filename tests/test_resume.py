@@ -210,6 +210,7 @@ def test_a_loader_process_that_hangs_ends_the_run(monkeypatch, undisturbed, tiny
     start = time.time()
     refused(arguments(tiny_project, tmp_path, workers=1), "the loader failed .*timed out.*; what w")
     assert time.time() - start < 60
+    time.sleep(0.2)  # were the end of a loader an error, it would be raised here
 
 
 def killed():
@@ -228,6 +229,7 @@ def test_a_loader_process_that_dies_ends_the_run(monkeypatch, tiny_project, tmp_
     """As for want of memory, or because the manifest is gone."""
     patch_loader(monkeypatch, do)
     refused(arguments(tiny_project, tmp_path, workers=1), f"the loader failed .*{message}.*; what")
+    time.sleep(0.2)  # were the end of the others an error, it would be raised here
 
 
 # ------------------------------------------------------------------------------
@@ -255,24 +257,19 @@ def test_a_file_that_cannot_grow_ends_the_run(tiny_project, tmp_path, size, eval
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.pt"))
 
 
-def full(state, file):
-    file.write(b"half of it")
-    raise OSError(28, "No space left on device", "align.pt.tmp")
-
-
-def cut_off(state, file):
-    raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 1 vs 2")
-
-
-@pytest.mark.parametrize(
-    "save, message",
-    [(full, f"No space left on device; {RESUME}"), (cut_off, "align.pt: could not be written")],
-)
-def test_a_full_disk_keeps_the_last_checkpoint(monkeypatch, tiny_project, tmp_path, save, message):
+def test_a_full_disk_keeps_the_last_checkpoint(monkeypatch, tiny_project, tmp_path):
     train.main(arguments(tiny_project, tmp_path, steps=1))
     before = (tmp_path / "align.pt").read_bytes()
-    monkeypatch.setattr(torch, "save", save)
-    refused(arguments(tiny_project, tmp_path, steps=1, seed=1), message)
+
+    def fill(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device", "align.pt.tmp")
+
+    monkeypatch.setattr(torch, "save", fill)
+    refused(
+        arguments(tiny_project, tmp_path, steps=1, seed=1),
+        f"align.pt.tmp: No space left on device; {RESUME}",
+    )
     assert (tmp_path / "align.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
@@ -294,26 +291,12 @@ def break_losses(monkeypatch, calls, value=float("nan")):
     monkeypatch.setattr(SpeechLM, "forward", forward)
 
 
-def count_updates(monkeypatch):
-    """A list that grows with every step of the optimizer."""
-    updates, step = [], torch.optim.AdamW.step
-
-    def counted(*args):
-        updates.append(1)
-        return step(*args)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
-    return updates
-
-
 def test_a_step_without_a_finite_gradient_is_left_out(monkeypatch, capsys, tiny_project, tmp_path):
     """It changes no weight, and its rows are written down as they were drawn."""
-    with monkeypatch.context() as patch:
-        break_losses(patch, {3, 4, 6})
-        updates = count_updates(patch)
-        train.main(arguments(tiny_project, tmp_path, eval_every=8))
+    break_losses(monkeypatch, {3, 4, 6})
+    train.main(arguments(tiny_project, tmp_path, eval_every=8))
     output = capsys.readouterr().out
-    assert "step 3: loss nan, gradient norm nan: left out" in output and len(updates) == 5
+    assert "step 3: loss nan, gradient norm nan: left out" in output
     assert "3 steps and 0 recordings left out" in output
     lines = [line for line in log(tmp_path) if "lr" in line]
     assert [line["step"] for line in lines] == list(range(1, 9))
@@ -324,6 +307,8 @@ def test_a_step_without_a_finite_gradient_is_left_out(monkeypatch, capsys, tiny_
     for row in rows:
         assert "train.jsonl line" in row["where"] and row["instruction"] and row["text"]
     assert all(tensor.isfinite().all() for tensor in saved(tmp_path)["model"].values())
+    moments = saved(tmp_path, "align.resume.pt")["optimizer"].values()
+    assert all(state["step"] == 5 for state in moments)
 
 
 def test_five_such_steps_in_a_row_end_the_run(monkeypatch, tiny_project, tmp_path):
@@ -342,11 +327,6 @@ def test_five_such_steps_in_a_row_end_the_run(monkeypatch, tiny_project, tmp_pat
         refused([*argv, "--resume"], "step 11: loss nan, gradient norm nan, as in 5 steps in a row")
     rows = log(tmp_path, "align.nonfinite")
     assert sorted({row["step"] for row in rows}) == [7, 8, 9, 10, 11]
-
-
-def test_a_learning_rate_that_is_too_high_ends_the_run(tiny_project, tmp_path):
-    argv = arguments(tiny_project, tmp_path, adapter_lr=1e30, eval_every=8)
-    refused(argv, "step 6: loss .*, as in 5 steps in a row, .*; the last checkpoint is untouched")
 
 
 def test_a_signal_amid_such_steps_keeps_the_older_checkpoint(monkeypatch, tiny_project, tmp_path):

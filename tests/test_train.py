@@ -170,7 +170,8 @@ def test_help_explains_every_option(capsys):
         ("--clip nan", "--clip is nan"),
         ("--min-lr 5", "--min-lr is 5.0, expected 0 to 1"),
         ("--seed -1", "--seed is -1, expected 0 to inf"),
-        ("--lora-rank 4", "--lora-rank is for phase ift"),
+        ("--lora-rank 4", "--lora-rank are for phase ift"),
+        ("--llm-lr 1e-5", "--llm-lr and --lora-rank are for phase ift"),
         ("--phase ift --lora-targets q_prj", "--lora-targets are some of q_proj k_proj"),
         ("--fsdp", "--fsdp is for several ranks: torchrun"),
     ],
@@ -203,14 +204,6 @@ def test_phases_fill_in_what_is_left_open(capsys):
     assert (cfg.steps, cfg.warmup) == (7, 0)
     assert rates == {"adapter": 1.0, "encoder": preset.rates["encoder"]}
     refused(["--adapter-lr", "0", "--out", "/nowhere/at/all"], "every learning rate is 0")
-
-
-def test_the_learning_rate_rises_and_falls():
-    cfg = train.TrainConfig(steps=100, warmup=10, min_lr=0.1)
-    shares = [train.rate_share(step, cfg) for step in range(101)]
-    assert shares[0] == 0.1 and shares[9] == shares[10] == 1.0
-    assert shares[55] == pytest.approx(0.55) and shares[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(shares[10:], shares[11:], strict=False))
 
 
 @pytest.mark.parametrize("rates", [{"adapter": 1e-3}, {"adapter": 1e-3, "encoder": 1e-5}])
@@ -612,6 +605,10 @@ def test_init_fits_or_is_refused(aligned, tiny_project, tmp_path):
         arguments(tiny_project, tmp_path / "new", init=tmp_path / "ift.pt"),
         "ift.pt holds a trained encoder and llm, which this run would freeze and not save",
     )
+    refused(
+        arguments(tiny_project, **ift | {"init": tmp_path / "ift.pt"}),
+        "ift.pt is what this run would replace; give another --out",
+    )
     other = LLM.from_pretrained(tiny_project / "llm")
     other.model.norm.weight.data += 1
     other.save_pretrained(tmp_path / "llm")
@@ -646,9 +643,10 @@ def test_resume_fits_or_is_refused(capsys, aligned, tiny_project, tmp_path):
     torch.save(older, out / "align.resume.pt")
     refused(arguments(tiny_project, **run), "is of an older version; start anew without --resume")
 
-    # A new run leaves nothing of the old one to be resumed.
+    # A new run puts what the old one could be resumed from aside.
     train.main(arguments(tiny_project, out, seed=1, steps=1))
     assert saved(out, "align.resume.pt")["config"]["seed"] == 1 and len(log(out)) == 2
+    assert saved(out, "align.resume.old.pt")["config"]["seed"] == 0
 
 
 # ------------------------------------------------------------------------------
