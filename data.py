@@ -74,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
 def read_lines(path: Path) -> list[dict]:
     """The objects of a JSON Lines file, if it is there, but for half a line that a kill left."""
     objects = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
             objects.append(json.loads(line))
         except ValueError:

@@ -262,13 +262,14 @@ class Journal:
             same = False
         if same:
             self.items = {item["id"]: item for item in data.read_lines(path)}
-            print(f"{path}: {len(self.items)} items are there already")
+            print(f"{visible(path)}: {len(self.items)} items are there already")
         elif path.exists() and path.stat().st_size:
             number = 1
             while path.with_suffix(f".old{number}.jsonl").exists():
                 number += 1
-            os.replace(path, path.with_suffix(f".old{number}.jsonl"))
-            print(f"{path}: held items of other settings, now in {path.stem}.old{number}.jsonl")
+            aside = path.with_suffix(f".old{number}.jsonl")
+            os.replace(path, aside)
+            print(visible(f"{path}: held items of other settings, now in {aside.name}"))
         # What a kill left of a line is not kept.
         data.write_text(path, "".join(map(json_line, self.items.values())))
         data.write_text(settings_path, json_line({"settings": settings}))
@@ -299,32 +300,31 @@ def answer_manifest(
     {id: item} and {id: why it has none}."""
     failures, audio, began = {}, 0.0, time.time()
     pending = [example for example in examples if example["id"] not in journal.items]
-    bar = tqdm(total=len(pending), desc="eval", unit=" rows", dynamic_ncols=True)
-    for group in group_recordings(pending):
-        waves, answerable = {}, []
-        for example in group:
-            key = recording_key(example)
-            try:
-                if key not in waves:
-                    waves[key] = load_wave(example)
-                answerable.append(example)
-            except data.AudioError as error:
-                failures[example["id"]] = str(error)
-        recordings = encode_waves(model, list(waves.values()), checkpoint["window"])
-        by_key = dict(zip(waves, recordings, strict=True))
-        encoded = [by_key[recording_key(example)] for example in answerable]
-        refuse_above = checkpoint.get("refuse_above")
-        answers = answer_examples(model, tokenizer, answerable, encoded, refuse_above, **options)
-        for example, answer in zip(answerable, answers, strict=True):
-            if isinstance(answer, data.AudioError):
-                failures[example["id"]] = str(answer)
-                continue
-            seconds = len(waves[recording_key(example)]) / data.SAMPLE_RATE
-            journal.add(make_item(example, answer, seconds, score))
-        audio += sum(map(len, waves.values())) / data.SAMPLE_RATE
-        bar.set_postfix(audio_s_per_s=f"{audio / (time.time() - began):.0f}")
-        bar.update(len(group))
-    bar.close()
+    with tqdm(total=len(pending), desc="eval", unit=" rows", dynamic_ncols=True) as bar:
+        for group in group_recordings(pending):
+            waves, answerable = {}, []
+            for example in group:
+                key = recording_key(example)
+                try:
+                    if key not in waves:
+                        waves[key] = load_wave(example)
+                    answerable.append(example)
+                except data.AudioError as error:
+                    failures[example["id"]] = str(error)
+            recordings = encode_waves(model, list(waves.values()), checkpoint["window"])
+            by_key = dict(zip(waves, recordings, strict=True))
+            encoded = [by_key[recording_key(example)] for example in answerable]
+            more = {"refuse_above": checkpoint.get("refuse_above"), **options}
+            answers = answer_examples(model, tokenizer, answerable, encoded, **more)
+            for example, answer in zip(answerable, answers, strict=True):
+                if isinstance(answer, data.AudioError):
+                    failures[example["id"]] = str(answer)
+                    continue
+                seconds = len(waves[recording_key(example)]) / data.SAMPLE_RATE
+                journal.add(make_item(example, answer, seconds, score))
+            audio += sum(map(len, waves.values())) / data.SAMPLE_RATE
+            bar.set_postfix(audio_s_per_s=f"{audio / (time.time() - began):.0f}")
+            bar.update(len(group))
     for example in examples:
         if example["id"] in failures:
             where = example.get("where") or example["id"]
@@ -425,7 +425,7 @@ def evaluate(args: argparse.Namespace) -> None:
     summary = {"settings": settings, **facts, "scores": table, "signatures": signatures}
     data.write_text(path.with_suffix(".json"), json.dumps(summary, ensure_ascii=False, indent=1))
     print_scores(table)
-    print(f"{path.with_suffix('.json')}: the summary; answers are beside it")
+    print(visible(f"{path.with_suffix('.json')}: the summary; answers are beside it"))
     write_page(path.with_suffix(".html"), facts, table, signatures, items, load_wave)
 
 
@@ -447,7 +447,7 @@ def write_page(path: Path, facts: dict, table, signatures, items, load_wave: Cal
     except ImportError:
         return
     write_report(path, path.stem, facts, table, signatures, items, load_wave)
-    print(f"{path}: the report, worst answers first")
+    print(visible(f"{path}: the report, worst answers first"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -460,6 +460,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--beams", type=int, default=1, help="beam search with so many beams; 1 is greedy")
     add("--int8", action="store_true", help="8-bit LLM weights: less memory, faster alone")
     args = parser.parse_args(argv)
+    if args.beams < 1:
+        parser.error(f"num_beams {args.beams} must be at least 1")
     keep_freed_memory()
     try:
         evaluate(args)

@@ -1240,8 +1240,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def fast_dtype(directory: Path, device: str) -> torch.dtype:
-    """bfloat16 where an LLM computes faster in it: on CUDA, and on CPUs that have it if the LLM is
-    not tiny. Raises UserError."""
+    """bfloat16 where an LLM, but no tiny one, computes faster in it. Raises UserError."""
     width = read_json(Path(directory) / "config.json").get("hidden_size")
     large = is_number(width) and width >= 512
     fast_cpu = large and torch.cpu._is_avx512_bf16_supported()

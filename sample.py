@@ -188,6 +188,8 @@ def generate(
     totals = list(lengths)
     if prefix is not None:
         prefix_rows = range(len(prefix.lengths)) if prefix_rows is None else prefix_rows
+        if len(prefix_rows) != len(lengths):
+            raise ValueError(f"{len(prefix_rows)} rows of a prefix for {len(lengths)} sequences")
         totals = [n + prefix.lengths[r] for n, r in zip(lengths, prefix_rows, strict=True)]
     needed, context = max(totals) + max_new_tokens, llm.config.max_position_embeddings
     if needed > context:
@@ -274,8 +276,7 @@ def extend(answers, logits, totals, cache, max_new_tokens, draw, step) -> None:
 
 def loop_size(ids: list[int]) -> int:
     """How many ids at the end repeat what stands before them: those of a loop of up to 32 ids gone
-    through at least four times and over at least 24 ids, without its first turn; 0 if there is no
-    such loop."""
+    through at least four times and over at least 24 ids, without its first turn; or 0."""
     for period in range(1, 33):
         size = max(4 * period, 24)
         if len(ids) < size or ids[-size:-period] != ids[period - size :]:
@@ -712,6 +713,7 @@ def main(argv: list[str] | None = None) -> None:
                 task, answer = ask(*loaded, recordings[path], instruction, **options)
             except data.AudioError as error:
                 failed = True
+                print(end="" if args.json else "\n")
                 warn(f"{visible(path)}: {error}")
                 continue
             line = {"audio": path, "instruction": instruction, "task": task, "text": answer.text}
