@@ -180,8 +180,7 @@ def generate(
     generator are for sampling. on_token(row, id) is called for every token as it is made (not with
     beams). prefix: sequences read before, of which prefix_rows are continued here (all in turn when
     not given). never_first: ids that no answer begins with. stop_loops ends an answer that repeats
-    itself and keeps one turn of the loop. step: decode_step, or a faster one. Raises ValueError
-    when options contradict each other, or a sequence could outgrow the context."""
+    itself and keeps one turn of it. step: decode_step, or a faster one. Raises ValueError."""
     check_options(max_new_tokens, num_beams, temperature, top_p, on_token)
     if min(lengths) < 1 or sum(lengths) != len(x):
         raise ValueError(f"lengths {lengths} of {len(x)} positions, expected that sum, each >= 1")
