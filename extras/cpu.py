@@ -13,8 +13,7 @@ QUERIES = 192  # that attend at once: their scores stay in the processor's cache
 LINES = 16  # of a bias that are filled at once, see SpreadBias
 
 
-# ------------------------------------------------------------------------------
-# Attention
+# --- Attention
 
 
 def attend(
@@ -121,8 +120,7 @@ class SpreadBias(torch.autograd.Function):
         return d_bias, None, None, None
 
 
-# ------------------------------------------------------------------------------
-# Convolution
+# --- Convolution
 
 
 def depthwise(x: Tensor, weight: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def run(job):
     """Does a job in this process, which may be a rank."""
     if job["origin"] and int(os.environ.get("RANK", 0)) == 0:
         shutil.copytree(job["origin"], job["out"], dirs_exist_ok=True)
-    step, destroy, calls = torch.optim.AdamW.step, torch.distributed.destroy_process_group, []
+    step, destroy = torch.optim.AdamW.step, torch.distributed.destroy_process_group
+    calls = []
 
     def signalled(*args):
         calls.append(1)

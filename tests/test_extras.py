@@ -31,8 +31,7 @@ CAUSAL = {"causal": True, "heads": 2}
 FULL = {"causal": False, "heads": 6}
 KINDS = [CAUSAL, FULL, FULL | {"reach": (64, 8)}, FULL | {"reach": (0, 3)}]
 
-# ------------------------------------------------------------------------------
-# Operators for the CPU
+# --- Operators for the CPU
 
 
 def attention_inputs(lengths, heads, reach, dtype):
@@ -123,8 +122,7 @@ def test_models_with_and_without():
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------
-# The decode step
+# --- The decode step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -225,8 +223,7 @@ def test_without_a_compiler(capsys):
     assert message.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------
-# Weights of 8 bits
+# --- Weights of 8 bits
 
 
 @pytest.mark.parametrize("dtype, bound", DTYPES)
@@ -276,8 +273,7 @@ def test_a_model_of_8_bits(family):
     assert ours == plain
 
 
-# ------------------------------------------------------------------------------
-# The report and the curves
+# --- The report and the curves
 
 
 def report_item(number, error, text, start=0.0):

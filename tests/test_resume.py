@@ -38,7 +38,8 @@ def stopped(argv):
 
 def signal_at(monkeypatch, owner, name, at, *numbers):
     """Sends signals to this process as the function is called for the at-th time."""
-    function, calls = getattr(owner, name), []
+    function = getattr(owner, name)
+    calls = []
 
     def interrupted(*args, **options):
         calls.append(1)
@@ -279,7 +280,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(monkeypatch, tiny_project, tmp_pa
 
 def break_losses(monkeypatch, calls, value=float("nan")):
     """Makes the loss of these calls of the model in training not finite."""
-    function, count = SpeechLM.forward, []
+    function = SpeechLM.forward
+    count = []
 
     def forward(self, *args, **options):
         loss, tokens = function(self, *args, **options)

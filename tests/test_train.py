@@ -137,7 +137,8 @@ def inputs(batch):
 @pytest.fixture(scope="module")
 def aligned(tiny_project, tmp_path_factory):
     """The out directory of an align run with the encoder cache, and what the run printed."""
-    out, output = tmp_path_factory.mktemp("aligned"), io.StringIO()
+    out = tmp_path_factory.mktemp("aligned")
+    output = io.StringIO()
     with contextlib.redirect_stdout(output):
         train.main(arguments(tiny_project, out, steps=24, eval_every=12, cache_gb=2))
     return out, output.getvalue()
@@ -251,7 +252,8 @@ def test_compiled_and_recomputed_layers_change_nothing(monkeypatch, checkpointin
     """Layers are traced as for a GPU; the code generation, of a minute, is left out."""
     traced = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", traced)
-    results, batch = [], None
+    batch = None
+    results = []
     for kernels in (Kernels(), train.training_kernels("cpu", checkpointing, compiled)):
         speech_lm = tiny_speech_lm(kernels=kernels, num_hidden_layers=1).train()
         del speech_lm.encoder.encoder.layers[1:]
@@ -474,7 +476,8 @@ def mixed_rows(rows):
 def test_tasks_and_languages_by_temperature(monkeypatch, capsys, tiny_project, tmp_path):
     rows = mixed_rows(read_rows(tiny_project / "train.jsonl"))
     data = write_rows(tmp_path / "m.jsonl", rows)
-    tasks, read = [], Examples.__getitem__
+    read = Examples.__getitem__
+    tasks = []
 
     def record(self, scheduled):
         batch = read(self, scheduled)
@@ -517,9 +520,10 @@ def test_low_rank_training_is_merged_on_saving(aligned, tiny_project, tmp_path):
 
 
 def test_dry_run_measures_and_leaves_nothing(monkeypatch, capsys, tiny_project, aligned):
-    path, before = tiny_project / "train.jsonl", files(aligned[0])
+    path = tiny_project / "train.jsonl"
     data = [f"{path}=2", path, f"{path}=0.5"]
     new = aligned[0] / "new"
+    before = files(aligned[0])
     for out in (new, aligned[0]):
         train.main(arguments(tiny_project, out, data=data, dry_run=True, cache_gb=2))
     output = capsys.readouterr().out

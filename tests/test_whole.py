@@ -68,7 +68,8 @@ def run_alone(folder, program, argv):
 def run_here(folder, program, argv):
     """What a program prints that has extras/, with the folder's copy of demo/."""
     models = ["--encoder", "demo/encoder", "--llm", "demo/llm", "--data", "demo/train.jsonl"]
-    output, before = io.StringIO(), os.getcwd()
+    output = io.StringIO()
+    before = os.getcwd()
     os.chdir(folder)
     try:
         with contextlib.redirect_stdout(output):
