@@ -457,8 +457,7 @@ def wordings(task: str) -> Iterator[tuple[str, str]]:
 
 @lru_cache
 def wording_patterns() -> list[tuple[re.Pattern, str]]:
-    """What each wording looks like, whatever its case and with or without its full stop, and its
-    task."""
+    """What each wording looks like, whatever its case and its full stop, and its task."""
     patterns = []
     for task in TASKS:
         for language, wording in wordings(task):
@@ -473,8 +472,7 @@ def wording_patterns() -> list[tuple[re.Pattern, str]]:
 
 
 def task_of(instruction: str) -> str | None:
-    """The task of an instruction: that of a known wording; else sqa if it has a question mark, and
-    None if not, which is answered window by window like a transcript."""
+    """The task of a known wording; else sqa for a question mark, or None, answered as asr is."""
     for pattern, task in wording_patterns():
         if pattern.fullmatch(instruction.strip()):
             return task

@@ -55,8 +55,7 @@ def normaliser(language: str) -> Callable[[str], str]:
 
 
 def normalise(text: str, language: str) -> str:
-    """A text after Whisper's normalisers: the English one for en, else the basic one. Chinese
-    characters become words."""
+    """A text after Whisper's English or basic normaliser. Chinese characters become words."""
     return normaliser(language)(text).strip()
 
 

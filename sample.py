@@ -101,8 +101,7 @@ class Prefix(NamedTuple):
 
 @torch.no_grad()
 def read_prefix(llm: LLM, x: Tensor, lengths: list[int]) -> Prefix:
-    """Reads x (N, D), the beginnings of sequences of these lengths, once, for any number of
-    continuations: generate(..., prefix=...)."""
+    """Reads x (N, D), beginnings of sequences of these lengths, for generate(..., prefix=...)."""
     cache = KVCache.empty(llm, len(lengths), max(lengths))
     none = torch.empty(0, dtype=torch.long, device=x.device)
     llm.hidden(x, lengths, cache, wanted=none)

@@ -594,8 +594,11 @@ class Stop:
         return self
 
     def __exit__(self, *_):
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises an error
         for process in multiprocessing.active_children():  # loaders, which know no other signal
             process.kill()
+            process.join()
+        signal.signal(signal.SIGCHLD, handler)
         for number, handler in zip(SIGNALS, self.before, strict=True):
             signal.signal(number, handler)
 
@@ -947,8 +950,8 @@ def reduce_step(state: RunState, batches: list[dict]) -> tuple[int, float]:
 
 
 def backward(run: Run, batches: list[dict], tokens: int) -> tuple[float, float]:
-    """Gradients of a step: every batch's summed loss over the target tokens of all batches, on all
-    ranks. Returns the step's loss, and the norm of the gradients, which are clipped."""
+    """Gradients of a step: the summed loss over the target tokens of all batches, on all ranks.
+    Returns the step's loss, and the norm of the gradients, which are clipped."""
     loss = 0.0
     for batch in batches:
         seed_for(run.cfg.seed, batch["position"])
@@ -1140,6 +1143,7 @@ def main(argv: list[str] | None = None) -> None:
 def explain(error: Exception) -> str:
     """The line about an error that a user can do something about; others are raised again."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)  # torchrun ends the other ranks when one ends, and rank 0 is to speak first
     if isinstance(error, UserError):
         return str(error)
