@@ -240,9 +240,8 @@ OUTPUTS = 80  # output samples of the resampler that are computed from one slice
 
 @torch.no_grad()
 def resample(wave: Tensor, rate: int) -> Tensor:
-    """A wave (n,) at another rate to 16 kHz, (ceil(n * 16000 / rate),), by a Kaiser-windowed sinc.
-    It is flat within 0.01 dB up to 0.92 of the lower of the two Nyquist frequencies; aliases and
-    images are below -100 dB."""
+    """A wave (n,) to 16 kHz, (ceil(n * 16000 / rate),), by a Kaiser-windowed sinc, flat within
+    0.01 dB to 0.92 of the lower Nyquist frequency, aliases and images below -100 dB."""
     # The filter's phases repeat every `period` outputs.
     kernels, width, period = resampling_kernels(rate)  # (groups, span, 80)
     groups, span, _ = kernels.shape

@@ -26,9 +26,10 @@ from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 
-# Idle threads sleep, see tests/bench/README.md. Large tensors stand on pages of 2 MB: getting a
-# small one takes longer than filling it. Both count only before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Idle threads spin only briefly, see tests/bench/README.md. Large tensors stand on pages of 2 MB,
+# as many small ones take longer to get than to fill. Both count only before torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np

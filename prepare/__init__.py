@@ -2,5 +2,6 @@
 
 import os
 
-# Idle threads sleep, see tests/bench/README.md. It counts only before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Idle threads spin only briefly, see tests/bench/README.md. It counts only before torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")

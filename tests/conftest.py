@@ -7,6 +7,10 @@ import re
 import sys
 from pathlib import Path
 
+# As in the programs, before torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import numpy as np
 import pytest
 import soundfile

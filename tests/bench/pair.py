@@ -406,7 +406,7 @@ class Worker:
     def __init__(self, side: str, layers: int = 0, threads: int = 1, device: str = "cpu"):
         environment = dict(os.environ)
         if side not in PEERS:  # what train.py sets, which counts only before torch is loaded
-            environment |= {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}
+            environment |= {"GOMP_SPINCOUNT": "10000", "THP_MEM_ALLOC_ENABLE": "1"}
         self.side = side
         self.process = subprocess.Popen(
             [sys.executable, __file__, side, str(layers), str(threads), device],
