@@ -1044,12 +1044,12 @@ class SpeechLM(nn.Module):
 
     def embed(self, ids: Tensor, audio: Tensor | None = None) -> Tensor:
         """ids (N,), audio (N', D) -> (N, D). Each AUDIO placeholder takes the next frame. Raises
-        ValueError, but not in training, where collate sees to it, if there are not N' of them."""
+        ValueError, but not with gradients, where it would wait for CUDA, if these are not N'."""
         x = self.llm.embed(ids.clamp(min=0))
         if audio is None:
             return x
         placeholder = ids == AUDIO
-        if not self.training and placeholder.sum() != len(audio):
+        if not torch.is_grad_enabled() and placeholder.sum() != len(audio):
             raise ValueError(
                 f"ids hold {int(placeholder.sum())} audio placeholders for {len(audio)} audio "
                 "frames; adapter_length(frames) says how many a recording needs"
