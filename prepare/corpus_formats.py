@@ -103,11 +103,12 @@ def unpack(archives: list[Path], folder: Path) -> Path:
     if folder.exists():
         return folder
     shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     for archive in archives:
         with one_line_errors(archive, DAMAGED), tarfile.open(archive) as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
-                member.name = Path(member.name).name
-                tar.extract(member, part, filter="data")
+                with open(part / Path(member.name).name, "wb") as file:
+                    shutil.copyfileobj(tar.extractfile(member), file)
     os.replace(part, folder)
     return folder
 

@@ -223,7 +223,7 @@ NEGATIVE = b"\xff" * 10 + b"\xfe\x00"  # -512
             tar_header(b"L", b"\x80" + (2**62).to_bytes(11, "big")) + bytes(1024),
             "a name of a forged size",
         ),
-        (tar_header(b"x", b"00000000014\0") + b"12 size=-5\n\n".ljust(512), "empty header"),
+        (tar_header(b"x", b"00000000014\0") + b"12 size=-5\n\n".ljust(512), "header"),
         (tar_header(b"L", b"00000000001\0").ljust(1024, b"a") * 5000, "recursion.*"),
         (tar_header()[:300], "truncated header"),
         (b"x" * 2000, "invalid header"),
