@@ -762,8 +762,9 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, max_seconds=30.
             manifests.append(manifest.select(rows[group]))
             weights.append(weight * len(rows[group]))
             sizes[group] += weight * len(rows[group])
-    rows, _, _ = read_groups(Manifest(dev), tasks, max_seconds, check, least=2)
-    dev = Manifest(dev).select(itertools.chain(*rows.values()))
+    dev = Manifest(dev)
+    rows, _, _ = read_groups(dev, tasks, max_seconds, check, least=2)
+    dev = dev.select(itertools.chain(*rows.values()))
 
     pairs = list(zip(weights, groups, strict=True))
     weights = [weight * sizes[group] ** (1 / temperature - 1) for weight, group in pairs]

@@ -522,23 +522,21 @@ def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options
         cut = len(output) == options["max_new_tokens"]
         answer = Answer(tokenizer.decode(output).strip(), cut=cut)
         if weigh and example["task"] == "sqa":
-            row, language = prefix_rows[b], example["target_language"]
-            own_prefix = Prefix(prefix.cache.select([row]), [prefix.lengths[row]])
-            inputs = language, instructions[b], output, refuse_above, own_prefix, options
-            answer = weigh_answer(llm, tokenizer, *inputs)._replace(cut=cut)
+            about = {"prefix": prefix, "prefix_rows": [prefix_rows[b]], "on_token": None}
+            inputs = example["target_language"], instructions[b], output, refuse_above
+            answer = weigh_answer(llm, tokenizer, *inputs, options | about)._replace(cut=cut)
         answers.append(answer)
     return answers
 
 
-def weigh_answer(llm, tokenizer, language, instruction, output, refuse_above, prefix, options):
-    """The Answer to a question, of which instruction and output are ids and prefix is one row: what
-    the model answered or, if it refused, the best that it would have answered instead, against
-    refusing, in the language of the question if that is known, else in the likeliest."""
+def weigh_answer(llm, tokenizer, language, instruction, output, refuse_above, options) -> Answer:
+    """The Answer to a question, of which instruction and output are ids and whose prefix is one of
+    the options: what the model answered or, if it refused, the best that it would have answered
+    instead, against refusing, in the language of the question if known, else in the likeliest."""
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    options = options | {"on_token": None}
     texts = list(data.REFUSALS.values())
     refusals = [data.REFUSALS[language]] if language in data.REFUSALS else texts
     device = llm.model.norm.weight.device
@@ -546,14 +544,13 @@ def weigh_answer(llm, tokenizer, language, instruction, output, refuse_above, pr
     if text in texts:
         first_ids = tuple({encode(refusal)[0] for refusal in texts})
         ids, lengths = pack([instruction], device)
-        (output,) = generate(
-            llm, llm.embed(ids), lengths, prefix=prefix, never_first=first_ids, **options
-        )
+        (output,) = generate(llm, llm.embed(ids), lengths, never_first=first_ids, **options)
     end = [llm.config.eos_token_id[0]]
     candidates = [output + end] + [encode(refusal) + end for refusal in refusals]
     ids, lengths = pack([instruction + candidate for candidate in candidates], device)
     answer_lengths = [len(candidate) for candidate in candidates]
-    scores = score(llm, ids, lengths, answer_lengths, prefix, [0] * len(candidates))
+    rows = options["prefix_rows"] * len(candidates)
+    scores = score(llm, ids, lengths, answer_lengths, options["prefix"], rows)
     margin = (scores[1:].max() - scores[0]).item()
     other = tokenizer.decode(output).strip()
     if refuse_above is not None:
