@@ -402,6 +402,22 @@ def feature_length(seconds: float) -> int:
 # --- Instructions in words
 
 TASKS = ("asr", "st", "sqa")
+UNSPACED = ("zh", "yue", "ja", "th", "lo", "km", "my")  # languages written without spaces
+# Two-letter codes of languages by others that are in use for them.
+CODES = "eng en deu de ger de ita it zho zh chi zh cmn zh cn zh fra fr fre fr spa es por pt nld nl"
+CODES += (
+    " dut nl rus ru pol pl jpn ja jp ja kor ko tha th lao lo khm km mya my ara ar hin hi tur tr"
+)
+SHORT_CODES = dict(zip(CODES.split()[::2], CODES.split()[1::2], strict=True))
+
+
+def language_code(text: str) -> str | None:
+    """The code of a language alone, without region and script, such as zh for zh_TW, ZH-Hans-CN and
+    cmn, or en for en-US and eng; None for what is no code."""
+    code = re.split("[-_]", text.strip().lower())[0]
+    return SHORT_CODES.get(code, code) if re.fullmatch("[a-z]{2,3}", code) else None
+
+
 # Wordings by task and language of the wording; "targets" are what {to} and {in} stand for.
 INSTRUCTIONS_FILE = Path(__file__).resolve().parent / "demo" / "instructions.json"
 INSTRUCTIONS = json.loads(INSTRUCTIONS_FILE.read_text(encoding="utf-8"))
@@ -552,18 +568,37 @@ def protected_hashes(manifests: Iterable[str | Path]) -> frozenset[str]:
     return frozenset(hashes)
 
 
-def check_licence(example: dict, allowed: tuple[str, ...], hashes: frozenset[str]) -> None:
-    """Raises UserError if an example must not be trained on: its licence or that of a source is not
-    accepted, it is marked test_only, or its text (of sqa, its question) is among the
-    protected_hashes. Texts of under 20 letters are too short to tell where they are from."""
-    where = example["where"]
+def refused_licences(example: dict, allowed: tuple[str, ...]) -> dict[str, str]:
+    """{licence: who has it} of an example and its sources, as far as training does not take it."""
+    refused, where = {}, example["where"]
     for corpus, licence in ((example["corpus"], example["licence"]), *example["sources"]):
         if not accepted(licence, allowed):
-            raise UserError(
-                f"{where}: the corpus {corpus!r} has the licence {licence!r}, expected CC0-1.0, "
-                "public domain, CC-BY, MIT or Apache-2.0; leave it out or, if you may use it, "
-                f"give --allow-licence {licence!r}"
-            )
+            refused[licence] = f"{where}: the corpus {corpus!r} has the licence {licence!r}"
+    return refused
+
+
+def licence_error(refused: dict[str, str]) -> UserError:
+    return UserError(
+        f"{', '.join(refused.values())}, expected CC0-1.0, public domain, CC-BY, MIT or "
+        "Apache-2.0; leave such rows out or, if you may use them, give --allow-licence "
+        f"{' '.join(map(repr, refused))}"
+    )
+
+
+def check_licence(example: dict, allowed: tuple[str, ...], hashes: frozenset[str]) -> None:
+    """Raises UserError if an example must not be trained on: a licence of its is refused, or
+    check_test_only raises."""
+    refused = refused_licences(example, allowed)
+    if refused:
+        raise licence_error(refused)
+    check_test_only(example, hashes)
+
+
+def check_test_only(example: dict, hashes: frozenset[str]) -> None:
+    """Raises UserError if an example is marked test_only, or its text (of sqa, its question) is
+    among the protected_hashes. Texts of under 20 letters are too short to tell where they are
+    from."""
+    where = example["where"]
     if example.get("test_only"):
         raise UserError(
             f"{where}: the corpus {example['corpus']!r} is for testing only; leave the row out"
@@ -603,40 +638,54 @@ def notice(data: list) -> str:
 
 # --- Manifests: JSON Lines, one example a row
 
+# What other people's manifests, NeMo's first, call the fields.
+FIELD_NAMES = {
+    "audio_filepath": "audio",
+    "file_name": "audio",
+    "offset": "start",
+    "transcription": "text",
+    "answer": "text",
+    "lang": "source_language",
+    "source_lang": "source_language",
+    "target_lang": "target_language",
+    "license": "licence",
+}
 # The fields of an example that does not state them.
 EXAMPLE = {
     "start": 0.0,
     "duration": None,
-    "source_language": "en",
-    "target_language": "en",
     "licence": "unknown",
     "corpus": "unknown",
     "speaker": "unknown",
     "style": "written",
     "sources": [],
 }
-TEXT_FIELDS = "audio text source_language target_language licence corpus speaker".split()
+TEXT_FIELDS = "audio text licence corpus speaker".split()
 
 
 def parse_example(line: str | bytes, where: str) -> dict:
     """An example by its line of a manifest, checked, with defaults filled in and `where` naming
-    file and line. Raises UserError."""
+    file and line. A field that is null or empty counts as absent. Raises UserError."""
     with one_line_errors(where, "expected one JSON object a line"):
-        example = json.loads(line)
-        if not isinstance(example, dict):
-            raise ValueError(f"found a {type(example).__name__}")
-    stated = {name: value for name, value in example.items() if value is not None}
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"found a {type(row).__name__}")
+    stated = {}
+    for name, value in row.items():
+        if value is not None and not (isinstance(value, str) and not value.strip()):
+            stated.setdefault(FIELD_NAMES.get(name, name), value)
     example = EXAMPLE | stated | {"where": where}
 
     def refuse(name: str, expected: str):
-        value = reprlib.repr(example.get(name))
+        value = reprlib.repr(example.get(name, row.get(name)))
         raise UserError(f"{where}: {name} is {value}, expected {expected}; mend or remove the row")
 
-    if example.get("task") not in TASKS:
+    set_languages(example, refuse)
+    if example["task"] not in TASKS:
         refuse("task", f"one of {', '.join(TASKS)}")
     if example["style"] not in ("written", "bare"):
         refuse("style", "written or bare")
-    optional = {"question": example["task"] == "sqa", "instruction": "instruction" in example}
+    optional = {"question": example["task"] == "sqa", "instruction": "instruction" in stated}
     for name in TEXT_FIELDS + [name for name, is_needed in optional.items() if is_needed]:
         if not is_text(example.get(name)):
             refuse(name, "text")
@@ -651,6 +700,30 @@ def parse_example(line: str | bytes, where: str) -> dict:
     return example
 
 
+def set_languages(example: dict, refuse: Callable) -> None:
+    """Makes the languages of an example canonical, and states them and its task where it does not.
+    refuse(field, what was expected) raises."""
+    for name in ("source_language", "target_language"):
+        if name in example:
+            code = language_code(str(example[name]))
+            example[name] = code or refuse(name, "a code such as en, de or zh")
+    source, target = example.get("source_language"), example.get("target_language")
+    task = example.get("task")
+    if task is None and "question" in example:
+        task = "sqa"
+    elif task is None:
+        task = "asr" if target in (None, source or "en") else "st"
+
+    # A transcript is in the language that is spoken, whichever of the two fields says so.
+    spoken = target if task == "asr" else None
+    source = source or spoken or "en"
+    example |= {"task": task, "source_language": source, "target_language": target or source}
+    if task == "asr" and example["target_language"] != source:
+        refuse("target_language", f"{source!r}, the source_language of a transcript")
+    if task == "st" and example["target_language"] == source:
+        refuse("target_language", f"another language than {source!r}, the source_language")
+
+
 def is_text(value: object) -> bool:
     return (
         isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
@@ -663,21 +736,27 @@ class Manifest:
 
     An example has audio (a path relative to the manifest's folder, or SHARD.tar/MEMBER for a member
     of an uncompressed tar), text (what is to be answered), task (asr, st or sqa), licence (SPDX),
-    and may have start and duration (seconds within the audio), source_language, target_language
-    (en), question (sqa), instruction, speaker, corpus, style (of a transcript: written, or bare of
-    case and punctuation), sources ([corpus, licence] of what it was derived from), test_only."""
+    and may have start and duration (seconds within the audio), source_language (en),
+    target_language (the same), question (sqa), instruction, speaker, corpus, style (of a
+    transcript: written, or bare of case and punctuation), sources ([corpus, licence] of what it was
+    derived from), test_only. FIELD_NAMES has other names of these. A row without a task is sqa if
+    it has a question, st if it has two languages, else asr.
+
+    content: the number of rows, and a hash of the file."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        ends, size = [np.zeros(1, np.int64)], 0
+        ends, size, digest = [np.zeros(1, np.int64)], 0, hashlib.sha256()
         with one_line_errors(path, "give the path of a manifest"), open(path, "rb") as file:
             while block := file.read(2**24):
+                digest.update(block)
                 newlines = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
                 ends.append(newlines + size + 1)
                 size += len(block)
         # Where each line begins, and the file's end; and which lines are not empty.
         self.bounds = np.concatenate(ends + [np.array([size])])
         self.lines = np.flatnonzero(np.diff(self.bounds) > 2)
+        self.content = len(self.lines), digest.hexdigest()
         if not len(self.lines):
             raise UserError(f"{path}: found no rows, expected one JSON object a line")
 
@@ -730,13 +809,15 @@ class Mixture(NamedTuple):
     dev: Manifest
     hours: list  # (corpus, licence, target language, seconds) of the training data
     longest: float  # seconds of the longest training example
+    contents: list[tuple]  # (path, rows, hash) of each file, see Manifest.content
 
 
-def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, max_seconds=30.0) -> Mixture:
+def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) -> Mixture:
     """Opens the manifests of a run, of which only examples of these tasks count, and prints what is
     in them. paths: manifests; PATH=2 counts each of its examples twice. A task and language is
-    drawn as often as its examples to the power 1 / temperature. Raises UserError at the first bad
-    row, or the first that must not be trained on."""
+    drawn as often as its examples to the power 1 / temperature. excess(example, seconds) says why
+    an example is too long; these are left out. Raises UserError at the first bad row, or with all
+    licences that must not be trained on."""
     weighted = []
     for path in paths:
         name, weight = re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", path).groups("1")
@@ -744,17 +825,23 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, max_seconds=30.
             raise UserError(f"{path}: a manifest of weight 0; leave it out")
         weighted.append((name, float(weight)))
     hashes = protected_hashes([dev, *(path for path, _ in weighted)])
+    refused = {}  # licences, see refused_licences
 
-    def check(example: dict) -> None:
-        check_licence(example, allowed, hashes)
+    def check(example: dict, seconds: float) -> str | None:
+        of_example = refused_licences(example, allowed)
+        refused.update({name: text for name, text in of_example.items() if name not in refused})
+        if not refused:
+            check_test_only(example, hashes)
         instruction_of(example)  # raises if its language has no wordings
+        return excess(example, seconds) if excess else None
 
     manifests, weights, seconds, longest = [], [], Counter(), 0.0
     sizes = Counter()  # of each task and language over all files, weighted
-    groups = []
+    groups, contents = [], []
     for path, weight in weighted:
         manifest = Manifest(path)
-        rows, of_file, longest_of_file = read_groups(manifest, tasks, max_seconds, check, least=1)
+        contents.append((path, *manifest.content))
+        rows, of_file, longest_of_file = read_groups(manifest, tasks, check, least=1)
         longest = max(longest, longest_of_file)
         seconds += of_file
         for group in sorted(rows):
@@ -763,8 +850,11 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, max_seconds=30.
             weights.append(weight * len(rows[group]))
             sizes[group] += weight * len(rows[group])
     dev = Manifest(dev)
-    rows, _, _ = read_groups(dev, tasks, max_seconds, check, least=2)
+    contents.append((str(dev.path), *dev.content))
+    rows, _, _ = read_groups(dev, tasks, check, least=2)
     dev = dev.select(itertools.chain(*rows.values()))
+    if refused:
+        raise licence_error(refused)
 
     pairs = list(zip(weights, groups, strict=True))
     weights = [weight * sizes[group] ** (1 / temperature - 1) for weight, group in pairs]
@@ -775,23 +865,28 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, max_seconds=30.
     hours = [[*key, round(total)] for key, total in sorted(seconds.items())]
     for corpus, licence, language, total in hours:
         print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))
-    return Mixture(manifests, weights, dev, hours, longest)
+    return Mixture(manifests, weights, dev, hours, longest, contents)
 
 
-def read_groups(manifest: Manifest, tasks, max_seconds: float, check: Callable, least: int):
+def read_groups(manifest: Manifest, tasks, check: Callable, least: int):
     """Reads a manifest once. Returns {(task, target language): numbers of those examples}; a
-    Counter of their seconds by (corpus, licence, target language); and the seconds of the longest
-    that is not longer than max_seconds. Raises UserError if there are fewer than `least`."""
-    rows, seconds, longest = {}, Counter(), 0.0
+    Counter of their seconds by (corpus, licence, target language); and the seconds of the longest.
+    Those for which check(example, seconds) gives a reason are left out, counted and named. Raises
+    UserError if there are fewer than `least`."""
+    rows, seconds, longest, excess = {}, Counter(), 0.0, []
     for i, example in enumerate(manifest):
         if example["task"] not in tasks:
             continue
-        check(example)
         language, length = example["target_language"], manifest.seconds(example)
+        reason = check(example, length)
+        if reason:
+            excess.append(f"{example['where']}: {reason}")
+            continue
         rows.setdefault((example["task"], language), array("q")).append(i)
         seconds[example["corpus"], example["licence"], language] += length
-        if length <= max_seconds:
-            longest = max(longest, length)
+        longest = max(longest, length)
+    if excess:
+        print(visible(f"data: {len(excess)} rows are left out: {'; '.join(excess[:3])}"))
     count = sum(map(len, rows.values()))
     if count < least:
         raise UserError(
@@ -799,6 +894,23 @@ def read_groups(manifest: Manifest, tasks, max_seconds: float, check: Callable, 
             f"expected at least {least}; give another manifest"
         )
     return rows, seconds, longest
+
+
+def find_excess(
+    example: dict, seconds: float, tokenizer: Tokenizer, adapter, max_seconds: float, room: int
+) -> str | None:
+    """Why an example is too long to be trained on, or None: it takes more seconds than max_seconds,
+    or more LLM positions than room. adapter: its AdapterConfig."""
+    if seconds > max_seconds:
+        return f"{seconds:.1f} s of audio, expected at most {max_seconds:g} s by --max-seconds"
+    frames = adapter_length(feature_length(seconds), adapter)
+    # Hardly a tokenizer makes more than two tokens of a byte: most texts need not be tokenized.
+    if 2 * len(f"{instruction_of(example)} {example['text']}".encode()) + frames < room:
+        return None
+    ids, _ = render(example, frames, tokenizer, 0)
+    if len(ids) <= room:
+        return None
+    return f"{len(ids):,} LLM positions, expected at most {room:,} by the LLM and --batch-tokens"
 
 
 # --- Sequences: what the model reads, what it must answer
@@ -815,6 +927,12 @@ def join_texts(texts: Iterable[str]) -> str:
     return joined
 
 
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, none of which is a special token, whatever is written there."""
+    tokenizer.encode_special_tokens = True  # which is lost where a tokenizer is pickled
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
 def render(example: dict, audio_frames: int, tokenizer: Tokenizer, end_id: int):
     """The ids of a sequence, and how many at its end are the answer: the one place where prompt and
     loss mask are made.
@@ -823,15 +941,12 @@ def render(example: dict, audio_frames: int, tokenizer: Tokenizer, end_id: int):
 
     example: a manifest row; without "text" the ids stop where the answer begins. audio_frames: how
     many AUDIO placeholders, of 80 ms each. Pure: same in, same out."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    begin = tokenizer.encode("").ids
-    instruction = encode(f"\n{instruction_of(example)}\n")
+    template = tokenizer.encode("a")
+    begin = template.ids[: template.special_tokens_mask.index(0)]
+    instruction = encode(tokenizer, f"\n{instruction_of(example)}\n")
     answer = []
     if example.get("text") is not None:
-        answer = encode(example["text"]) + [end_id]
+        answer = encode(tokenizer, example["text"]) + [end_id]
     return begin + [AUDIO] * audio_frames + instruction + answer, len(answer)
 
 
@@ -917,12 +1032,9 @@ class Examples(torch.utils.data.Dataset):
     "bad" has its (file and line, reason). A batch of which none is left is silence without targets:
     its loss and gradients are 0."""
 
-    def __init__(
-        self, manifests, tokenizer, end_id, adapter, max_seconds=30.0, states=None, seed=0
-    ):
+    def __init__(self, manifests, tokenizer, end_id, adapter, states=None, seed=0):
         self.manifests, self.tokenizer, self.end_id = manifests, tokenizer, end_id
-        self.adapter, self.max_seconds = adapter, max_seconds
-        self.states, self.seed = states, seed
+        self.adapter, self.states, self.seed = adapter, states, seed
 
     def example(self, m: int, i: int, turn: int) -> dict:
         """An example with the wording of its instruction, drawn anew each turn."""
@@ -939,10 +1051,6 @@ class Examples(torch.utils.data.Dataset):
 
     def frames(self, m: int, example: dict) -> Tensor:
         """The features (F, 160) of an example, or encoder states (F, D). Raises AudioError."""
-        seconds = self.manifests[m].seconds(example)
-        if seconds > self.max_seconds:
-            limit = f"expected at most {self.max_seconds:g} s; raise --max-seconds"
-            raise AudioError(f"{seconds:.1f} s of audio, {limit}")
         if self.states is not None:
             return self.states(self.manifests[m].clip(example))
         return fbank([self.manifests[m].audio(example)])[0]

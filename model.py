@@ -504,6 +504,8 @@ def default_kernels(device: str) -> Kernels:
         except ImportError:
             return PLAIN
         return Kernels(attend=attend_varlen)
+    if str(device) != "cpu":
+        return PLAIN
     try:
         from extras import cpu
     except ImportError:
@@ -1120,18 +1122,21 @@ def add_lora(module: nn.Module, rank: int, alpha: float, targets: list[str]) -> 
         nn.init.kaiming_uniform_(linear.lora_a, 5**0.5)
 
 
-def merged_state(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of the module, or a part of one, with every low-rank update added into its
-    layer's weight, in the weight's dtype."""
+def is_update(name: str) -> bool:
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def merged_state(module: nn.Module, state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """A state dict in which every low-rank update is added into its layer's weight, which is the
+    module's where the state has none, in the weight's dtype."""
     merged = dict(state)
-    for name in state:
-        if not name.endswith(".lora_a"):
-            continue
-        layer = name.removesuffix(".lora_a")
-        a, b = merged.pop(f"{layer}.lora_a"), merged.pop(f"{layer}.lora_b")
-        weight = merged[f"{layer}.weight"]
-        update = module.get_submodule(layer).lora_scale * b @ a
-        merged[f"{layer}.weight"] = (weight.float() + update).to(weight.dtype)
+    for name in filter(is_update, state):
+        layer, _, matrix = name.rpartition(".")
+        if matrix == "lora_a":
+            a, b = merged.pop(f"{layer}.lora_a"), merged.pop(f"{layer}.lora_b")
+            weight = merged.get(f"{layer}.weight", module.get_submodule(layer).weight.detach())
+            update = (alpha / len(a) * b @ a).to(weight.device)
+            merged[f"{layer}.weight"] = (weight.float() + update).to(weight.dtype)
     return merged
 
 
@@ -1243,8 +1248,8 @@ def fast_dtype(directory: Path, device: str) -> torch.dtype:
     """bfloat16 where an LLM, but no tiny one, computes faster in it. Raises UserError."""
     width = read_json(Path(directory) / "config.json").get("hidden_size")
     large = is_number(width) and width >= 512
-    fast_cpu = large and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if device != "cpu" or fast_cpu else torch.float32
+    fast_cpu = device == "cpu" and large and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if device.startswith("cuda") or fast_cpu else torch.float32
 
 
 def read_state(directory: Path, rename: Callable, dtype: torch.dtype, device: str) -> dict:
@@ -1327,9 +1332,11 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) -> None:
-    """Puts the parts that a checkpoint holds into the model. bases: the fingerprints of the models
-    that it was built from. Raises UserError if the checkpoint is of others, or does not fit."""
+def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) -> set[str]:
+    """Puts the parts that a checkpoint holds into the model. Low-rank updates go into the model's
+    own where these are of the same layers and rank, else into the layers' weights. bases: the
+    fingerprints of the models that it was built from. Returns the parts that differ from these by
+    more than low-rank updates. Raises UserError if the checkpoint is of others, or does not fit."""
     with one_line_errors(path, "it is damaged or of another version: train it again"):
         for name, base in bases.items():
             trained = checkpoint["bases"][name]
@@ -1339,14 +1346,23 @@ def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) ->
                     f"{base['path']}; give the same --{name}"
                 )
         state = checkpoint["model"]
-        parts = {name.split(".")[0] for name in state}
-        wanted = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and name.split(".")[0] in parts:
-                wanted[name] = parameter.shape
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        complete = changed_parts(state)
+        updates = {name: tensor.shape for name, tensor in state.items() if is_update(name)}
+        if updates != {name: shapes[name] for name in filter(is_update, shapes)}:
+            state = merged_state(model, state, checkpoint["config"]["lora_alpha"])
         saved = {name: tensor.shape for name, tensor in state.items()}
-        misfits = [name for name in wanted | saved if wanted.get(name) != saved.get(name)]
+        for name in shapes:
+            if name.split(".")[0] in complete and not is_update(name):
+                saved.setdefault(name, None)
+        misfits = [name for name, shape in saved.items() if shapes.get(name) != shape]
         if misfits:
             raise ValueError(f"{len(misfits)} tensors do not fit, {min(misfits)} first")
         # The parts that it does not hold are the base models'.
         model.load_state_dict(state, strict=False)
+        return changed_parts(state)
+
+
+def changed_parts(state: dict[str, Tensor]) -> set[str]:
+    """The parts of which a state dict has more than low-rank updates."""
+    return {name.split(".")[0] for name in state if not is_update(name)}

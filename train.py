@@ -5,15 +5,14 @@ One config, one table of phases, one loop. python train.py --help lists every op
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
-import statistics
 import sys
 import sysconfig
 import time
@@ -23,8 +22,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 # Idle threads spin only briefly, see tests/bench/README.md. Large tensors stand on pages of 2 MB,
 # as many small ones take longer to get than to fill. Both count only before torch is loaded.
@@ -35,6 +35,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import numpy as np
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
@@ -43,6 +44,8 @@ from tqdm import tqdm
 import data
 from eval import json_line, refusal_threshold, validation_scores
 from model import (
+    LLM,
+    AdapterConfig,
     ConformerLayer,
     DecoderLayer,
     Kernels,
@@ -56,18 +59,23 @@ from model import (
     fetch,
     fingerprint,
     first_line,
+    is_number,
+    is_update,
     keep_freed_memory,
     load_checkpoint,
     load_tokenizer,
-    merged_state,
+    read_json,
     restore,
     visible,
 )
 from sample import answer_examples, encode_recordings
 
 DEMO = Path(__file__).resolve().parent / "demo"
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+LINEAR = {  # layers that low-rank updates can be added to, by part
+    "llm": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
+    "encoder": "linear_q linear_k linear_v linear_out intermediate_dense output_dense".split(),
+}
+DEVICES = ("cuda", "mps", "cpu")
 SAME = "give the same, or start anew without --resume"
 RESUME = "what was saved is intact: mend this and start again with --resume"
 
@@ -91,6 +99,9 @@ class TrainConfig:
     out: str = option("out", "Directory of checkpoints, log and picture.")
     resume: bool = option(False, "Go on where the last run of this phase stopped.")
     dry_run: bool = option(False, "Measure three steps of the largest batches, and leave nothing.")
+    show_batch: bool = option(
+        False, "Print the first batch as it is trained on, and leave nothing."
+    )
     seed: int = option(0, "Seed of everything random.")
 
     encoder: str = option(str(DEMO / "encoder"), "w2v-BERT 2.0 checkpoint, directory or Hub id.")
@@ -105,7 +116,8 @@ class TrainConfig:
     temperature: float = option(1.0, "A task and language is drawn by rows ** (1 / this).", low=1)
     max_seconds: float = option(30.0, "Longer recordings are left out and counted.", low=1)
 
-    steps: int | None = option(None, "Optimizer steps.")
+    steps: int | None = option(None, "Optimizer steps.", low=1)
+    epochs: float | None = option(None, "Passes over the data, in place of --steps.", low=1e-3)
     warmup: int | None = option(None, "Steps of rising learning rate.")
     adapter_lr: float | None = option(None, "Learning rate of the adapter; 0 freezes a part.")
     encoder_lr: float | None = option(None, "That of the encoder, in a phase that trains it.")
@@ -113,11 +125,16 @@ class TrainConfig:
     min_lr: float = option(0.1, "The cosine ends at this share of the learning rate.", high=1)
     weight_decay: float = option(0.01, "Of matrices; norms and biases have none.")
     clip: float = option(1.0, "Largest gradient norm.", low=1e-9)
-    lora_rank: int = option(0, "Train the LLM by low-rank updates of this rank; 0: all of it.")
-    lora_alpha: float = option(32.0, "Their sum is scaled by this / rank.")
-    lora_targets: list[str] = option(LINEAR, "Layers of the LLM that they are added to.")
+    average: int = option(1, "The result is the mean of so many validated checkpoints.", low=1)
+    lora_rank: int = option(0, "Train low-rank updates of this rank, not whole parts; 0: none.")
+    lora_alpha: float = option(32.0, "Their sum is scaled by this / rank.", low=1e-3)
+    lora_targets: list[str] = option(LINEAR["llm"], "Layers of LLM and encoder that have them.")
 
-    batch_frames: int | None = option(None, "20 ms frames in a batch, of which each rank has one.")
+    batch_frames: int | str | None = option(
+        None,
+        "20 ms frames in a batch, of which each rank has one; auto: what a GPU can hold.",
+        low=1,
+    )
     batch_tokens: int = option(4000, "LLM positions in a batch.", low=1)
     accumulate: int = option(1, "Batches of each rank in a step.", low=1)
     precision: str = option(
@@ -127,7 +144,9 @@ class TrainConfig:
     cache_gb: float = option(2.0, "Keep a frozen encoder's outputs on disk if they fit; 0: never.")
     fsdp: bool = option(False, "Split weights and optimizer among the ranks of torchrun.")
     workers: int = option(2, "Processes that read audio and compute features.")
-    device: str = option(DEVICES[0], "Where to compute.", choices=DEVICES)
+    device: str = option(
+        "cuda" if torch.cuda.is_available() else "cpu", "Where to compute.", choices=DEVICES
+    )
 
     eval_every: int = option(500, "Steps between validations, each of which also saves.", low=1)
     eval_rows: int = option(200, "Rows for the validation loss.", low=2)
@@ -144,26 +163,30 @@ GROUPS = {  # of --help, by the first option of each
 }
 
 
-@dataclass(frozen=True)
-class Phase:
-    rates: dict[str, float]  # parts that are trained, with their learning rates; others are frozen
+PARTS = ("adapter", "encoder", "llm")
+
+
+class Phase(NamedTuple):
+    rates: tuple[float, float, float]  # learning rates of PARTS; one of 0 is frozen
+    lora_rate: float  # that of a part which is trained by low-rank updates
     tasks: tuple[str, ...]
     steps: int
     warmup: int
     batch_frames: int  # 20 ms
 
 
-PHASES = {
-    "align": Phase({"adapter": 2e-4}, ("asr",), 2000, 30, 3000),
-    "ift": Phase({"adapter": 2e-4, "encoder": 6e-6, "llm": 2e-5}, data.TASKS, 4000, 50, 3000),
-}
-DEMO_PHASES = {  # for the tiny models and the corpus of demo/
-    "align": Phase({"adapter": 2e-3}, ("asr",), 1500, 100, 1500),
-    "ift": Phase({"adapter": 7e-4, "encoder": 1e-4, "llm": 1.5e-4}, data.TASKS, 300, 30, 3000),
+PHASES = {  # for LLMs of this width and above; the last is for those of demo/
+    ("align", 1024): Phase((2e-4, 0, 0), 2e-4, ("asr",), 2000, 30, 3000),
+    ("align", 512): Phase((1e-3, 0, 0), 5e-4, ("asr",), 2000, 100, 1500),
+    ("align", 0): Phase((2e-3, 0, 0), 2e-3, ("asr",), 1500, 100, 1500),
+    ("ift", 1024): Phase((2e-4, 6e-6, 2e-5), 2e-4, data.TASKS, 4000, 50, 3000),
+    ("ift", 512): Phase((5e-4, 3e-5, 1e-4), 5e-4, data.TASKS, 4000, 100, 3000),
+    ("ift", 0): Phase((7e-4, 1e-4, 1.5e-4), 1e-3, data.TASKS, 300, 30, 3000),
 }
 
-# Every other option must stay for a run to be resumed.
-MAY_CHANGE = ("resume", "dry_run", "out", "device", "workers", "fsdp", "checkpointing")
+# Every other option must stay for a run to be resumed. Models and manifests are known by content.
+MAY_CHANGE = "resume dry_run show_batch out device workers fsdp checkpointing".split()
+MAY_CHANGE += ["init", "encoder", "llm", "data", "dev"]
 CURVES = [  # panels of the picture
     {"loss": "gray", "dev_loss": "royalblue", "shuffled_loss": "chocolate"},
     {
@@ -184,6 +207,8 @@ def parse(argv: list[str] | None) -> TrainConfig:
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
         kind = next(iter(typing.get_args(f.type)), f.type)
+        if f.name == "batch_frames":
+            kind = frames_or_auto
         more = {"type": kind, "choices": f.metadata["choices"]}
         if f.type is bool:
             more = {"action": "store_true"}
@@ -202,16 +227,23 @@ def parse(argv: list[str] | None) -> TrainConfig:
     return cfg
 
 
+def frames_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def misuse(cfg: TrainConfig) -> str | None:
     """What is wrong with the values of a configuration."""
     for f in fields(TrainConfig):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
             return f"--{f.name.replace('_', '-')} is {value}, expected {low} to {high}"
-    if cfg.phase == "align" and (cfg.encoder_lr or cfg.llm_lr or cfg.lora_rank):
-        return "--encoder-lr, --llm-lr and --lora-rank are for phase ift, which trains these parts"
-    if set(cfg.lora_targets) - set(LINEAR):
-        return f"--lora-targets are some of {' '.join(LINEAR)}"
+    targets = set(chain(*LINEAR.values()))
+    if not set(cfg.lora_targets) <= targets:
+        return f"--lora-targets {' '.join(cfg.lora_targets)}, expected of {' '.join(targets)}"
+    if cfg.epochs and cfg.steps:
+        return "--epochs and --steps exclude each other"
+    if cfg.batch_frames == "auto" and (cfg.device != "cuda" or cfg.fsdp):
+        return "--batch-frames auto is for CUDA without --fsdp"
     if cfg.fsdp and "LOCAL_RANK" not in os.environ:
         return "--fsdp is for several ranks: torchrun --nproc_per_node=8 train.py --fsdp ..."
     return None
@@ -220,15 +252,15 @@ def misuse(cfg: TrainConfig) -> str | None:
 def resolve_phase(cfg: TrainConfig) -> tuple[TrainConfig, dict[str, float], tuple[str, ...]]:
     """The config with the phase's own numbers where it leaves them open, {part: learning rate} of
     the parts that are trained, and the tasks. Raises UserError if nothing is trained."""
-    phase = PHASES[cfg.phase]
-    paths = [Path(path).resolve() for path in (cfg.encoder, cfg.llm, *cfg.data)]
-    if paths == [DEMO / "encoder", DEMO / "llm", DEMO / "train.jsonl"]:
-        print("preset: the rates and steps for the tiny models of demo/")
-        phase = DEMO_PHASES[cfg.phase]
+    width = read_json(fetch(cfg.llm) / "config.json").get("hidden_size")
+    width = width if is_number(width) else 0
+    least = max(least for name, least in PHASES if name == cfg.phase and least <= width)
+    phase = PHASES[cfg.phase, least]
     rates = {}
-    for part, rate in phase.rates.items():
+    for part, rate in zip(PARTS, phase.rates, strict=True):
         stated = getattr(cfg, f"{part}_lr")
-        rates[part] = rate if stated is None else stated
+        usual = phase.lora_rate if has_updates(part, cfg) else rate
+        rates[part] = usual if stated is None else stated
     rates = {part: rate for part, rate in rates.items() if rate > 0}
     if not rates:
         raise UserError("every learning rate is 0, so nothing would be trained; leave one above 0")
@@ -236,7 +268,15 @@ def resolve_phase(cfg: TrainConfig) -> tuple[TrainConfig, dict[str, float], tupl
     for name in ("steps", "warmup", "batch_frames"):
         if getattr(cfg, name) is None:
             defaults[name] = getattr(phase, name)
-    return replace(cfg, **defaults), rates, phase.tasks
+    cfg = replace(cfg, **defaults)
+    numbers = f"{cfg.steps} steps, warmup {cfg.warmup}, batches of {cfg.batch_frames} frames"
+    print(f"preset for LLMs of width {least} and above: {numbers}")
+    return cfg, rates, phase.tasks
+
+
+def has_updates(part: str, cfg: TrainConfig) -> bool:
+    """Whether a part gets low-rank updates."""
+    return cfg.lora_rank > 0 and not set(cfg.lora_targets).isdisjoint(LINEAR.get(part, ()))
 
 
 # --- Model and optimizer
@@ -287,54 +327,52 @@ def recompute_layer(call: Callable, layer: nn.Module, *inputs) -> Tensor:
     return call(layer, *inputs)
 
 
-def build(cfg: TrainConfig, rates: dict[str, float]):
-    """The model, its tokenizer and the fingerprints of its two base checkpoints. Trained parts have
-    float32 weights, frozen parts the compute dtype's. An --init checkpoint brings its adapter's
-    shape with it. Raises UserError."""
+def build(cfg: TrainConfig, rates: dict[str, float], path: str | Path, checkpoint: dict | None):
+    """The model, as it is in the checkpoint of this path, if there is one; the fingerprints of its
+    two base models; and the parts that differ from these by more than low-rank updates. Trained
+    parts have float32 weights, frozen parts the compute dtype's. Raises UserError."""
     bases = {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
-    init = load_checkpoint(cfg.init) if cfg.init else None
-    adapter = {
+    compute = fast_dtype(fetch(cfg.llm), cfg.device)
+    if cfg.precision != "auto":
+        compute = getattr(torch, cfg.precision)
+    # Low-rank updates leave a part's own weights alone, so these need not be float32.
+    float32 = tuple(part for part in rates if not has_updates(part, cfg))
+    compiled = cfg.device == "cuda" and not cfg.fsdp and can_compile()
+    kernels = training_kernels(cfg.device, cfg.checkpointing, compiled)
+    adapter = checkpoint["adapter"] if checkpoint else new_adapter(cfg)
+    model = SpeechLM.from_parts(
+        cfg.encoder, cfg.llm, compute, compute, cfg.device, float32, kernels, **adapter
+    )
+    freeze(model, rates, cfg)
+    if not checkpoint:
+        return model, bases, set()
+    alpha = checkpoint["config"]["lora_alpha"]
+    if cfg.lora_rank and any(map(is_update, checkpoint["model"])) and alpha != cfg.lora_alpha:
+        raise UserError(f"{path}: has updates of --lora-alpha {alpha:g}; give the same")
+    return model, bases, restore(model, checkpoint, bases, path)
+
+
+def new_adapter(cfg: TrainConfig) -> dict:
+    """The fields of AdapterConfig that are options."""
+    return {
         "num_adapter_layers": cfg.adapter_layers,
         "adapter_kernel_size": cfg.adapter_kernel,
         "adapter_stride": cfg.adapter_stride,
     }
-    if init:
-        adapter = init["adapter"]
-        frozen = sorted({name.split(".")[0] for name in init["model"]} - rates.keys())
-        if frozen:
-            raise UserError(
-                f"{cfg.init} holds a trained {' and '.join(frozen)}, which this run would freeze "
-                "and not save; start from the base models, or from a checkpoint of phase align"
-            )
-    directory = fetch(cfg.llm)
-    tokenizer = load_tokenizer(directory)
-    compute = fast_dtype(directory, cfg.device)
-    if cfg.precision != "auto":
-        compute = getattr(torch, cfg.precision)
-    # Low-rank updates leave the LLM's own weights alone, so these need not be float32.
-    float32 = set(rates) - ({"llm"} if cfg.lora_rank else set())
-    compiled = cfg.device == "cuda" and not cfg.fsdp and can_compile()
-    kernels = training_kernels(cfg.device, cfg.checkpointing, compiled)
-    model = SpeechLM.from_parts(
-        cfg.encoder, cfg.llm, compute, compute, cfg.device, float32, kernels, **adapter
-    )
-    if init:
-        restore(model, init, bases, cfg.init)
-    freeze(model, rates, cfg)
-    return model, tokenizer, bases
 
 
 def freeze(model: SpeechLM, rates: dict[str, float], cfg: TrainConfig) -> None:
-    """Leaves only the parts with a learning rate to be trained."""
+    """Leaves only the parts with a learning rate, or their low-rank updates, to be trained."""
     for name, part in model.named_children():
         part.requires_grad_(name in rates).train(name in rates)
+        if name in rates and has_updates(name, cfg):
+            targets = set(cfg.lora_targets) & set(LINEAR[name])
+            add_lora(part, cfg.lora_rank, cfg.lora_alpha, targets)
     config = model.encoder.config
     masks_frames = config.apply_spec_augment and config.mask_time_prob > 0
     if hasattr(model.encoder, "masked_spec_embed") and not masks_frames:
         # Nothing reads it, so it would wait for a gradient.
         model.encoder.masked_spec_embed.requires_grad_(False)
-    if cfg.lora_rank and "llm" in rates:
-        add_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
 
 
 def parameter_groups(model: SpeechLM, rates: dict[str, float], weight_decay: float) -> list[dict]:
@@ -381,6 +419,9 @@ def scale_projection(model: SpeechLM, batch: dict) -> None:
 # --- The outputs of a frozen encoder, computed once and kept on disk
 
 
+ENCODE_FRAMES = 1500  # 20 ms frames that are encoded together
+
+
 class CachedEncoder(nn.Module):
     """Stands in for an encoder whose outputs were computed before: the features are those."""
 
@@ -398,10 +439,7 @@ def encoder_states(
     clips = set()
     for manifest in manifests:
         clips.update(manifest.clip(example) for example in manifest)
-    sizes = [
-        (data.feature_length(clip[2]), 0, clip) for clip in clips if clip[2] <= cfg.max_seconds
-    ]
-    sizes.sort()
+    sizes = sorted((data.feature_length(clip[2]), 0, clip) for clip in clips)
     frames = sum(size[0] for size in sizes)
     size_gb = frames * encoder.config.hidden_size * encoder.compute_dtype.itemsize / 1e9
     free_gb = gather(shutil.disk_usage(cfg.out).free)[0] / 1e9
@@ -412,7 +450,7 @@ def encoder_states(
 
     # The files are named by all that their contents depend on.
     stamps = sorted({file_stamp(clip[0]) for clip in clips})
-    key = [base["sha256"], str(encoder.compute_dtype), cfg.batch_frames, stamps, sizes]
+    key = [base["sha256"], str(encoder.compute_dtype), stamps, sizes]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     ranks = range(world())
     paths = [Path(cfg.out) / f"encoder-{name}-{r + 1}-of-{world()}.pt" for r in ranks]
@@ -425,7 +463,7 @@ def encoder_states(
         states |= load_states(path)
 
     def states_of(clip: tuple) -> Tensor:
-        value = states.get(clip, f"longer than {cfg.max_seconds:g} s")
+        value = states[clip]
         if isinstance(value, str):
             raise data.AudioError(value)
         return value  # (F, D)
@@ -454,7 +492,7 @@ def encode_clips(cfg: TrainConfig, encoder: SpeechEncoder, sizes: list[tuple]) -
     """The encoder's states (F, D) of this rank's share of the clips, or why there are none. sizes:
     (frames, 0, clip), the shortest first."""
     states = {}
-    batches = data.cut_batches(sizes, cfg.batch_frames, math.inf)[rank() :: world()]
+    batches = data.cut_batches(sizes, ENCODE_FRAMES, math.inf)[rank() :: world()]
     for batch in tqdm(batches, "encoder", unit=" batches", disable=rank() > 0):
         waves = {}
         for clip in batch:
@@ -473,6 +511,7 @@ def encode_clips(cfg: TrainConfig, encoder: SpeechEncoder, sizes: list[tuple]) -
 # --- Several processes, the ranks, which torchrun starts: on a GPU each, or on the CPU. Without
 # torchrun there is one rank and no process group, and every function here does the plain thing.
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RANK_TIMEOUT = timedelta(minutes=30)  # the longest wait is for rank 0 to write a checkpoint
 
 
@@ -486,8 +525,15 @@ def world() -> int:
 
 def join_ranks(device: str) -> None:
     """Joins the other ranks. Rank 0 alone prints from here on. Raises UserError."""
-    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+    missing = [name for name in TORCHRUN if not os.environ.get(name)]
+    alone = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
+    if dist.is_initialized() or (alone == "1" and "LOCAL_RANK" in missing):
         return
+    if missing:
+        raise UserError(
+            f"the environment is of one of several processes, but has no {', '.join(missing)}; "
+            "start by torchrun, one on each machine, or unset WORLD_SIZE and LOCAL_RANK"
+        )
     local = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
         gpus = torch.cuda.device_count()
@@ -640,8 +686,9 @@ class RunState:
     position: dict | None = None  # in the schedule, behind the last batch
     seen: int = 0  # examples drawn
     bad: dict = field(default_factory=dict)  # why recordings could not be used, by file and line
-    validated: int = 0  # the step of the last validation
+    validated: int = -1  # the step of the last validation
     skipped: int = 0  # steps just left out in a row
+    averaged: list = field(default_factory=list)  # the steps of checkpoints to be averaged
 
 
 @dataclass
@@ -654,9 +701,11 @@ class Run:
     mixture: data.Mixture
     model: SpeechLM
     bases: dict[str, dict]
+    changed: set[str]  # parts whose weights are not those of the bases
     examples: data.Examples
     hours: list  # of this phase and those before, see data.notice
     size: Callable  # of an example, see data.Examples.size
+    lock: typing.IO | None  # see lock_directory
     net: nn.Module | None = None  # the model as it is called in training
     optimizer: torch.optim.Optimizer | None = None
     state: RunState = field(default_factory=RunState)
@@ -679,46 +728,92 @@ def open_run(cfg: TrainConfig) -> Run:
     """Everything that a run needs, as it was saved or new. Raises UserError."""
     cfg, rates, tasks = resolve_phase(cfg)
     torch.manual_seed(cfg.seed)
-    if not cfg.dry_run:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    allowed = tuple(cfg.allow_licence)
-    mixture = data.open_mixture(cfg.data, cfg.dev, tasks, allowed, cfg.temperature, cfg.max_seconds)
-    model, tokenizer, bases = build(cfg, rates)
+    leaves_files = not (cfg.dry_run or cfg.show_batch)
+    lock = lock_directory(cfg.out) if leaves_files else None
+
+    # A run begins with what it saved, with another run's result, or with the base models.
+    path, checkpoint = Path(cfg.out) / f"{cfg.phase}.resume.pt", None
+    resumed = gather(cfg.resume and path.exists())[0]
+    if cfg.resume and not resumed:
+        print(f"{path}: not there, so the run starts from its beginning")
+    if resumed or cfg.init:
+        path = path if resumed else cfg.init
+        checkpoint = load_checkpoint(path)
+    tokenizer = load_tokenizer(fetch(cfg.llm))
+    mixture = open_data(cfg, tasks, tokenizer, checkpoint)
+    if resumed:
+        cfg = resumed_config(cfg, path, checkpoint, mixture.contents)
+    model, bases, changed = build(cfg, rates, path, checkpoint)
     for name, part in model.named_children():
         millions = sum(p.numel() for p in part.parameters()) / 1e6
         how = f"lr {rates[name]:g}" if name in rates else "frozen"
         dtype = next(part.parameters()).dtype
         print(f"{name}: {millions:.2f} M parameters, {how}, {dtype} weights")
     manifests, states = [*mixture.manifests, mixture.dev], None
-    if "encoder" not in rates and cfg.cache_gb and not cfg.dry_run:
+    if "encoder" not in rates.keys() | changed and cfg.cache_gb and leaves_files:
         states = encoder_states(cfg, model.encoder, manifests, bases["encoder"])
     if states is not None:
         model = SpeechLM(CachedEncoder(), model.adapter, model.llm)
     end_id, adapter = model.llm.config.eos_token_id[0], model.adapter.config
-    limits = cfg.max_seconds, states, cfg.seed
-    examples = data.Examples(manifests, tokenizer, end_id, adapter, *limits)
-    hours = data.merge_hours(load_checkpoint(cfg.init)["data"] if cfg.init else [], mixture.hours)
+    examples = data.Examples(manifests, tokenizer, end_id, adapter, states, cfg.seed)
+    hours = data.merge_hours(checkpoint["data"] if checkpoint else [], mixture.hours)
     size = lru_cache(2 * data.POOL)(examples.size)
-    run = Run(cfg, rates, tasks, mixture, model, bases, examples, hours, size)
+    run = Run(cfg, rates, tasks, mixture, model, bases, changed, examples, hours, size, lock)
+    start(run, checkpoint if resumed else None)
+    return run
 
+
+def open_data(cfg: TrainConfig, tasks: tuple[str, ...], tokenizer: Tokenizer, checkpoint):
+    """The Mixture of a run. Raises UserError."""
+    adapter = AdapterConfig(**(checkpoint["adapter"] if checkpoint else new_adapter(cfg)))
+    room = min(cfg.batch_tokens, LLM.read_config(fetch(cfg.llm)).max_position_embeddings)
+
+    def excess(example: dict, seconds: float) -> str | None:
+        return data.find_excess(example, seconds, tokenizer, adapter, cfg.max_seconds, room)
+
+    allowed = tuple(cfg.allow_licence)
+    return data.open_mixture(cfg.data, cfg.dev, tasks, allowed, cfg.temperature, excess)
+
+
+def lock_directory(path: str) -> typing.IO | None:
+    """Makes the out directory. Returns a file that keeps other runs from it while it is open, on
+    rank 0. Raises UserError if another run has it."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    if rank() > 0:
+        return None
+    lock = open(Path(path) / ".lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{path}: another run writes there; give another --out") from None
+    except OSError:
+        pass  # this file system has no locks
+    return lock
+
+
+def start(run: Run, resumed: dict | None) -> None:
+    """Brings a run to where it was stopped, or to its beginning. Raises UserError."""
+    cfg = run.cfg
     if cfg.init and Path(cfg.init).resolve() == run.path(".pt").resolve():
         raise UserError(f"{cfg.init} is what this run would replace; give another --out")
-    resumed = None
-    if gather(cfg.resume and run.path(".resume.pt").exists())[0]:
-        resumed = read_resume(run)
+    if cfg.batch_frames == "auto":
+        plan = import_plan("--batch-frames auto")
+        fitting = plan.fit_batches(run, run_schedule, on_device) if rank() == 0 else None
+        run.cfg = cfg = gather(fitting)[0]
+    if cfg.epochs and not resumed:
+        run.cfg = cfg = replace(cfg, steps=max(1, round(cfg.epochs * steps_of_a_pass(run))))
+        print(f"{cfg.steps} steps are {cfg.epochs:g} passes over the data")
+    if resumed:
         run.state = RunState(**resumed["state"])
     elif not cfg.init:
         start_adapter(run)
-    if cfg.resume and not resumed:
-        print(f"{run.path('.resume.pt')}: not there, so the run starts from its beginning")
-    run.net = distribute(model, cfg)
-    groups = parameter_groups(model, rates, cfg.weight_decay)
-    run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    run.net = distribute(run.model, cfg)
+    groups = parameter_groups(run.model, run.rates, cfg.weight_decay)
+    run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=cfg.device != "mps")
     if resumed:
         load_optimizer(run, resumed["optimizer"])
-    if rank() == 0 and not cfg.dry_run:
+    if run.lock:
         start_files(run, bool(resumed))
-    return run
 
 
 def start_adapter(run: Run) -> None:
@@ -743,6 +838,13 @@ def start_files(run: Run, resumed: bool) -> None:
         os.replace(run.path(".resume.pt"), run.path(".resume.old.pt"))
 
 
+def steps_of_a_pass(run: Run) -> float:
+    """In how many steps as many examples are drawn as there are, by the first batches."""
+    batches = [len(batch) for _, batch in islice(run_schedule(run), 200)]
+    rows = sum(batches) / len(batches) * run.batches_a_step
+    return sum(map(len, run.mixture.manifests)) / rows
+
+
 def run_schedule(run: Run) -> Iterator[tuple[dict, list]]:
     """All batches from where the run is."""
     cfg, mixture, position = run.cfg, run.mixture, run.state.position
@@ -753,6 +855,14 @@ def run_schedule(run: Run) -> Iterator[tuple[dict, list]]:
 def open_loader(run: Run) -> Iterator[dict]:
     """This rank's batches, made by worker processes."""
     workers = 0 if run.examples.states else run.cfg.workers
+    # What worker processes send stands in shared memory, of which containers have little.
+    needed = 2 * workers * run.cfg.batch_frames * 160 * 4 * 2
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else needed
+    if free < needed:
+        raise UserError(
+            f"/dev/shm has {free / 1e6:.0f} MB free, {workers} workers need {needed / 1e6:.0f} MB; "
+            "give the container more (docker run --shm-size) or train with --workers 0"
+        )
     loader = torch.utils.data.DataLoader(
         run.examples,
         batch_size=None,
@@ -770,56 +880,72 @@ def save(run: Run, **thresholds) -> None:
     that was stopped before its first validation leaves the result of an earlier one."""
     model, optimizer = run.model, run.optimizer
     names = {p: name for name, p in model.named_parameters()}
-    trained = {name: p.detach() for p, name in names.items() if p.requires_grad}
     moments = {names[p]: to_save(state) for p, state in optimizer.state.items()}
-    parts = {}
+    # Parts that are still those of the base models have at most low-rank updates to be saved.
+    weights = {}
     for name, tensor in model.state_dict().items():
-        if name.split(".")[0] in run.rates:
-            parts[name] = tensor
-    parts, trained = to_save(parts), to_save(trained)
+        part = name.split(".")[0]
+        trained = part in run.rates and not has_updates(part, run.cfg)
+        if trained or part in run.changed or is_update(name):
+            weights[name] = tensor
+    weights = to_save(weights)
     if rank() > 0:
         return
     checkpoint = {
+        "model": weights,
         "config": asdict(run.cfg),
         "adapter": asdict(model.adapter.config),
         "bases": run.bases,
         "data": run.hours,
+        "contents": run.mixture.contents,
         "window": min(30.0, max(1.0, run.mixture.longest)),
         "step": run.state.step,
         "versions": {"torch": str(torch.__version__), "python": sys.version},
         **thresholds,
     }
-    if run.state.validated:
-        weights = {"model": merged_state(model, parts)}
-        data.write_atomically(run.path(".pt"), partial(torch.save, weights | checkpoint))
+    state = run.state
+    if state.validated > 0:
+        data.write_atomically(run.path(".pt"), partial(torch.save, checkpoint))
         data.write_text(run.path(".NOTICE"), data.notice(run.hours))
-    resume = {"model": trained, "optimizer": moments, "state": asdict(run.state)}
-    resume["batches_a_step"] = run.batches_a_step
+    if state.validated == state.step > 0 and run.cfg.average > 1:
+        shutil.copyfile(run.path(".pt"), run.path(f".{state.step}.pt"))
+        state.averaged.append(state.step)
+        for step in state.averaged[: -run.cfg.average]:
+            run.path(f".{step}.pt").unlink(missing_ok=True)
+        state.averaged = state.averaged[-run.cfg.average :]
+    resume = {"optimizer": moments, "state": asdict(state), "batches_a_step": run.batches_a_step}
     data.write_atomically(run.path(".resume.pt"), partial(torch.save, checkpoint | resume))
 
 
-def read_resume(run: Run) -> dict:
-    """What save wrote for a run to go on, with its weights put into the model. Raises UserError if
-    this run is not the one that wrote it: of another configuration, or of other than its number of
-    batches a step over all ranks."""
-    path, config = run.path(".resume.pt"), asdict(run.cfg)
-    resumed = load_checkpoint(path)
-    if "state" not in resumed:
+def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) -> TrainConfig:
+    """The config of a run that goes on, with what it found out when it began. Raises UserError if
+    it is not the run that was saved: of another configuration, of manifests with other content, or
+    of other than its number of batches a step over all ranks."""
+    if "state" not in resumed or "contents" not in resumed:
         raise UserError(f"{path}: is of an older version; start anew without --resume")
-    same_batches = resumed["batches_a_step"] == run.batches_a_step
+    automatic = cfg.batch_frames == "auto"
+    names = ["steps"] * bool(cfg.epochs) + ["batch_frames", "batch_tokens"] * automatic
+    cfg = replace(cfg, **{name: resumed["config"][name] for name in names})
+    config, batches = asdict(cfg), cfg.accumulate * world()
     for name, value in resumed["config"].items():
-        free = name in MAY_CHANGE or (name == "accumulate" and same_batches)
+        free = name in MAY_CHANGE or (name == "accumulate" and batches == resumed["batches_a_step"])
         if not free and config.get(name) != value:
             raise UserError(
                 f"{path}: was trained with {name} {value!r}, found {config.get(name)!r}; {SAME}"
             )
-    if not same_batches:
+    if batches != resumed["batches_a_step"]:
         raise UserError(
             f"{path}: was trained with {resumed['batches_a_step']} batches a step over all ranks, "
-            f"found {run.batches_a_step}; {SAME}"
+            f"found {batches}; {SAME}"
         )
-    restore(run.model, resumed, run.bases, path)
-    return resumed
+    pairs = zip_longest(resumed["contents"], contents, fillvalue=("no manifest", 0, ""))
+    for (before, rows, content), (now, rows_now, content_now) in pairs:
+        if content != content_now:
+            raise UserError(
+                f"{path}: was trained with {before} of {rows} rows, found {now} of {rows_now} rows "
+                f"and other content; {SAME}"
+            )
+    return cfg
 
 
 def load_optimizer(run: Run, moments: dict[str, dict]) -> None:
@@ -1007,23 +1133,41 @@ def validate_and_save(run: Run, stop: Stop) -> bool:
         raise UserError(f"step {state.step}: dev_loss {figures['dev_loss']}; {LOWER_RATE}")
     state.validated = state.step
     run.record(".jsonl", {"step": state.step, **figures})
+    save(run, **threshold)
     if rank() == 0:
         texts = [f"{name} {value:.3f}" for name, value in figures.items()]
         tqdm.write(f"step {state.step}: {', '.join(texts)}")
         shown = pairs[:: max(1, len(pairs) // 4)][:4] if len(run.tasks) > 1 else pairs[:2]
         for reference, hypothesis in shown:
             tqdm.write(f"  said: {visible(reference)}\n  read: {visible(hypothesis)}")
-    save(run, **threshold)
+        if figures["shuffled_loss"] < 1.05 * figures["dev_loss"]:
+            tqdm.write("the model is not listening yet: other recordings serve it as well")
     return True
+
+
+@torch.no_grad()
+def average_checkpoints(run: Run) -> None:
+    """Gives the model the mean weights of the last validated checkpoints."""
+    steps, parameters = run.state.averaged, dict(run.model.named_parameters())
+    print(f"{run.path('.pt')}: becomes the mean of steps {', '.join(map(str, steps))}")
+    weights = [load_checkpoint(run.path(f".{step}.pt"))["model"] for step in steps]
+    for name in weights[0]:
+        mean = torch.stack([state[name].float() for state in weights]).mean(0)
+        p = parameters[name]
+        p.copy_(like(p, mean.to(p.device, p.dtype)))
+    run.state.averaged = []
 
 
 def train(cfg: TrainConfig, stop: Stop) -> None:
     """Runs a phase, from its beginning or from where it was stopped."""
     run = open_run(cfg)
     cfg, state, optimizer = run.cfg, run.state, run.optimizer
+    if cfg.show_batch:
+        return import_plan("--show-batch").show_batch(run, run_schedule)
     if cfg.dry_run:
-        return dry_run(run)
-    if state.validated == cfg.steps:
+        plan = import_plan("--dry-run")
+        return plan.dry_run(run, run_schedule, backward, steps_of_a_pass(run))
+    if state.validated == cfg.steps and len(state.averaged) < 2:
         return print(f"{run.path('.pt')}: all {state.step} steps are done")
     loader = open_loader(run)
     bar = tqdm(
@@ -1033,6 +1177,7 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
         # Once in a while, validate and save. A signal is answered here, between two steps.
         stop.waits, saved = True, False
         due = state.step % cfg.eval_every == 0 or state.step == cfg.steps
+        due = due and (state.step > 0 or bool(cfg.init))  # without --init there is nothing to see
         if due and state.step > state.validated and not any(gather(stop.signal)):
             saved = validate_and_save(run, stop)
         if any(gather(stop.signal)):
@@ -1041,6 +1186,10 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
                 save(run)
             gather("saved")  # torchrun ends the others when one ends
             raise KeyboardInterrupt
+        if state.step == cfg.steps and len(state.averaged) > 1:
+            average_checkpoints(run)
+            state.validated = -1
+            continue
         if state.step == cfg.steps:
             break
 
@@ -1088,38 +1237,12 @@ def report(run: Run) -> None:
     print(f"{run.path('.pt')}: {counts} left out")
 
 
-def dry_run(run: Run) -> None:
-    """Takes the largest steps of the first 200 batches, and prints what the run would need. Leaves
-    nothing behind. Raises UserError if they do not fit into memory."""
-    cfg, seconds = run.cfg, []
-    scheduled = list(islice(run_schedule(run), 200))
-    scheduled.sort(key=lambda entry: -sum(sum(run.size(*key)) for key in entry[1]))
+def import_plan(flag: str):
     try:
-        for entry in scheduled[:3]:
-            began = time.time()
-            batch = run.examples[entry]
-            backward(run, [batch], max(1, len(batch["targets"])))
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            seconds.append(time.time() - began)
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        raise UserError(
-            "the largest batches do not fit into memory; lower --batch-frames and --batch-tokens, "
-            "or give --checkpointing, --lora-rank 16 or, with several GPUs, --fsdp"
-        ) from error
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if cfg.device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    rows = sum(len(batch) for _, batch in scheduled) / len(scheduled) * run.batches_a_step
-    passes = cfg.steps * rows / sum(map(len, run.mixture.manifests))
-    step = statistics.median(seconds) * cfg.accumulate
-    print(
-        f"dry run: peak memory {peak / 1e9:.2f} GB, {step:.2f} s a step of the largest batches, "
-        f"at most {step * cfg.steps / 3600:.1f} h for {cfg.steps} steps, which pass over the data "
-        f"{passes:.1f} times; validations and the encoder cache come on top"
-    )
+        from extras import plan
+    except ImportError:
+        raise UserError(f"{flag} needs extras/plan.py beside train.py") from None
+    return plan
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1148,6 +1271,10 @@ def explain(error: Exception) -> str:
         time.sleep(10)  # torchrun ends the other ranks when one ends, and rank 0 is to speak first
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"a batch does not fit into memory: lower --batch-frames and --batch-tokens; {RESUME}"
+        )
     reason = first_line(error)
     if isinstance(error, dist.DistError) or "gloo/" in reason:
         return visible(f"lost another rank, whose own message says why ({reason}); {RESUME}")

@@ -3,6 +3,7 @@ and the corpus of the demo."""
 
 import itertools
 import json
+import pickle
 import random
 import re
 from collections import Counter
@@ -66,7 +67,8 @@ def test_examples_of_a_manifest(tmp_path):
     assert [example["text"] for example in manifest] == ["Hallo", "你好", "Hallo"]
     assert len(manifest) == 3 and list(manifest) == [manifest[i] for i in range(3)]
     assert manifest[1]["where"] == f"{path} line 3" and manifest[1]["start"] == 1.5
-    assert manifest[0] == data.EXAMPLE | GOOD | {"where": f"{path} line 1"}
+    languages = {"source_language": "en", "target_language": "en"}
+    assert manifest[0] == data.EXAMPLE | languages | GOOD | {"where": f"{path} line 1"}
     part = manifest.select([2, 1])
     assert [example["where"][-1] for example in part] == ["3", "5"] and len(manifest) == 3
 
@@ -87,7 +89,10 @@ def test_examples_of_a_manifest(tmp_path):
         (GOOD | {"duration": "3"}, "duration is '3'"),
         (GOOD | {"duration": float("inf")}, "duration is inf"),
         (GOOD | {"duration": True}, "duration is True"),
-        (GOOD | {"target_language": ["de"]}, "target_language is ..de.."),
+        (GOOD | {"target_language": ["de"]}, "target_language is ..de.., expected a code such as"),
+        (GOOD | {"source_language": "German"}, "source_language is 'German', expected a code su"),
+        (GOOD | {"lang": "de", "target_lang": "en"}, "target_language is 'en', expected 'de', the"),
+        (GOOD | {"task": "st"}, "target_language is 'en', expected another language than 'en'"),
         (GOOD | {"instruction": 5}, "instruction is 5, expected text"),
         (GOOD | {"style": "shouted"}, "style is 'shouted', expected written or bare"),
         (GOOD | {"sources": ["CC0-1.0"]}, "sources is .*, expected a list of .corpus, licence."),
@@ -98,6 +103,82 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, message):
     manifest = Manifest(write_rows(tmp_path / "m.jsonl", GOOD, row))
     for read in (lambda: manifest[1], lambda: list(manifest)):
         refused(f"m.jsonl line 2: {message}", read)
+
+
+@pytest.mark.parametrize(
+    "codes, canonical",
+    [
+        ("zh zh-CN zh_TW ZH zh-Hans-CN cmn cmn_hans_cn zho zh-HK", "zh"),
+        ("en EN en-US en_us eng En-gb", "en"),
+        ("de de-AT deu ger DE_ch", "de"),
+        ("yue yue-HK", "yue"),
+        ("ja ja-JP jpn jp", "ja"),
+        ("pt-BR por", "pt"),
+        ("German 中文 e x1 en1 chinese-simplified", None),
+    ],
+)
+def test_language_codes(codes, canonical):
+    assert {data.language_code(code) for code in codes.split()} == {canonical}
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({}, "asr en en"),
+        ({"source_language": "de-DE"}, "asr de de"),
+        ({"target_language": "it"}, "asr it it"),
+        ({"source_language": "zh_TW", "target_language": "zh-CN"}, "asr zh zh"),
+        ({"task": "st", "target_language": "ZH"}, "st en zh"),
+        ({"task": "sqa", "question": "Wer?", "source_language": "de"}, "sqa de de"),
+        ({"task": "sqa", "question": "Wer?", "target_language": "de"}, "sqa en de"),
+        ({"task": None, "target_language": "de"}, "st en de"),
+        ({"task": None, "source_language": "de"}, "asr de de"),
+        ({"task": None, "question": "Who?"}, "sqa en en"),
+    ],
+)
+def test_languages_and_task_that_a_row_leaves_open(fields, expected):
+    example = data.parse_example(json.dumps(GOOD | fields), "m.jsonl line 1")
+    assert [example[key] for key in ("task", "source_language", "target_language")] == (
+        expected.split()
+    )
+
+
+def test_manifests_of_other_people(tmp_path):
+    """NeMo's for recognition and for translation, and the metadata of a folder of audio."""
+    part = {"offset": 1.5, "duration": 0.5}
+    rows = [
+        {"audio_filepath": "a.wav", "text": "hi", "lang": "en-US", "pnc": "no"} | part,
+        {"audio_filepath": "a.wav", "answer": "Ja", "source_lang": "en", "target_lang": "de"},
+        {"file_name": "b/c.flac", "transcription": "hi", "license": "CC-BY-4.0", "speaker": ""},
+    ]
+    nemo, translated, folder = Manifest(write_rows(tmp_path / "m.json", *rows))
+    assert (nemo["audio"], nemo["start"], nemo["duration"]) == ("a.wav", 1.5, 0.5)
+    assert nemo["task"] == "asr" and nemo["source_language"] == "en"
+    assert (translated["task"], translated["text"], translated["target_language"]) == (
+        "st",
+        "Ja",
+        "de",
+    )
+    assert (folder["audio"], folder["licence"], folder["speaker"]) == (
+        "b/c.flac",
+        "CC-BY-4.0",
+        "unknown",
+    )
+
+
+def test_empty_fields_count_as_absent():
+    empty = dict.fromkeys("speaker corpus licence instruction style lang duration".split(), " ")
+    example = data.parse_example(json.dumps(GOOD | empty), "m.jsonl line 1")
+    plain = data.parse_example(json.dumps(GOOD), "m.jsonl line 1")
+    assert example == plain and example["style"] == "written"
+
+
+def test_the_content_of_a_manifest(tmp_path):
+    first, same, other = (
+        Manifest(write_rows(tmp_path / name, GOOD, GOOD | {"text": text})).content
+        for name, text in (("a.jsonl", "x"), ("b.jsonl", "x"), ("c.jsonl", "y"))
+    )
+    assert first == same and first[0] == other[0] == 2 and first[1] != other[1]
 
 
 def test_what_is_no_manifest(tmp_path):
@@ -257,8 +338,8 @@ def test_tasks_and_languages_are_drawn_by_temperature(mixture, capsys):
         assert np.allclose(drawn, np.array(shares) / sum(shares))
     assert "data: st into de: 32 rows, 25.0 % of those drawn" in capsys.readouterr().out
     assert [example["task"] for example in opened.dev] == ["st", "asr", "sqa", "st"]
-    assert opened.longest == 1.0 and ["tones", "CC0-1.0", "de", 32] in opened.hours
-    assert open_mixture([train], dev, data.TASKS, max_seconds=50).longest == 40
+    assert opened.longest == 40 and ["tones", "CC0-1.0", "de", 32] in opened.hours
+    assert opened.contents == [(train, *Manifest(train).content), (dev, *Manifest(dev).content)]
 
 
 def test_weights_of_manifests(mixture):
@@ -289,6 +370,43 @@ def test_one_refused_row_stops_a_run(mixture, tmp_path, fields, message):
     bad = str(write_rows(tmp_path / "bad.jsonl", FREE, FREE, FREE | fields))
     for paths in (([train, bad], dev), ([train], bad)):
         refused(f"bad.jsonl line 3: {message}", open_mixture, *paths, data.TASKS)
+
+
+def test_all_refused_licences_are_named_at_once(mixture, tmp_path):
+    train, dev = mixture
+    rows = [FREE | {"licence": f"CC-BY-NC-{n}"} for n in ("4.0", "3.0", "4.0")]
+    bad = str(write_rows(tmp_path / "bad.jsonl", *rows, FREE | {"sources": [SQUAD]}))
+    text = refused(
+        "--allow-licence 'CC-BY-NC-4.0' 'CC-BY-NC-3.0' 'CC-BY-SA-4.0'$",
+        lambda: open_mixture([train, bad], dev, data.TASKS),
+    )
+    for line in (1, 2, 4):
+        assert f"bad.jsonl line {line}: the corpus" in text
+    assert "line 3" not in text
+
+
+def test_rows_too_long_are_left_out_counted_and_named(mixture, tmp_path, capsys, tiny_project):
+    train, dev = mixture
+    tokenizer, limits = load_tokenizer(tiny_project / "llm"), (AdapterConfig(), 30, 300)
+    long = FREE | {"text": "six " * 300}
+    # Without the audio's frames, this one would fit.
+    middle = FREE | {"duration": 20, "text": "一" * 60}
+    rows = [long, FREE, FREE | {"duration": 31}, middle, FREE | {"duration": 20}]
+    path = str(write_rows(tmp_path / "long.jsonl", *rows))
+
+    def excess(example, seconds):
+        return data.find_excess(example, seconds, tokenizer, *limits)
+
+    opened = open_mixture([path], dev, ("asr", "st"), excess=excess)
+    assert [example["where"][-1] for example in opened.manifests[0]] == ["2", "5"]
+    assert opened.longest == 20 and opened.hours == [["tones", "CC0-1.0", "en", 21]]
+    output = capsys.readouterr().out
+    assert "data: 3 rows are left out: " in output and "line 3: 31.0 s of audio, exp" in output
+    assert re.search("line 1: [0-9,]+ LLM positions, expected at most 300 by the LLM", output)
+    assert "long.jsonl line 4: " in output
+    nothing = str(write_rows(tmp_path / "none.jsonl", long, long))
+    message = "none.jsonl: 0 rows of the tasks this phase trains, asr"
+    refused(message, lambda: open_mixture([path], nothing, ("asr",), excess=excess))
 
 
 def test_only_rows_of_the_tasks_are_looked_at(mixture, tmp_path):
@@ -344,6 +462,36 @@ def test_rendered_sequences_exactly():
     assert render(st, 0, tokenizer, 0)[0] == translated + [0]
     answered = codes("\nBeantworte die Frage: Wer?\nja")
     assert render(sqa, 0, tokenizer, 0)[0] == answered + [0]
+
+
+def byte_tokenizer(template=None):
+    """A byte-level tokenizer with the special tokens <s> 1 and </s> 0."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"</s>": 0, "<s>": 1} | {c: i for i, c in enumerate(alphabet, 2)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["</s>", "<s>"])
+    if template:
+        special = [("<s>", 1), ("</s>", 0)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "template, begin", [(None, []), ("<s> $A", [1]), ("<s> $A </s>", [1]), ("$A </s>", [])]
+)
+def test_no_special_token_comes_by_the_back_door(template, begin):
+    """Neither an end token out of a template, nor one that a text or an instruction spells."""
+    tokenizer = byte_tokenizer(template)
+    row = GOOD | {"source_language": "en", "target_language": "en", "text": "a</s><s>"}
+    ids, answer = render(row | {"instruction": "<s>Say</s>?"}, 2, tokenizer, 0)
+    assert ids[: len(begin) + 2] == [*begin, AUDIO, AUDIO] and ids[-1] == 0
+    assert not {0, 1} & set(ids[len(begin) : -1]) and answer == len("a</s><s>") + 1
+    # A tokenizer that was sent to another process is the same.
+    other = pickle.loads(pickle.dumps(tokenizer))
+    assert render(row | {"instruction": "<s>Say</s>?"}, 2, other, 0) == (ids, answer)
 
 
 def test_collate_marks_exactly_the_answers():
@@ -443,7 +591,11 @@ def test_bad_recordings_are_left_out_and_named(examples):
     assert [example["audio"] for example in batch["examples"]] == ["train0.wav"]
     assert len(batch["ids_lengths"]) == 1 and batch["position"] == position
     wheres = [where.split()[-1] for where, _ in batch["bad"]]
-    reasons = ["content that starts with", "99.0 s of audio, expected at most 30 s", "no such file"]
+    reasons = [
+        "content that starts with",
+        "expected 99.00 s by its header or the man",
+        "no such file",
+    ]
     assert wheres == ["2", "3", "4"]
     assert all(reason in text for reason, (_, text) in zip(reasons, batch["bad"], strict=True))
     # A batch of nothing but bad recordings is silence, of which nothing is to be learned.
@@ -467,10 +619,16 @@ def test_states_take_the_place_of_features(examples):
     states = torch.randn(24, 1024)
     clips = []
     examples.states = lambda clip: clips.append(clip) or states
-    batch = examples[{}, [(0, 0, 0), (0, 2, 0)]]
-    assert torch.equal(batch["features"], states) and len(batch["bad"]) == 1
+    batch = examples[{}, [(0, 0, 0)]]
+    assert torch.equal(batch["features"], states)
     assert clips == [(str(examples.manifests[0].path.parent / "train0.wav"), 0.0, 0.25)]
-    assert examples[{}, [(0, 2, 0)]]["features"].shape == (1, 1024)
+
+    def fail(clip):
+        raise data.AudioError("none")
+
+    examples.states = fail
+    batch = examples[{}, [(0, 2, 0)]]
+    assert batch["features"].shape == (1, 1024) and len(batch["bad"]) == 1
 
 
 # ------------------------------------------------------------------------------

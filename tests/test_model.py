@@ -678,7 +678,7 @@ def test_low_rank_updates():
     x = torch.randn(3, layer.in_features)
     weight = layer.weight + 8.0 / 4 * layer.lora_b @ layer.lora_a
     torch.testing.assert_close(layer(x), x @ weight.T + layer.bias)
-    state = model.merged_state(llm, llm.state_dict())
+    state = model.merged_state(llm, llm.state_dict(), 8.0)
     assert set(state) == names
     plain.load_state_dict(state)
     updated = llm(ids, lengths)

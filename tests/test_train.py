@@ -32,7 +32,7 @@ from data import (
     render,
     schedule,
 )
-from model import LLM, Kernels, SpeechEncoder, SpeechLM, adapter_length
+from model import LLM, Kernels, SpeechEncoder, SpeechLM, adapter_length, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 FREE = {"audio": "a.wav", "text": "Hallo", "task": "asr", "licence": "CC0-1.0", "duration": 1}
@@ -171,9 +171,12 @@ def test_help_explains_every_option(capsys):
         ("--clip nan", "--clip is nan"),
         ("--min-lr 5", "--min-lr is 5.0, expected 0 to 1"),
         ("--seed -1", "--seed is -1, expected 0 to inf"),
-        ("--lora-rank 4", "--lora-rank are for phase ift"),
-        ("--llm-lr 1e-5", "--llm-lr and --lora-rank are for phase ift"),
-        ("--phase ift --lora-targets q_prj", "--lora-targets are some of q_proj k_proj"),
+        ("--steps 0", "--steps is 0, expected 1 to inf"),
+        ("--batch-frames 0", "--batch-frames is 0, expected 1 to inf"),
+        ("--batch-frames many", "invalid frames_or_auto value: 'many'"),
+        ("--batch-frames auto --device cpu", "--batch-frames auto is for CUDA without --fsdp"),
+        ("--epochs 2 --steps 9", "--epochs and --steps exclude each other"),
+        ("--lora-rank 4 --lora-targets q_prj", "--lora-targets q_prj, expected of "),
         ("--fsdp", "--fsdp is for several ranks: torchrun"),
     ],
 )
@@ -183,33 +186,55 @@ def test_bad_command_lines_exit_with_2(capsys, argv, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_phases_fill_in_what_is_left_open(capsys):
-    other = ["--data", "mine.jsonl"]
-    cfg, rates, tasks = train.resolve_phase(train.parse(other))
-    assert (cfg.steps, cfg.warmup, cfg.batch_frames) == (2000, 30, 3000)
-    assert rates == {"adapter": 2e-4} and tasks == ("asr",) and not capsys.readouterr().out
-    cfg, rates, tasks = train.resolve_phase(train.parse([*other, "--phase", "ift"]))
-    assert cfg.steps == 4000 and set(rates) == {"adapter", "encoder", "llm"}
-    assert tasks == ("asr", "st", "sqa")
+def resolved(*argv):
+    return train.resolve_phase(train.parse(list(argv)))
 
-    # The preset of the demo is chosen by where the paths lead, not by how they are written.
-    written = [f"{ROOT}/tests/../demo/train.jsonl"]
-    cfg, rates, _ = train.resolve_phase(train.parse(["--phase", "ift", "--data", *written]))
-    preset = train.DEMO_PHASES["ift"]
-    assert rates == preset.rates and cfg.steps == preset.steps
-    assert "preset: the rates and steps for the tiny models of demo/" in capsys.readouterr().out
+
+def test_phases_fill_in_what_is_left_open(capsys):
+    cfg, rates, tasks = resolved()
+    assert (cfg.steps, cfg.warmup, cfg.batch_frames) == (1500, 100, 1500)
+    assert rates == {"adapter": 2e-3} and tasks == ("asr",)
+    assert "preset for LLMs of width 0 and above: 1500 steps" in capsys.readouterr().out
+    _, rates, tasks = resolved("--phase", "ift")
+    assert rates == {"adapter": 7e-4, "encoder": 1e-4, "llm": 1.5e-4}
+    assert tasks == ("asr", "st", "sqa")
 
     # Stated values win, and 0 is one of them.
     argv = ["--phase", "ift", "--steps", "7", "--warmup", "0", "--llm-lr", "0", "--adapter-lr", "1"]
-    cfg, rates, _ = train.resolve_phase(train.parse(argv))
-    assert (cfg.steps, cfg.warmup) == (7, 0)
-    assert rates == {"adapter": 1.0, "encoder": preset.rates["encoder"]}
+    cfg, rates, _ = resolved(*argv)
+    assert (cfg.steps, cfg.warmup) == (7, 0) and rates == {"adapter": 1.0, "encoder": 1e-4}
     refused(["--adapter-lr", "0", "--out", "/nowhere/at/all"], "every learning rate is 0")
+
+
+@pytest.mark.parametrize(
+    "width, align, ift",
+    [(1536, 2e-4, 2e-5), (1024, 2e-4, 2e-5), (576, 1e-3, 1e-4), (None, 2e-3, 1.5e-4)],
+)
+def test_rates_follow_the_width_of_the_llm(tmp_path, width, align, ift):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": width}))
+    llm = ("--llm", str(tmp_path))
+    assert resolved(*llm)[1] == {"adapter": align}
+    assert resolved(*llm, "--phase", "ift")[1]["llm"] == ift
+
+
+def test_low_rank_updates_in_either_phase_and_part():
+    assert resolved("--lora-rank", "4")[1] == {"adapter": 2e-3, "llm": 2e-3}
+    _, rates, _ = resolved("--lora-rank", "4", "--lora-targets", "linear_q", "--encoder-lr", "3e-4")
+    assert rates == {"adapter": 2e-3, "encoder": 3e-4}
+    _, rates, _ = resolved("--phase", "ift", "--lora-rank", "4", "--encoder-lr", "0")
+    assert rates == {"adapter": 7e-4, "llm": 1e-3}
+
+
+def build(cfg, rates):
+    """A model of the base models, and its tokenizer."""
+    model, _, changed = train.build(cfg, rates, "", None)
+    assert changed == set()
+    return model, load_tokenizer(cfg.llm)
 
 
 @pytest.mark.parametrize("rates", [{"adapter": 1e-3}, {"adapter": 1e-3, "encoder": 1e-5}])
 def test_every_parameter_is_in_one_group_or_frozen(tiny_project, tmp_path, rates):
-    model, _, _ = train.build(train.parse(arguments(tiny_project, tmp_path)), rates)
+    model = build(train.parse(arguments(tiny_project, tmp_path)), rates)[0]
     parameters = dict(model.named_parameters())
     names = {id(p): name for name, p in parameters.items()}
     groups = {}
@@ -229,7 +254,7 @@ def test_every_parameter_is_in_one_group_or_frozen(tiny_project, tmp_path, rates
 
 def test_accumulation_equals_one_big_batch(tiny_project, tmp_path):
     cfg = train.parse(arguments(tiny_project, tmp_path))
-    model, tokenizer, _ = train.build(cfg, {"adapter": 1e-3})
+    model, tokenizer = build(cfg, {"adapter": 1e-3})
     model.eval()
     manifest = Manifest(tiny_project / "train.jsonl")
     sequences = []
@@ -276,7 +301,7 @@ class Recipe:
         cfg, rates, tasks = train.resolve_phase(train.parse(argv))
         torch.manual_seed(cfg.seed)
         mixture = open_mixture(cfg.data, cfg.dev, tasks)
-        self.model, tokenizer, _ = train.build(cfg, rates)
+        self.model, tokenizer = build(cfg, rates)
         examples = Examples(mixture.manifests, tokenizer, 0, self.model.adapter.config)
         order = schedule(mixture.manifests, mixture.weights, examples.size, 300, 4000, 0)
         self.batches = (inputs(examples[scheduled]) for scheduled in order)
@@ -437,8 +462,8 @@ def test_bad_recordings_are_left_out_and_named(capsys, tiny_project, tmp_path, c
     train.main(arguments(tiny_project, tmp_path, data=data, dev=dev, **options))
     output = capsys.readouterr().out
     assert re.search(r"left out: .*train.jsonl line 41: .*none.wav: no such file", output)
-    assert re.search("left out: .*train.jsonl line 42: .*(longer than 2 s|at most 2 s)", output)
-    assert "84 rows drawn, 0 steps and 2 recordings left out" in output
+    assert re.search("data: 1 rows are left out: .*line 42: 40.0 s of audio, .* 2 s by", output)
+    assert "82 rows drawn, 0 steps and 1 recordings left out" in output
     assert re.search("validation leaves out .*dev.jsonl line 3: .*none.wav", output)
     refused(
         arguments(tiny_project, tmp_path, dev=write_rows(dev, rows[:1] + bad[:1])),
@@ -498,25 +523,122 @@ def test_tasks_and_languages_by_temperature(monkeypatch, capsys, tiny_project, t
     assert np.isfinite(saved(tmp_path, "ift.pt")["refuse_above"])
 
 
-def test_low_rank_training_is_merged_on_saving(aligned, tiny_project, tmp_path):
-    lora = {"lora_rank": 2, "lora_targets": "q_proj", "llm_lr": 1e-2, "steps": 4}
-    init = aligned[0] / "align.pt"
-    train.main(arguments(tiny_project, tmp_path, phase="ift", init=init, **lora))
-    weights = saved(tmp_path, "ift.pt")["model"]
-    before = sample.load_model(init)[0].state_dict()
-    assert set(weights) == set(before)
-    llm = [name for name in before if name.startswith("llm.")]
-    moved = {name for name in llm if not torch.equal(before[name], weights[name])}
-    assert moved == {name for name in llm if name.endswith("q_proj.weight")}
-    resume = saved(tmp_path, "ift.resume.pt")["model"]
-    assert all("lora" in name for name in resume if name.startswith("llm."))
-
-    # The merged model is the trained one.
-    model, tokenizer, _ = sample.load_model(tmp_path / "ift.pt")
+def dev_loss_of(path, project, rows=4):
+    model, tokenizer, _ = sample.load_model(path)
     with torch.no_grad():
-        dev_loss, _ = validation_by_hand(model, tokenizer, tiny_project / "dev.jsonl", 4)
-    line = [line for line in log(tmp_path, "ift") if "wer" in line][-1]
-    assert dev_loss == pytest.approx(line["dev_loss"], rel=1e-4)
+        return validation_by_hand(model, tokenizer, project / "dev.jsonl", rows)[0]
+
+
+def last_dev_loss(out, phase):
+    return [line for line in log(out, phase) if "dev_loss" in line][-1]["dev_loss"]
+
+
+@pytest.mark.parametrize("phase", ["align", "ift"])
+def test_low_rank_updates_are_saved_apart_and_merged_where_used(
+    aligned, tiny_project, tmp_path, phase
+):
+    init, out = aligned[0] / "align.pt", tmp_path / "out"
+    lora = {"lora_rank": 2, "lora_targets": ["q_proj", "linear_q"], "llm_lr": 1e-2, "steps": 4}
+    lora |= {"phase": phase, "init": init, "encoder_lr": 1e-2}
+    train.main(arguments(tiny_project, out, **lora))
+    weights = saved(out, f"{phase}.pt")["model"]
+    updates = {name for name in weights if ".lora_" in name}
+    assert all(name in updates for name in weights if not name.startswith("adapter."))
+    assert {name.split(".")[-2] for name in updates} == {"q_proj", "linear_q"}
+
+    # Where the checkpoint is used, they are in the weights, and no other weight has moved.
+    model, _, _ = sample.load_model(out / f"{phase}.pt")
+    before, after = sample.load_model(init)[0].state_dict(), model.state_dict()
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    layers = {name.rpartition(".")[0] for name in updates}
+    assert {name for name in moved if not name.startswith("adapter.")} == {
+        f"{layer}.weight" for layer in layers
+    }
+    assert dev_loss_of(out / f"{phase}.pt", tiny_project) == pytest.approx(
+        last_dev_loss(out, phase), rel=1e-4
+    )
+
+
+def test_what_an_init_had_trained_is_never_lost(aligned, tiny_project, tmp_path):
+    """Low-rank updates are trained further, merged or carried along; so are parts that freeze."""
+    lora = {"lora_rank": 2, "lora_targets": ["q_proj"], "llm_lr": 1e-2, "steps": 2}
+    first = tmp_path / "first"
+    train.main(arguments(tiny_project, first, init=aligned[0] / "align.pt", **lora))
+
+    def names(out):
+        return {n.split(".")[0]: ".lora_" in n for n in sorted(saved(out, "ift.pt")["model"])}
+
+    expected = {
+        "on": (lora, {"adapter": False, "llm": True}),
+        "other rank": (lora | {"lora_rank": 3}, {"adapter": False, "llm": False}),
+        "frozen": ({"llm_lr": 0, "encoder_lr": 0, "cache_gb": 2}, {"adapter": False, "llm": False}),
+        "full": ({"llm_lr": 1e-3, "encoder_lr": 0}, {"adapter": False, "llm": False}),
+    }
+    for name, (options, kinds) in expected.items():
+        out = tmp_path / name
+        options = {"phase": "ift", "init": first / "align.pt", "steps": 2} | options
+        train.main(arguments(tiny_project, out, **{"encoder_lr": 0} | options))
+        loaded = dev_loss_of(out / "ift.pt", tiny_project)
+        assert loaded == pytest.approx(last_dev_loss(out, "ift"), rel=1e-4), name
+        assert names(out) == kinds or name == "other rank"
+        # A validation before the first step shows where the run begins.
+        assert log(out, "ift")[0]["step"] == 0
+        assert log(out, "ift")[0]["dev_loss"] == pytest.approx(
+            last_dev_loss(first, "align"), rel=1e-4
+        )
+    refused(
+        arguments(tiny_project, tmp_path / "new", init=first / "align.pt", lora_alpha=8, **lora),
+        "has updates of --lora-alpha 32; give the same",
+    )
+
+
+def test_a_cached_encoder_is_the_base_models(aligned, tiny_project, tmp_path):
+    """One that an --init has trained is run in every step, and saved again."""
+    trained = {"phase": "ift", "init": aligned[0] / "align.pt", "steps": 1, **EVERYTHING}
+    train.main(arguments(tiny_project, tmp_path / "ift", **trained))
+    init = tmp_path / "ift" / "ift.pt"
+    train.main(arguments(tiny_project, tmp_path / "on", init=init, cache_gb=2, steps=1))
+    assert set(saved(tmp_path / "on")["model"]) == set(saved(init)["model"])
+    assert not list((tmp_path / "on").glob("encoder-*"))
+
+
+def test_the_mean_of_the_last_checkpoints(aligned, tiny_project, tmp_path):
+    options = {"steps": 6, "eval_every": 2, "average": 2, "adapter_lr": 1e-2}
+    train.main(arguments(tiny_project, tmp_path, **options))
+    parts = [saved(tmp_path, f"align.{step}.pt")["model"] for step in (4, 6)]
+    assert not (tmp_path / "align.2.pt").exists()
+    final = saved(tmp_path)["model"]
+    for name, tensor in final.items():
+        torch.testing.assert_close(tensor, (parts[0][name] + parts[1][name]) / 2)
+    lines = [line for line in log(tmp_path) if "dev_loss" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6, 6]
+    assert lines[3]["dev_loss"] != lines[2]["dev_loss"]
+
+
+def test_epochs_are_passes_over_the_data(capsys, tiny_project, tmp_path):
+    options = {"steps": False, "epochs": 2, "eval_every": 1000}
+    train.main(arguments(tiny_project, tmp_path, **options))
+    steps = int(re.search("(\d+) steps are 2 passes", capsys.readouterr().out)[1])
+    rows = re.search("(\d+) rows drawn", capsys.readouterr().out or "80 rows drawn")[1]
+    assert log(tmp_path)[-1]["step"] == steps and 60 <= int(rows) <= 100
+    train.main(arguments(tiny_project, tmp_path, resume=True, **options))
+    assert f"all {steps} steps are done" in capsys.readouterr().out
+
+
+def test_the_first_batch_is_shown(capsys, tiny_project, tmp_path):
+    train.main(arguments(tiny_project, tmp_path / "new", show_batch=True, steps=2))
+    output = capsys.readouterr().out
+    assert not (tmp_path / "new").exists()
+    run = train.open_run(train.parse(arguments(tiny_project, tmp_path)))
+    batch = run.examples[next(train.run_schedule(run))]
+    ids = batch["ids"].split(batch["ids_lengths"])
+    shown = output[output.index("train.jsonl line") :]
+    for example, sequence in zip(batch["examples"], ids, strict=True):
+        text, length = example["text"], len(run.examples.tokenizer.encode(example["text"]).ids) + 1
+        assert f"answer  '{text}<|endoftext|>', loss, ids {sequence[-length:].tolist()}" in shown
+        prompt = sequence[sequence >= 0][:-length].tolist()
+        assert f"\\n{example['instruction']}\\n" in shown and f"no loss, ids {prompt}" in shown
+        assert f"audio   {int((sequence < 0).sum())} frames" in shown
 
 
 def test_dry_run_measures_and_leaves_nothing(monkeypatch, capsys, tiny_project, aligned):
@@ -558,6 +680,7 @@ def test_dry_run_measures_and_leaves_nothing(monkeypatch, capsys, tiny_project, 
         ({"task": "st"}, "rows.jsonl: 0 rows of the tasks this phase trains, asr, expected at l"),
         ({"licence": None}, "rows.jsonl line 1: the corpus 'unknown' has the licence 'unknown'"),
         ({"text": " "}, "rows.jsonl line 1: text is ' ', expected text; mend or remove the row"),
+        ({"text": "six " * 9000}, "rows.jsonl: 0 rows of the tasks this phase trains"),
         ({"instruction": "\x1b["}, "recordings could not be used, more than 1 %: .*rows.jsonl"),
     ],
 )
@@ -606,10 +729,6 @@ def test_init_fits_or_is_refused(aligned, tiny_project, tmp_path):
     train.main(arguments(tiny_project, **ift))  # the adapter's shape comes with the checkpoint
     assert saved(tmp_path, "ift.pt")["adapter"]["num_adapter_layers"] == 1
     refused(
-        arguments(tiny_project, tmp_path / "new", init=tmp_path / "ift.pt"),
-        "ift.pt holds a trained encoder and llm, which this run would freeze and not save",
-    )
-    refused(
         arguments(tiny_project, **ift | {"init": tmp_path / "ift.pt"}),
         "ift.pt is what this run would replace; give another --out",
     )
@@ -642,6 +761,10 @@ def test_resume_fits_or_is_refused(capsys, aligned, tiny_project, tmp_path):
         ({"accumulate": 2}, "was trained with accumulate 1, found 2"),
     ):
         refused(arguments(tiny_project, **run | change), message)
+    with_fewer = read_rows(tiny_project / "train.jsonl")[:5]
+    data = write_rows(tmp_path / "few.jsonl", with_fewer)
+    message = "was trained with .*train.jsonl of 40 rows, found .*few.jsonl of 5 rows and other"
+    refused(arguments(tiny_project, **run | {"data": data}), message)
     older = copy.copy(saved(out, "align.resume.pt"))
     del older["state"]
     torch.save(older, out / "align.resume.pt")
@@ -651,6 +774,93 @@ def test_resume_fits_or_is_refused(capsys, aligned, tiny_project, tmp_path):
     train.main(arguments(tiny_project, out, seed=1, steps=1))
     assert saved(out, "align.resume.pt")["config"]["seed"] == 1 and len(log(out)) == 2
     assert saved(out, "align.resume.old.pt")["config"]["seed"] == 0
+
+
+def test_models_and_manifests_are_known_by_their_content(capsys, aligned, tiny_project, tmp_path):
+    """A project that moved is the same, however its paths are written."""
+    out = shutil.copytree(aligned[0], tmp_path / "out")
+    project = shutil.copytree(tiny_project, tmp_path / "moved")
+    run = {"out": out, "steps": 24, "eval_every": 12, "cache_gb": 2, "resume": True}
+    data = project / ".." / "moved" / "train.jsonl"
+    train.main(arguments(project, **run, data=data))
+    assert "all 24 steps are done" in capsys.readouterr().out
+    other = read_rows(project / "train.jsonl")
+    other[3]["text"] = "seven"
+    write_rows(project / "train.jsonl", other)
+    message = "train.jsonl of 40 rows, found .*train.jsonl of 40 rows and other content"
+    refused(arguments(project, **run), message)
+
+
+HOLD = """
+import fcntl, sys
+lock = open(sys.argv[1], "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_directory_in_use_is_refused(tiny_project, tmp_path):
+    command = [sys.executable, "-c", HOLD, tmp_path / ".lock"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == "locked\n"
+        for phase in ("align", "ift"):
+            argv = arguments(tiny_project, tmp_path, phase=phase)
+            refused(argv, "another run writes there; give another --out")
+        assert list(files(tmp_path)) == [".lock"]
+        train.main(arguments(tiny_project, tmp_path, dry_run=True))
+    train.main(arguments(tiny_project, tmp_path, steps=1))
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "has no LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start by"),
+        ({"LOCAL_RANK": "0"}, "has no RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start by torch"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "one of several processes, but has no RANK, LOCAL_RANK"),
+    ],
+)
+def test_half_an_environment_of_ranks_is_refused(
+    monkeypatch, tiny_project, tmp_path, environment, message
+):
+    for name in train.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refused(arguments(tiny_project, tmp_path), message)
+
+
+def test_too_little_shared_memory_is_refused(monkeypatch, tiny_project, tmp_path):
+    usage = shutil.disk_usage
+
+    def little(path):
+        return usage(path)._replace(free=2**18) if path == "/dev/shm" else usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", little)
+    monkeypatch.setattr("os.path.isdir", lambda path: True)
+    refused(arguments(tiny_project, tmp_path, workers=2), "/dev/shm has 0 MB free, 2 workers need")
+    train.main(arguments(tiny_project, tmp_path, workers=0, steps=1))
+
+
+def test_a_batch_too_large_for_memory_is_one_line(monkeypatch, tiny_project, tmp_path):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    monkeypatch.setattr(SpeechLM, "forward", exhausted)
+    refused(
+        arguments(tiny_project, tmp_path), "a batch does not fit into memory: lower --batch-fra"
+    )
+
+
+def test_what_is_validated_is_saved_before_it_is_printed(monkeypatch, tiny_project, tmp_path):
+    def fail(*_, **__):
+        raise OSError("no terminal")
+
+    monkeypatch.setattr(train.tqdm, "write", fail)
+    with pytest.raises(SystemExit):
+        train.main(arguments(tiny_project, tmp_path, steps=2, eval_every=2))
+    assert saved(tmp_path)["step"] == 2 and saved(tmp_path, "align.resume.pt")["step"] == 2
 
 
 # ------------------------------------------------------------------------------

@@ -94,12 +94,8 @@ def test_the_five_files_run_alone_with_the_same_results(places):
     torch.set_num_threads(1)
     assert sorted(path.name for path in alone.iterdir()) == sorted(["demo", *FILES])
     for argv in (ALIGN, IFT):
-        # The preset of the demo is theirs, too; here it is stated.
-        output = run_alone(alone, "train", argv)
-        assert "preset: the rates and steps for the tiny models of demo/" in output
-        phase = train.DEMO_PHASES[argv[1]]
-        rates = [word for part, rate in phase.rates.items() for word in (f"--{part}-lr", str(rate))]
-        run_here(here, train, [*argv, *rates, "--warmup", str(phase.warmup)])
+        assert "preset for LLMs of width 0" in run_alone(alone, "train", argv)
+        run_here(here, train, argv)
         assert_same_log(places, argv[1])
         assert (here / "out" / f"{argv[1]}.svg").exists()
         assert not list(alone.glob("out/*.svg"))
