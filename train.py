@@ -689,6 +689,7 @@ class RunState:
     validated: int = -1  # the step of the last validation
     skipped: int = 0  # steps just left out in a row
     averaged: list = field(default_factory=list)  # the steps of checkpoints to be averaged
+    is_mean: bool = False  # whether they have been
 
 
 @dataclass
@@ -907,7 +908,7 @@ def save(run: Run, **thresholds) -> None:
     if state.validated > 0:
         data.write_atomically(run.path(".pt"), partial(torch.save, checkpoint))
         data.write_text(run.path(".NOTICE"), data.notice(run.hours))
-    if state.validated == state.step > 0 and run.cfg.average > 1:
+    if state.validated == state.step > 0 and run.cfg.average > 1 and not state.is_mean:
         shutil.copyfile(run.path(".pt"), run.path(f".{state.step}.pt"))
         state.averaged.append(state.step)
         for step in state.averaged[: -run.cfg.average]:
@@ -1155,7 +1156,7 @@ def average_checkpoints(run: Run) -> None:
         mean = torch.stack([state[name].float() for state in weights]).mean(0)
         p = parameters[name]
         p.copy_(like(p, mean.to(p.device, p.dtype)))
-    run.state.averaged = []
+    run.state.is_mean, run.state.validated = True, -1
 
 
 def train(cfg: TrainConfig, stop: Stop) -> None:
@@ -1167,7 +1168,7 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
     if cfg.dry_run:
         plan = import_plan("--dry-run")
         return plan.dry_run(run, run_schedule, backward, steps_of_a_pass(run))
-    if state.validated == cfg.steps and len(state.averaged) < 2:
+    if state.validated == cfg.steps and (state.is_mean or cfg.average == 1):
         return print(f"{run.path('.pt')}: all {state.step} steps are done")
     loader = open_loader(run)
     bar = tqdm(
@@ -1186,12 +1187,11 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
                 save(run)
             gather("saved")  # torchrun ends the others when one ends
             raise KeyboardInterrupt
-        if state.step == cfg.steps and len(state.averaged) > 1:
-            average_checkpoints(run)
-            state.validated = -1
-            continue
-        if state.step == cfg.steps:
+        if state.step == cfg.steps and (state.is_mean or cfg.average == 1):
             break
+        if state.step == cfg.steps:
+            average_checkpoints(run)
+            continue
 
         # The learning rate of this step.
         share = rate_share(state.step, cfg)
