@@ -9,15 +9,17 @@ import pytest
 import torch
 
 import model
+import train
 from conftest import (
     gradients,
+    refused,
     relative_error,
     speech_batch,
     tiny_llm,
     tiny_speech_lm,
 )
 from data import AudioError
-from extras import cpu, decode
+from extras import cpu, decode, plan
 from extras.curves import draw_curves
 from extras.decode import FastDecode
 from extras.int8 import Int8Linear, quantise, round_matrix
@@ -332,3 +334,52 @@ def test_curves():
     assert {"4", "0", "100", "loss", "dev loss"} <= set(texts)
     assert len(picture.findall(f"{svg}rect")) == 1
     draw_curves([{"step": 0, "loss": 0.0}], panels)
+
+
+# --- Looking ahead
+
+
+@pytest.mark.parametrize("room, fits", [(900, False), (1200, True)])
+def test_batches_that_fit_into_memory(monkeypatch, capsys, tiny_project, tmp_path, room, fits):
+    """The largest of which the memory, here as much as its frames, is at most 85 % full."""
+    argv = f"--encoder {tiny_project / 'encoder'} --llm {tiny_project / 'llm'} --cache-gb 0"
+    argv += f" --data {tiny_project / 'train.jsonl'} --dev {tiny_project / 'dev.jsonl'}"
+    run = train.open_run(train.parse([*argv.split(), "--out", str(tmp_path)]))
+    before = [p.clone() for p in run.model.parameters()]
+    taken = []
+
+    def share(model, inputs):
+        taken.append(sum(inputs["lengths"]))
+        return taken[-1] / room
+
+    def fit():
+        return plan.fit_batches(run, train.run_schedule, train.on_device)
+
+    # All 40 rows together have some 1,100 frames.
+    monkeypatch.setattr(plan, "memory_share", share)
+    if not fits:
+        refused("a batch of 1000 frames does not fit into memory; lower --batch-frames", fit)
+        return
+    cfg = fit()
+    assert (cfg.batch_frames, cfg.batch_tokens) == (1000, 1333)
+    assert 800 < taken[0] <= 1000 < taken[1] and len(taken) == 2
+    assert "--batch-frames 1000 --batch-tokens 1333 fit" in capsys.readouterr().out
+    assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), before, strict=True))
+
+
+def test_the_memory_of_a_step(monkeypatch):
+    """Of its tensors, and of AdamW's moments, which there are not yet; no gradient stays."""
+    model = torch.nn.Linear(100, 10)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 100_000))
+
+    def forward(fails, x):
+        if fails:
+            raise torch.OutOfMemoryError("out of memory")
+        return model(x).sum(), 1
+
+    forward.parameters, forward.zero_grad = model.parameters, model.zero_grad
+    share = plan.memory_share(forward, {"fails": False, "x": torch.ones(100)})
+    assert share == pytest.approx((2000 + 8 * 1010) / 100_000) and model.weight.grad is None
+    assert plan.memory_share(forward, {"fails": True, "x": torch.ones(100)}) == 1
