@@ -503,27 +503,8 @@ FREE = re.compile(
 )
 NO_CREDIT_NEEDED = re.compile("CC0-.*|PDDL-.*|LicenseRef-PublicDomain|public domain", re.IGNORECASE)
 # What the corpora that prepare/corpora.py knows want to be said.
-ATTRIBUTIONS = {
-    "librispeech": "LibriSpeech, by Vassil Panayotov, Guoguo Chen, Daniel Povey and Sanjeev "
-    "Khudanpur, 2015, from LibriVox",
-    "mls": "Multilingual LibriSpeech, by Vineel Pratap, Qiantong Xu, Anuroop Sriram, Gabriel "
-    "Synnaeve and Ronan Collobert, 2020, from LibriVox",
-    "commonvoice": "Common Voice, by Mozilla and its contributors",
-    "covost2": "CoVoST 2, by Changhan Wang, Anne Wu and Juan Pino, 2020, on Common Voice",
-    "fleurs": "FLEURS, by Alexis Conneau, Min Ma and others, 2022, on the sentences of FLoRes",
-    "voxpopuli": "VoxPopuli, by Changhan Wang, Morgane Rivière and others, 2021; recordings (c) "
-    "European Union, European Parliament",
-    "peoples-speech": "The People's Speech, by Daniel Galvez, Greg Diamos and others, 2021, from "
-    "archive.org",
-    "europarl-st": "Europarl-ST, by Javier Iranzo-Sánchez, Joan Albert Silvestre-Cerdà and others, "
-    "2020",
-    "spoken-squad": "Spoken-SQuAD, by Chia-Hsuan Li, Szu-Lin Wu, Chi-Liang Liu and Hung-yi Lee, "
-    "2018, from SQuAD, by Pranav Rajpurkar, Jian Zhang, Konstantin Lopyrev and Percy Liang, 2016, "
-    "and Wikipedia",
-    "librisqa": "LibriSQA, by Zihan Zhao and others, 2023, on LibriSpeech; it states no licence",
-    "mcif": "MCIF, by Sara Papi and others, 2025, from talks of the ACL Anthology",
-    "ljspeech": "The LJ Speech Dataset, by Keith Ito and Linda Johnson, 2017",
-}
+ATTRIBUTIONS_FILE = INSTRUCTIONS_FILE.with_name("attributions.json")
+ATTRIBUTIONS = json.loads(ATTRIBUTIONS_FILE.read_text(encoding="utf-8"))
 
 
 @lru_cache
@@ -562,7 +543,7 @@ def protected_hashes(manifests: Iterable[str | Path]) -> frozenset[str]:
     """The hashes of test-only texts, in *.fingerprints files beside manifests. Raises UserError."""
     folders = {Path(manifest).parent for manifest in manifests}
     hashes = set()
-    for path in itertools.chain(*(folder.glob("*.fingerprints") for folder in folders)):
+    for path in itertools.chain(*(folder.glob("[!.]*.fingerprints") for folder in folders)):
         with one_line_errors(path, "convert the test corpus again, or remove this file"):
             hashes |= set(path.read_text(encoding="utf-8").split())
     return frozenset(hashes)
@@ -828,8 +809,7 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
     refused = {}  # licences, see refused_licences
 
     def check(example: dict, seconds: float) -> str | None:
-        of_example = refused_licences(example, allowed)
-        refused.update({name: text for name, text in of_example.items() if name not in refused})
+        refused.update(refused_licences(example, allowed) | refused)  # the first rows stay
         if not refused:
             check_test_only(example, hashes)
         instruction_of(example)  # raises if its language has no wordings

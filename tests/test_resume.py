@@ -122,7 +122,7 @@ def test_a_signal_before_the_first_step_ends_the_run_there(
             signal_at(patch, owner, name, 1, signal.SIGTERM)
             assert stopped(arguments(tiny_project, tmp_path, cache_gb=2)) == 143
         assert f"train.py: stopped; {RESUME}" in capfd.readouterr().err
-        assert not list(tmp_path.iterdir())
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 # ------------------------------------------------------------------------------
