@@ -688,8 +688,7 @@ class RunState:
     bad: dict = field(default_factory=dict)  # why recordings could not be used, by file and line
     validated: int = -1  # the step of the last validation
     skipped: int = 0  # steps just left out in a row
-    averaged: list = field(default_factory=list)  # the steps of checkpoints to be averaged
-    is_mean: bool = False  # whether they have been
+    averaged: list = field(default_factory=list)  # steps of checkpoints to be averaged in the end
 
 
 @dataclass
@@ -798,8 +797,7 @@ def start(run: Run, resumed: dict | None) -> None:
     if cfg.init and Path(cfg.init).resolve() == run.path(".pt").resolve():
         raise UserError(f"{cfg.init} is what this run would replace; give another --out")
     if cfg.batch_frames == "auto":
-        plan = import_plan("--batch-frames auto")
-        fitting = plan.fit_batches(run, run_schedule, on_device) if rank() == 0 else None
+        fitting = rank() or import_plan().fit_batches(run, run_schedule, on_device)
         run.cfg = cfg = gather(fitting)[0]
     if cfg.epochs and not resumed:
         run.cfg = cfg = replace(cfg, steps=max(1, round(cfg.epochs * steps_of_a_pass(run))))
@@ -856,14 +854,11 @@ def run_schedule(run: Run) -> Iterator[tuple[dict, list]]:
 def open_loader(run: Run) -> Iterator[dict]:
     """This rank's batches, made by worker processes."""
     workers = 0 if run.examples.states else run.cfg.workers
-    # What worker processes send stands in shared memory, of which containers have little.
-    needed = 2 * workers * run.cfg.batch_frames * 160 * 4 * 2
-    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else needed
-    if free < needed:
-        raise UserError(
-            f"/dev/shm has {free / 1e6:.0f} MB free, {workers} workers need {needed / 1e6:.0f} MB; "
-            "give the container more (docker run --shm-size) or train with --workers 0"
-        )
+    # What worker processes send, two batches each, stands there, and containers have little of it.
+    needed = 2 * workers * run.cfg.batch_frames * 160 * 4 * 2  # bytes, twice of what it is
+    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
+        size = f"{needed / 1e6:.0f} MB for {workers} workers"
+        raise UserError(f"/dev/shm has no {size}; docker run --shm-size=1g, or give --workers 0")
     loader = torch.utils.data.DataLoader(
         run.examples,
         batch_size=None,
@@ -908,12 +903,11 @@ def save(run: Run, **thresholds) -> None:
     if state.validated > 0:
         data.write_atomically(run.path(".pt"), partial(torch.save, checkpoint))
         data.write_text(run.path(".NOTICE"), data.notice(run.hours))
-    if state.validated == state.step > 0 and run.cfg.average > 1 and not state.is_mean:
+    if run.cfg.average > 1 and 0 < state.validated == state.step < run.cfg.steps:
         shutil.copyfile(run.path(".pt"), run.path(f".{state.step}.pt"))
         state.averaged.append(state.step)
-        for step in state.averaged[: -run.cfg.average]:
-            run.path(f".{step}.pt").unlink(missing_ok=True)
-        state.averaged = state.averaged[-run.cfg.average :]
+        if len(state.averaged) == run.cfg.average:
+            run.path(f".{state.averaged.pop(0)}.pt").unlink(missing_ok=True)
     resume = {"optimizer": moments, "state": asdict(state), "batches_a_step": run.batches_a_step}
     data.write_atomically(run.path(".resume.pt"), partial(torch.save, checkpoint | resume))
 
@@ -1119,6 +1113,8 @@ def validate_and_save(run: Run, stop: Stop) -> bool:
     a validation, and --resume makes up for it."""
     cfg, state = run.cfg, run.state
     threshold = {}
+    if state.step == cfg.steps and state.averaged:
+        average_checkpoints(run)
     with unsharded(run.model):
         try:
             stop.waits = False
@@ -1148,15 +1144,15 @@ def validate_and_save(run: Run, stop: Stop) -> bool:
 
 @torch.no_grad()
 def average_checkpoints(run: Run) -> None:
-    """Gives the model the mean weights of the last validated checkpoints."""
+    """Makes the weights the mean of themselves and of those of the last validated checkpoints."""
     steps, parameters = run.state.averaged, dict(run.model.named_parameters())
-    print(f"{run.path('.pt')}: becomes the mean of steps {', '.join(map(str, steps))}")
-    weights = [load_checkpoint(run.path(f".{step}.pt"))["model"] for step in steps]
-    for name in weights[0]:
-        mean = torch.stack([state[name].float() for state in weights]).mean(0)
+    states = [load_checkpoint(run.path(f".{step}.pt"))["model"] for step in steps]
+    print(f"step {run.state.step}: its weights are averaged with those of steps {steps}")
+    for name in states[0]:
         p = parameters[name]
-        p.copy_(like(p, mean.to(p.device, p.dtype)))
-    run.state.is_mean, run.state.validated = True, -1
+        total = p + sum(like(p, state[name].to(p.device)) for state in states)
+        p.copy_(total / (1 + len(states)))
+    run.state.averaged = []  # so that it is done once
 
 
 def train(cfg: TrainConfig, stop: Stop) -> None:
@@ -1164,11 +1160,10 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
     run = open_run(cfg)
     cfg, state, optimizer = run.cfg, run.state, run.optimizer
     if cfg.show_batch:
-        return import_plan("--show-batch").show_batch(run, run_schedule)
+        return import_plan().show_batch(run, run_schedule)
     if cfg.dry_run:
-        plan = import_plan("--dry-run")
-        return plan.dry_run(run, run_schedule, backward, steps_of_a_pass(run))
-    if state.validated == cfg.steps and (state.is_mean or cfg.average == 1):
+        return import_plan().dry_run(run, run_schedule, backward, steps_of_a_pass(run))
+    if state.validated == cfg.steps:
         return print(f"{run.path('.pt')}: all {state.step} steps are done")
     loader = open_loader(run)
     bar = tqdm(
@@ -1187,11 +1182,8 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
                 save(run)
             gather("saved")  # torchrun ends the others when one ends
             raise KeyboardInterrupt
-        if state.step == cfg.steps and (state.is_mean or cfg.average == 1):
-            break
         if state.step == cfg.steps:
-            average_checkpoints(run)
-            continue
+            break
 
         # The learning rate of this step.
         share = rate_share(state.step, cfg)
@@ -1237,11 +1229,11 @@ def report(run: Run) -> None:
     print(f"{run.path('.pt')}: {counts} left out")
 
 
-def import_plan(flag: str):
+def import_plan():
     try:
         from extras import plan
     except ImportError:
-        raise UserError(f"{flag} needs extras/plan.py beside train.py") from None
+        raise UserError("this option needs extras/plan.py beside train.py") from None
     return plan
 
 
