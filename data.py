@@ -504,7 +504,6 @@ ATTRIBUTIONS = {
     "spoken-squad": "Spoken-SQuAD, by Chia-Hsuan Li, Szu-Lin Wu, Chi-Liang Liu and Hung-yi Lee, "
     "2018, from SQuAD, by Pranav Rajpurkar, Jian Zhang, Konstantin Lopyrev and Percy Liang, 2016, "
     "and Wikipedia",
-    "librisqa": "LibriSQA, by Zihan Zhao and others, 2023, on LibriSpeech; it states no licence",
     "mcif": "MCIF, by Sara Papi and others, 2025, from talks of the ACL Anthology",
     "ljspeech": "The LJ Speech Dataset, by Keith Ito and Linda Johnson, 2017",
 }

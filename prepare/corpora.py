@@ -13,15 +13,15 @@ import inspect
 import json
 import re
 import sys
-import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
-from data import tar_members, text_hash, write_text
+from data import task_of, text_hash, write_text
 from model import UserError, one_line_errors, visible
 from prepare import corpus_formats as formats
-from prepare.corpus_formats import UNREADABLE, find, read_lines, read_pairs, read_table, select
+from prepare.corpus_formats import UNREADABLE, find, read_lines, read_map, read_pairs, select
 from prepare.mcif import TASKS, read_tasks
 
 
@@ -65,18 +65,29 @@ def mls(source, dropped, split=("train",), language=None):
     for path in select(files, split, lambda path: path.parent.name, "split"):
         fields = dict(style="bare", source_language=language_of(path))
         suffix = "opus" if path.resolve().parts[-3].endswith("_opus") else "flac"
+        segments = read_map(path.with_name("segments.txt"))
         for where, name, text in read_pairs(path):
             speaker, _, book = name.rpartition("_")[0].partition("_")
             audio = path.parent / "audio" / speaker / book / f"{name}.{suffix}"
-            yield dict(fields, where=where, audio=audio, text=text, speaker=speaker)
+            _, part = parse_segment(segments.get(name, ""))
+            row = dict(fields, where=where, audio=audio, text=text, speaker=speaker)
+            yield row | {"stated": (part and part["duration"], 1)}
+
+
+def clip_lengths(path: Path) -> dict[str, str]:
+    """{clip: milliseconds}, which newer releases of Common Voice state beside a table."""
+    return formats.read_column(path.with_name("clip_durations.tsv"), "clip", "duration[ms]")
 
 
 def commonvoice(source, dropped, split=("train",), language=None):
     files = select(find(source, "*/*.tsv", "*.tsv"), language, folder_code, "language")
     for path in select(files, split, lambda path: path.stem, "split"):
-        for where, record in read_table(path, ["path", "sentence"], dropped):
-            name = record["path"].removesuffix(".mp3")  # which the first releases do not have
-            fields = dict(audio=path.with_name("clips") / f"{name}.mp3", text=record["sentence"])
+        lengths = clip_lengths(path)
+        for where, record in formats.read_table(path, ["path", "sentence"], dropped):
+            # The first releases have no suffix.
+            name = record["path"].removesuffix(".mp3") + ".mp3"
+            fields = dict(audio=path.with_name("clips") / name, text=record["sentence"])
+            fields["stated"] = lengths.get(name), 1000
             fields["source_language"] = language_code(record.get("locale", "")) or folder_code(path)
             yield dict(fields, where=where, speaker=record.get("client_id"))
 
@@ -93,15 +104,19 @@ def covost2(source, dropped, split=("train",), language=None, common_voice=None)
         folder = path.name.split(".")[1].split("_")[0]
         voices = find(common_voice or path.parent, "validated.tsv", f"{folder}/validated.tsv")
         speakers = formats.read_column(voices[0], "path", "client_id")
+        lengths = clip_lengths(voices[0])
         fields = dict(task="st", source_language=spoken, target_language=written)
         columns = ["path", "translation", "split"]
-        for where, record in read_table(path, columns, dropped, escapechar="\\"):
+        for where, record in formats.read_table(path, columns, dropped, escapechar="\\"):
             name, text, split_name = map(record.get, columns)
             if split_name.removesuffix("_covost") not in splits:
                 continue
-            if name in speakers:
+            if re.fullmatch(r"\W*REMOVE\W*", text):
+                dropped["translation marked REMOVE"].append(where)
+            elif name in speakers:
                 audio = voices[0].with_name("clips") / name
-                yield dict(fields, where=where, audio=audio, text=text, speaker=speakers[name])
+                row = dict(fields, where=where, audio=audio, text=text, speaker=speakers[name])
+                yield row | {"stated": (lengths.get(name), 1000)}
             else:
                 dropped["not in this release of Common Voice"].append(where)
 
@@ -114,7 +129,7 @@ def fleurs(source, dropped, out, split=("train",), language=None):
         spoken, _, written = pair.partition("-")
         fields = dict(source_language=spoken, target_language=written or spoken)
         fields["task"] = "st" if written else "asr"
-        files = sorted(folders[spoken].glob("*.tsv"))
+        files = formats.list_paths(folders[spoken], "*.tsv")
         for path in select(files, split, lambda path: path.stem, "split"):
             clips = path.parent / "audio" / path.stem
             archive = clips.with_suffix(".tar.gz")
@@ -124,10 +139,11 @@ def fleurs(source, dropped, out, split=("train",), language=None):
             # The same id is the same sentence in every language.
             other = folders[written or spoken] / path.name
             texts = formats.read_column(other, "id", "raw_transcription", columns=columns)
-            for where, record in read_table(path, [], dropped, columns):
+            for where, record in formats.read_table(path, [], dropped, columns):
                 if record["id"] in texts:
                     audio, text = clips / record["file"], texts[record["id"]]
-                    yield dict(fields, where=where, audio=audio, text=text)
+                    stated = record["num_samples"], 16000
+                    yield dict(fields, where=where, audio=audio, text=text, stated=stated)
                 else:
                     dropped[f"no sentence of this id in {written}"].append(where)
 
@@ -139,11 +155,11 @@ def voxpopuli(source, dropped, out, split=("train",), language=None):
     for path in select(files, split, lambda path: path.stem.removeprefix("asr_"), "split"):
         # The official script leaves clips in folders of years, the Hub has them in archives.
         name, part = path.resolve().parent.name, path.stem.removeprefix("asr_")
-        archives = sorted((path.parent / part).glob("*.tar.gz"))
+        archives = formats.list_paths(path.parent / part, "*.tar.gz")
         unpacked = out.parent / "voxpopuli-audio" / name / part
         clips = formats.unpack(archives, unpacked) if archives else path.parent
         columns = ["id", "raw_text", "normalized_text", "speaker_id"]
-        for where, record in read_table(path, columns, dropped):
+        for where, record in formats.read_table(path, columns, dropped):
             id, raw, normalised, speaker = map(record.get, columns)
             if record.get("is_gold_transcript", "True").lower() == "false":
                 dropped["not a gold transcript"].append(where)
@@ -152,126 +168,6 @@ def voxpopuli(source, dropped, out, split=("train",), language=None):
             fields = dict(speaker=speaker.replace("None", ""), source_language=folder_code(path))
             fields["style"] = "written" if raw.strip() else "bare"  # as in half of some languages
             yield dict(fields, where=where, audio=audio, text=raw.strip() or normalised)
-
-
-def peoples_speech(source, dropped, split=("train",)):
-    files = find(source, "*/*.json", "*.json")
-    files = [path for path in files if not re.search(r"_\d{6}$", path.stem)]  # samples of others
-    # Train has four subsets, each of which can be asked for by itself, too.
-    parts = [path.stem for path in files if path.resolve().parent.name in split]
-    for path in select(files, parts or split, lambda path: path.stem, "split or subset"):
-        tars = {}
-        for tar in sorted(path.with_suffix("").glob("*.tar")):
-            with one_line_errors(tar, formats.DAMAGED):
-                tars |= dict.fromkeys(tar_members(str(tar)), tar)
-        licence = "CC-BY-SA-4.0" if path.stem.endswith("_sa") else "CC-BY-4.0"
-        for where, line in read_lines(path):
-            try:
-                item = json.loads(line)
-                terms = spdx(str(item.get("license") or item.get("licenseurl") or licence))
-                fields = dict(style="bare", speaker=str(item.get("identifier", "")), licence=terms)
-                data = item["training_data"]
-                clips = zip(data["name"], data["label"], data["duration_ms"], strict=True)
-                for name, text, milliseconds in clips:
-                    name = name.removeprefix("./")
-                    audio = tars.get(name, path.with_suffix("")) / name
-                    if 3 < 1000 * len(text) / milliseconds < 30:
-                        yield dict(fields, where=where, audio=audio, text=text)
-                    else:  # it was aligned to a text that is not what is said
-                        dropped["text too long or too short for its audio"].append(where)
-            except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
-                dropped[UNREADABLE].append(where)
-
-
-def spdx(licence: str) -> str:
-    """The SPDX identifier of a Creative Commons licence by its address or its name."""
-    match = re.search(r"(by[a-z-]*|zero)[/ -](\d\.\d)", licence.lower())
-    name = f"CC-{match[1].upper()}-{match[2]}" if match else licence
-    return name.replace("CC-ZERO", "CC0")
-
-
-def europarl_st(source, dropped, split=("train",), language=None):
-    def pair_of(path):  # of en/de/train/segments.lst
-        return "-".join(path.parts[-4:-2])
-
-    files = find(source, "*/*/*/segments.lst", "v1.1/*/*/*/segments.lst")
-    files = select(files, language, pair_of, "translation")
-    for path in select(files, split, lambda path: path.parent.name, "split"):
-        spoken, written = pair_of(path).split("-")
-        fields = dict(task="st", source_language=spoken, target_language=written)
-        texts = path.with_name(f"segments.{written}")
-        with one_line_errors(texts, "expected as many lines as in segments.lst; get both again"):
-            lines = list(zip(read_lines(path), read_lines(texts), strict=True))
-        for (_, segment), (where, text) in lines:
-            recording, part = parse_segment(segment)
-            if part is None:
-                dropped[UNREADABLE].append(where)
-                continue
-            audio = path.parents[2] / "audios" / f"{recording}.m4a"
-            converted = [audio.with_suffix(suffix) for suffix in (".flac", ".wav", ".ogg")]
-            audio = next(filter(Path.exists, converted), audio)
-            yield fields | part | dict(where=where, audio=audio, text=text)
-
-
-def squad_questions(path: Path) -> Iterator[tuple[str, str, str, str, str]]:
-    """(title, article_paragraph, id, question, first answer) of a file in SQuAD's format."""
-    with one_line_errors(path, "expected SQuAD's format; get the file again"):
-        for i, article in enumerate(json.loads(path.read_bytes())["data"]):
-            for j, paragraph in enumerate(article["paragraphs"]):
-                for item in paragraph["qas"]:
-                    answers = [answer["text"] for answer in item["answers"]] or [""]
-                    yield article["title"], f"{i}_{j}", item["id"], item["question"], answers[0]
-
-
-def spoken_squad(source, dropped, out, split=("train",), squad=None):
-    # Its own answers are lower-case spans of recogniser output; those of SQuAD are as printed.
-    printed = squad_questions(squad) if squad else []
-    printed = {id: answer for _, _, id, _, answer in printed}
-    for name in select(["train", "dev", "test"], split, str, "split"):
-        part, folder = ("test", "dev_wav") if name == "test" else ("train", "train_wav")
-        path = find(source, f"spoken_{part}-v1.1.json")[0]
-        sentences = find(source, f"{folder}/*.wav", f"*/{folder}/*.wav")
-        sentences = {file.stem: file for file in sentences}
-        for title, paragraph, id, question, answer in squad_questions(path):
-            # A tenth of the articles of train is dev, so that no passage is in both.
-            held_out = zlib.crc32(title.encode()) % 10 == 0
-            if part == "train" and held_out != (name == "dev"):
-                continue
-            where = f"{path} question {id}"
-            files = []
-            while f"{paragraph}_{len(files)}" in sentences:
-                files.append(sentences[f"{paragraph}_{len(files)}"])
-            passage = out.parent / "spoken-squad-audio" / f"{part}-{paragraph}.flac"
-            if not files or f"{paragraph}_{len(files) + 1}" in sentences:
-                dropped[formats.MISSING].append(where)
-            elif squad and id not in printed:
-                dropped["question that is not in SQuAD's file"].append(where)
-            elif not (passage.exists() or formats.join(files, passage)):
-                dropped["sentences that cannot be decoded or joined"].append(where)
-            else:
-                fields = dict(task="sqa", question=question, text=printed.get(id, answer))
-                yield dict(fields, where=where, audio=passage, speaker="google-tts")
-
-
-def librisqa(source, dropped, split=("train",), librispeech=None):
-    files = find(source, "LibriSQA-Part*/LibriSQA-Part*-*.json", "LibriSQA-Part*-*.json")
-    for path in select(files, split, lambda path: path.stem.rpartition("-")[2], "split"):
-        part = "test-clean" if path.stem.endswith("test") else "train-clean-360"
-        speech = find(librispeech or source, part, f"LibriSpeech/{part}")[0]
-        with one_line_errors(path, "get the file again"):
-            items = json.loads(path.read_bytes())
-        for number, item in enumerate(items, 1):
-            where = f"{path} item {number}"
-            try:
-                name = Path(item["speech_path"]).stem
-                speaker, chapter, _ = name.split("-")
-                audio = speech / speaker / chapter / f"{name}.flac"
-                question = item.get("question", item.get("question_and_option"))
-                answer = item.get("answer_and_analysis", item.get("answer"))
-                fields = dict(task="sqa", question=question, text=answer, speaker=speaker)
-                yield dict(fields, where=where, audio=audio)
-            except (KeyError, TypeError, ValueError):
-                dropped[UNREADABLE].append(where)
 
 
 def mcif(source, dropped, out, split=("long",), language=None):
@@ -319,24 +215,31 @@ def mcif_references(source: Path) -> Iterator[tuple]:
 
 def ljspeech(source, dropped):
     path = find(source, "metadata.csv")[0]
-    for where, record in read_table(path, [], dropped, ["name", "text", "words"], delimiter="|"):
-        audio = path.with_name("wavs") / f"{record['name']}.wav"
-        yield dict(where=where, audio=audio, text=record["text"], speaker="lj")
+    for where, line in read_lines(path):
+        name, *texts = line.split("|")
+        if len(texts) == 2:
+            audio = path.with_name("wavs") / f"{name}.wav"
+            yield dict(where=where, audio=audio, text=texts[0], speaker="lj")
+        else:
+            dropped[UNREADABLE].append(where)
+
+
+def user_fields(source: Path, language: list, licence: str, texts: Iterable[str] = ()) -> dict:
+    """The fields of all rows of data that is no corpus of these. Transcripts are bare if the first
+    of them are in one case and have no punctuation."""
+    first = " ".join(islice(texts, 1000))
+    in_one_case = first in (first.lower(), first.upper())
+    bare = first and in_one_case and not re.search("[.,?!。，？！]", first)
+    fields = dict(corpus=source.resolve().name, source_language=language_code(language[0]))
+    return fields | dict(licence=licence, style="bare" if bare else "written")
 
 
 def kaldi(source, dropped, language=("en",), licence="unknown"):
-    def read_map(name):
-        path = source / name
-        return {id: rest for _, id, rest in read_pairs(path)} if path.exists() else {}
-
     texts = list(read_pairs(find(source, "text")[0]))
-    recordings, segments, speakers = map(read_map, ("wav.scp", "segments", "utt2spk"))
-
-    # Text in one case and without punctuation is bare.
-    first = " ".join(text for _, _, text in texts[:1000])
-    bare = first in (first.lower(), first.upper()) and not re.search("[.,?!]", first)
-    fields = dict(style="bare" if bare else "written", source_language=language[0])
-    fields |= dict(corpus=source.resolve().name, licence=licence)
+    names = "wav.scp segments utt2spk reco2dur utt2dur".split()
+    recordings, segments, speakers, *lengths = (read_map(source / name) for name in names)
+    lengths = lengths[0] if segments else lengths[0] | lengths[1]
+    fields = user_fields(source, language, licence, (text for _, _, text in texts))
     for where, id, text in texts:
         recording, part = parse_segment(segments.get(id, "")) if segments else (id, {})
         file = recordings.get(recording)
@@ -346,10 +249,82 @@ def kaldi(source, dropped, language=("en",), licence="unknown"):
             dropped["command in wav.scp, which is not run: write audio files"].append(where)
         else:
             audio = source / file if (source / file).exists() else Path(file)
-            part["speaker"] = speakers.get(id)
+            part.update(speaker=speakers.get(id), stated=(lengths.get(recording), 1))
             yield fields | part | dict(where=where, audio=audio, text=text)
 
 
+def folder(source, dropped, language=("en",), licence="unknown"):
+    recordings, texts = {}, {}
+    for path in find(source, "**/*"):
+        suffix = path.suffix.lower()
+        if suffix == ".txt":
+            texts[path] = " ".join(line for _, line in read_lines(path))
+        elif suffix in SOUNDS:
+            recordings[path.with_suffix("")] = path
+    fields = user_fields(source, language, licence, texts.values())
+    for path, text in texts.items():
+        audio = recordings.pop(path.with_suffix(""), None)
+        if audio:
+            yield dict(fields, where=str(path), audio=audio, text=text)
+        else:
+            dropped["text without a recording of its name"].append(str(path))
+    for path in recordings.values():
+        dropped["recording without a text of its name"].append(str(path))
+
+
+def parquet(source, dropped, out, split=("train",), language=("en",), licence="unknown"):
+    def split_of(path):  # of data/train-00000-of-00002.parquet, or of train/0000.parquet
+        name = path.stem.split("-")[0]
+        return path.resolve().parent.name if name.isdigit() else name
+
+    files = select(formats.find_all(source, ".parquet"), split, split_of, "split")
+    with one_line_errors("parquet", "pip install pyarrow"):
+        from pyarrow.parquet import ParquetFile
+    for path in files:
+        clips = out.parent / f"{out.stem}-audio" / path.relative_to(source.parent).with_suffix("")
+        clips.mkdir(parents=True, exist_ok=True)
+        with one_line_errors(path, formats.DAMAGED):
+            file = ParquetFile(path)
+            columns = [name for name in TEXTS if name in file.schema_arrow.names]
+            if not columns or "audio" not in file.schema_arrow.names:
+                raise UserError(f"{path}: expected the columns audio and {' or '.join(TEXTS)}")
+            texts = file.read(columns=columns[:1]).column(0).to_pylist()
+            fields = user_fields(source, language, licence, filter(None, texts))
+            rows = (row for batch in file.iter_batches(64) for row in batch.to_pylist())
+            for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+                sound = row["audio"] if isinstance(row["audio"], dict) else {"bytes": row["audio"]}
+                audio = path.parent / (sound.get("path") or "")
+                if sound.get("bytes"):
+                    audio = clips / f"{number}{audio.suffix}"
+                    audio.write_bytes(sound["bytes"])
+                fields["speaker"] = str(row.get("speaker_id") or row.get("client_id") or "")
+                fields["stated"] = row.get("duration_ms"), 1000
+                yield dict(fields, where=f"{path} row {number}", audio=audio, text=text)
+
+
+def chat(source, dropped, language=("en",), licence="unknown"):
+    fields = user_fields(source, language, licence)
+    for path in formats.find_all(source, ".jsonl"):
+        for where, line in read_lines(path):
+            try:
+                turns = json.loads(line)["messages"]
+                asked, answer = (turn["content"] for turn in turns if turn["role"] != "system")
+                (sound,) = (part for part in asked if part["type"] != "text")
+                audio = sound.get(sound["type"]) or sound["audio_url"]
+                audio = audio if isinstance(audio, str) else audio.get("url") or audio["data"]
+                audio = path.parent / audio.removeprefix("file://")
+                instruction = " ".join(part["text"] for part in asked if part["type"] == "text")
+                task = task_of(instruction) or "asr"
+                text = answer if isinstance(answer, str) else answer[0]["text"]
+            except (ValueError, TypeError, LookupError, AttributeError):
+                dropped["not one recording, one instruction and one answer"].append(where)
+                continue
+            fields |= dict(task=task, instruction=instruction, question=instruction)
+            yield dict(fields, where=where, audio=audio, text=text)
+
+
+SOUNDS = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .sph .m4a .mp4 .aac .webm".split())
+TEXTS = "text sentence raw_transcription transcription transcript raw_text normalized_text".split()
 # name: (licence, SPDX, of a row that does not say another; address; reader)
 HUB, GITHUB = "https://huggingface.co/datasets", "https://github.com"
 CORPORA = {
@@ -359,18 +334,17 @@ CORPORA = {
     "covost2": ("CC0-1.0", f"{GITHUB}/facebookresearch/covost", covost2),
     "fleurs": ("CC-BY-4.0", f"{HUB}/google/fleurs", fleurs),
     "voxpopuli": ("CC0-1.0", f"{GITHUB}/facebookresearch/voxpopuli", voxpopuli),
-    "peoples-speech": ("CC-BY-4.0", f"{HUB}/MLCommons/peoples_speech_v1.0", peoples_speech),
-    "europarl-st": ("CC-BY-NC-4.0", "https://www.mllp.upv.es/europarl-st", europarl_st),
-    "spoken-squad": ("CC-BY-SA-4.0", f"{GITHUB}/Chia-Hsuan-Lee/Spoken-SQuAD", spoken_squad),
-    "librisqa": ("unknown", f"{HUB}/ZihanZhao/LibriSQA", librisqa),
     "mcif": ("CC-BY-4.0", f"{HUB}/FBK-MT/MCIF, for testing only", mcif),
     "ljspeech": ("LicenseRef-PublicDomain", "https://keithito.com/LJ-Speech-Dataset", ljspeech),
     "kaldi": ("unknown", "https://kaldi-asr.org/doc/data_prep.html", kaldi),
+    "folder": ("unknown", "your recordings, each beside a text: x/1.wav, x/1.txt", folder),
+    "parquet": ("unknown", f"{HUB} in parquet, columns audio and text", parquet),
+    "chat": ("unknown", "your JSON Lines of messages, with audio and text", chat),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Public corpora, and your data, to manifests")
     parser.add_argument("name", nargs="?", choices=CORPORA, help="without it, all are listed")
     parser.add_argument("source", nargs="?", type=Path, help="the corpus's directory, unpacked")
     parser.add_argument("out", nargs="?", type=Path, help="the manifest to write")
@@ -378,9 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--language", nargs="+", help="as de, for translation en-de; default: all")
     parser.add_argument("--shards", type=Path, help="a directory for tars with copies of the audio")
     parser.add_argument("--common-voice", type=Path, help="for covost2; default: SOURCE")
-    parser.add_argument("--librispeech", type=Path, help="for librisqa; default: SOURCE")
-    parser.add_argument("--squad", type=Path, help="for spoken-squad: SQuAD's own JSON file")
-    parser.add_argument("--licence", help="SPDX, for kaldi; default: unknown, which is refused")
+    parser.add_argument("--licence", help="SPDX, of your data; default: unknown, which is refused")
     args = parser.parse_args(argv)
     if args.name is None:
         for name, (licence, address, _) in CORPORA.items():
@@ -403,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     except (UserError, OSError) as error:
         sys.exit(f"corpora: {args.name}: {visible(error)}; no manifest was written")
     except KeyboardInterrupt:
-        sys.exit("corpora: stopped, no manifest was written; run the same command again")
+        parser.exit(130, "corpora: stopped, no manifest was written; run the same command again\n")
     if dropped[formats.MISSING]:
         sys.exit(f"corpora: {args.name}: recordings are missing; get the rest and run this again")
 

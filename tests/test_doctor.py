@@ -89,7 +89,8 @@ FAULTS = [
     (ASR, dict(licence="CC-BY-NC-4.0"), "refused", "licence 'CC-BY-NC-4.0'"),
     (GERMAN, dict(sources=[["web", "unknown"]]), "refused", "'web' has the licence 'unknown'"),
     (SQA, dict(duration=31), "duration", "31 s"),
-    (ASR, dict(duration=0.7), "speed", "64.3 characters/s, expected 1.5 to 40"),
+    (ASR, dict(duration=0.7), "cut", "64.3 characters/s, expected 1.5 to 40"),
+    (ASR, dict(duration=1.0), "speed", "45 characters/s"),
     (ASR, dict(text="Yes."), "speed", "1.33 characters/s"),
     (CHINESE, dict(duration=0.3), "speed", "40 characters/s, expected 0.5 to 30"),
     (CHINESE, dict(text=SENTENCES["en"][0]), "language", "zh: 'The old woman"),
@@ -118,8 +119,26 @@ def test_faults_of_rows(examine, capsys):
     text = findings["example"]["text"]
     assert text.startswith("serious: example: 4 rows cannot be trained on: ")
     assert "train.jsonl line 9 (task is 'tts'" in text and text.endswith("; correct or delete them")
-    assert findings["languages"]["level"] == "serious", "2 of 29 are over 5 %"
-    assert findings["two texts"]["level"] == "note", "1 of 29 is not"
+    assert findings["languages"]["level"] == "serious", "2 of 30 are over 5 %"
+    assert findings["two texts"]["level"] == "note", "1 of 30 is not"
+
+
+@pytest.mark.parametrize(
+    "row, changes, kinds",
+    [
+        (ASR, dict(duration=0.6), {"cut"}),
+        (CHINESE, dict(duration=0.2), {"cut"}),
+        (GERMAN, dict(text="Die alte Frau " * 20000), {"cut", "context"}),
+        (SQA, dict(question="Who sells red apples? " * 12000), {"context"}),
+        (SQA, dict(duration=30.5), {"duration"}),
+    ],
+)
+def test_one_row_amid_many(examine, row, changes, kinds):
+    """What is certainly wrong is serious however rare it is, and whatever the options."""
+    rows = [good | {"audio": f"{i}.flac"} for i, good in enumerate(30 * clean_rows())]
+    code, findings = examine([*rows, rows[row] | {"audio": "x.flac"} | changes], "--sample", 0)
+    assert code == 1 and findings.keys() == kinds
+    assert all(list(finding["at"]) == [241] for finding in findings.values())
 
 
 def test_faults_of_recordings(examine, tmp_path):
