@@ -13,6 +13,7 @@ import random
 import re
 import signal
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,16 +152,15 @@ def examine(recording: Recording, decode: bool) -> Sound:
 
 
 def listen(examples: list[dict], sample: float) -> dict[Recording, Sound]:
-    """Examines the recordings of examples in processes, which Ctrl-C ends without a word, and
-    decodes so many of them."""
+    """Examines the recordings of examples in processes, which Ctrl-C ends after the few that are
+    under way, and decodes so many of them."""
     recordings = list(dict.fromkeys(example["recording"] for example in examples))
     decoded = set(random.Random(0).sample(recordings, max(0, min(sample, len(recordings)))))
     wanted = [recording in decoded for recording in recordings]
-    pool = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL))
-    with one_line_errors("decoding", "divide the manifest to find the recording"), pool:
-        sounds = pool.map(examine, recordings, wanted, chunksize=4)
-        bar = tqdm(sounds, "audio", len(recordings), mininterval=1, disable=not recordings)
-        return dict(zip(recordings, bar, strict=True))
+    pool = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    sounds = pool.map(examine, recordings, wanted, chunksize=4)
+    with one_line_errors("decoding", "divide the manifest to find it"), pool, closing(sounds):
+        return dict(zip(recordings, tqdm(sounds, "audio", len(recordings), delay=1), strict=True))
 
 
 def check_example(example: dict, sound: Sound, licences: list, hashes: frozenset, context: tuple):

@@ -1,6 +1,10 @@
 """prepare/doctor.py: every fault that is planted is found at its line and decides the exit code."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -242,3 +246,50 @@ def test_no_sentence_of_the_demos_test_is_trained_on(examine):
     train = (ROOT / "demo/train.jsonl").read_text(encoding="utf-8").splitlines()
     test = ROOT / "demo/test.jsonl"
     assert examine(train[:2400], "--against", test, "--sample", 0) == (0, {})
+
+
+# ------------------------------------------------------------------------------
+# All commands of prepare/
+
+
+def start(*argv):
+    """A command in a process group of its own, as in a terminal, its stderr to be read."""
+    options = dict(cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([sys.executable, *argv], **options)
+
+
+def stop_after(words, process):
+    """Ctrl-C once stderr has these words. Returns the exit code, and what stderr has after them."""
+    text = ""
+    while words not in text:
+        text += process.stderr.read(1)
+    os.killpg(process.pid, signal.SIGINT)
+    text = process.communicate(timeout=60)[1]
+    return process.returncode, text
+
+
+def test_help_without_docstrings():
+    commands = ("corpora", "doctor", "mcif", "synth")
+    runs = [start("-OO", "-m", f"prepare.{command}", "--help") for command in commands]
+    assert [(run.communicate()[1], run.returncode) for run in runs] == [("", 0)] * 4
+
+
+@pytest.mark.parametrize("module", ["prepare", "numpy", "torch.nn"])
+def test_stopped_while_it_is_imported(module):
+    run = start("-X", "importtime", "-m", "prepare.corpora")
+    code, text = stop_after(f" {module}\n", run)
+    lines = [line for line in text.splitlines() if not line.startswith("import time:")]
+    assert (code, lines[-1]) == (130, "stopped") and "Traceback" not in text
+
+
+def test_stopped_while_it_works(tmp_path):
+    """Processes that decode end without a word, too."""
+    soundfile.write(tmp_path / "0.wav", np.tile(noise(5, 0), 6), 44100)
+    rows = []
+    for i in range(400):
+        os.link(tmp_path / "0.wav", tmp_path / f"x{i}.wav")
+        rows.append(clean_rows()[ASR] | {"audio": f"x{i}.wav", "duration": None})
+    path = write(rows, tmp_path / "train.jsonl")
+    run = start("-m", "prepare.doctor", str(path), "--out", str(tmp_path))
+    code, text = stop_after("audio: ", run)
+    assert (code, text.splitlines()[-1]) == (130, "doctor: stopped") and "Traceback" not in text
