@@ -84,8 +84,7 @@ def commonvoice(source, dropped, split=("train",), language=None):
     for path in select(files, split, lambda path: path.stem, "split"):
         lengths = clip_lengths(path)
         for where, record in formats.read_table(path, ["path", "sentence"], dropped):
-            # The first releases have no suffix.
-            name = record["path"].removesuffix(".mp3") + ".mp3"
+            name = record["path"].removesuffix(".mp3") + ".mp3"  # which the first releases lack
             fields = dict(audio=path.with_name("clips") / name, text=record["sentence"])
             fields["stated"] = lengths.get(name), 1000
             fields["source_language"] = language_code(record.get("locale", "")) or folder_code(path)
@@ -320,6 +319,7 @@ def chat(source, dropped, language=("en",), licence="unknown"):
                 dropped["not one recording, one instruction and one answer"].append(where)
                 continue
             fields |= dict(task=task, instruction=instruction, question=instruction)
+            fields["target_language"] = language_code(language[0 if task == "asr" else -1])
             yield dict(fields, where=where, audio=audio, text=text)
 
 
@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", nargs="?", type=Path, help="the corpus's directory, unpacked")
     parser.add_argument("out", nargs="?", type=Path, help="the manifest to write")
     parser.add_argument("--split", nargs="+", help="default: train, with train-clean-100 and so on")
-    parser.add_argument("--language", nargs="+", help="as de, for translation en-de; default: all")
+    parser.add_argument("--language", nargs="+", help="de, of translations en-de, of chats en de")
     parser.add_argument("--shards", type=Path, help="a directory for tars with copies of the audio")
     parser.add_argument("--common-voice", type=Path, help="for covost2; default: SOURCE")
     parser.add_argument("--licence", help="SPDX, of your data; default: unknown, which is refused")

@@ -311,7 +311,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Answers and scores official XML files")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("answer", help="answer every instruction of a source file")
     command.set_defaults(run=answer)

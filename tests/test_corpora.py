@@ -347,11 +347,11 @@ def run(tmp_path, capsys):
     """Converts tmp_path/NAME. Returns the examples, as training reads them, whose audio is as long
     as they say, and what was printed, with the last words of a run whose exit code is 1."""
 
-    def convert(name, *options, out="out.jsonl"):
+    def convert(name, *options, out="out.jsonl", source=None):
         out, stopped = tmp_path / out, ""
         out.unlink(missing_ok=True)
         try:
-            corpora.main([name, str(tmp_path / name), str(out), *map(str, options)])
+            corpora.main([name, str(tmp_path / (source or name)), str(out), *map(str, options)])
         except SystemExit as error:
             stopped = str(error.code)
         examples = list(Manifest(out)) if out.exists() else []
@@ -442,16 +442,17 @@ def test_conversations(run, tmp_path):
     ]
     path = audio.with_name("rows.jsonl")
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"messages"')
-    examples, printed = run("chat", "--licence", "CC-BY-4.0")
+    examples, printed = run("chat", "--licence", "CC-BY-4.0", "--language", "en", "de")
     assert [show(example) for example in examples] == [
-        "sqa en>en CC-BY-4.0: Who is it? A fox.",
+        "sqa en>de CC-BY-4.0: Who is it? A fox.",
         "asr en>en CC-BY-4.0: Go.",
-        "st en>en CC-BY-4.0: Geh.",
+        "st en>de CC-BY-4.0: Geh.",
         "asr en>en CC-BY-4.0: Alone.",
     ]
     instructions = [example.get("instruction") for example in examples]
     assert instructions == ["Who is it?", "Write it down.", "Translate to German.", None]
     assert "5 left out (50.0%), not one recording, one instruction and one answer" in printed
+    assert run("chat", source="chat/data/rows.jsonl")[0][0]["corpus"] == "rows.jsonl"
     assert f"{path} line 6" in printed and "1 left out (10.0%), audio missing" in printed
 
 
