@@ -517,6 +517,8 @@ def test_an_archive_is_unpacked_once_and_never_in_part(run, tmp_path):
     assert not (tmp_path / "fleurs-audio/en_us/train").exists()
     archive.write_bytes(content)
     assert run("fleurs", "--language", "en")[0][0]["audio"] == "fleurs-audio/en_us/train/a.wav"
+    unpacked = (tmp_path / "fleurs-audio/en_us/train").iterdir()
+    assert sorted(path.name for path in unpacked) == ["a.wav", "b.wav"], "no ._a.wav"
     archive.write_bytes(b"")
     assert len(run("fleurs", "--language", "en")[0]) == 3
 
