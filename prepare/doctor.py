@@ -21,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 import data
+import model
 from data import REFUSALS, letter_count, text_hash
-from model import LLMConfig, UserError, fetch, load_tokenizer, one_line_errors, read_json, visible
+from model import UserError, one_line_errors, visible
 
 ALWAYS, FEW, MANY, NEVER = 0.0, 0.01, 0.05, 1.0
 KINDS = {  # kind: (share of the rows above which it is serious, fault, remedy)
@@ -152,8 +153,7 @@ def examine(recording: Recording, decode: bool) -> Sound:
 
 
 def listen(examples: list[dict], sample: float) -> dict[Recording, Sound]:
-    """Examines the recordings of examples in processes, which Ctrl-C ends after the few that are
-    under way, and decodes so many of them."""
+    """Examines the recordings of examples in a pool of processes, and decodes so many of them."""
     recordings = list(dict.fromkeys(example["recording"] for example in examples))
     decoded = set(random.Random(0).sample(recordings, max(0, min(sample, len(recordings)))))
     wanted = [recording in decoded for recording in recordings]
@@ -238,9 +238,9 @@ def figure_lines(examples: list[dict], sounds: dict[Recording, Sound]):
 
 def look_over(args: argparse.Namespace) -> dict:
     """The report. Raises UserError."""
-    directory = fetch(args.tokenizer)
-    config = LLMConfig.from_dict(read_json(directory / "config.json"), directory)
-    context = (load_tokenizer(directory), config.max_position_embeddings)
+    directory = model.fetch(args.tokenizer)
+    config = model.LLMConfig.from_dict(model.read_json(directory / "config.json"), directory)
+    context = (model.load_tokenizer(directory), config.max_position_embeddings)
     hashes = data.protected_hashes(args.manifests)
     findings = {kind: {} for kind in KINDS}
     examples = read_examples(args.manifests, findings["example"])
