@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 from data import task_of, text_hash, write_text
-from model import UserError, one_line_errors, visible
+from model import UserError, one_line_errors, steady_output, visible
 from prepare import corpus_formats as formats
 from prepare.corpus_formats import UNREADABLE, find, read_lines, read_map, read_pairs, select
 from prepare.mcif import TASKS, read_tasks
@@ -344,6 +344,7 @@ CORPORA = {
 
 
 def main(argv: list[str] | None = None) -> None:
+    steady_output()
     parser = argparse.ArgumentParser(description="Public corpora, and your data, to manifests")
     parser.add_argument("name", nargs="?", choices=CORPORA, help="without it, all are listed")
     parser.add_argument("source", nargs="?", type=Path, help="the corpus's directory, unpacked")

@@ -268,6 +268,7 @@ def describe(kind: str, lines: dict[str, str], total: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
+    model.steady_output()
     parser = argparse.ArgumentParser(description="Checks manifests before training")
     option = parser.add_argument
     option("manifests", nargs="+", help="manifests to train on")

@@ -31,7 +31,7 @@ from eval import (
     run_settings,
     summarise,
 )
-from model import UserError, keep_freed_memory, one_line_errors, visible
+from model import UserError, keep_freed_memory, one_line_errors, steady_output, visible
 from sample import fast_step, load_model, newest_checkpoint
 
 Key = tuple[str, str]  # the track and the language of a task
@@ -329,6 +329,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    steady_output()
     args = parse(argv)
     try:
         failed = args.run(args)

@@ -252,10 +252,10 @@ def test_no_sentence_of_the_demos_test_is_trained_on(examine):
 # All commands of prepare/
 
 
-def start(*argv):
+def start(*argv, stdout=None):
     """A command in a process group of its own, as in a terminal, its stderr to be read."""
     options = dict(cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    return subprocess.Popen([sys.executable, *argv], **options)
+    return subprocess.Popen([sys.executable, *argv], stdout=stdout, **options)
 
 
 def stop_after(words, process):
@@ -272,6 +272,14 @@ def test_help_without_docstrings():
     commands = ("corpora", "doctor", "mcif", "synth")
     runs = [start("-OO", "-m", f"prepare.{command}", "--help") for command in commands]
     assert [(run.communicate()[1], run.returncode) for run in runs] == [("", 0)] * 4
+
+
+def test_output_that_nobody_reads():
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = start("-m", "prepare.corpora", stdout=writing)
+    os.close(writing)
+    assert (run.communicate()[1], run.returncode) == ("", 0)
 
 
 @pytest.mark.parametrize("module", ["prepare", "numpy", "torch.nn"])
