@@ -29,7 +29,7 @@ from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
 import data
-from model import SpeechLM, UserError, keep_freed_memory, visible
+from model import SpeechLM, UserError, keep_freed_memory, steady_output, visible
 from sample import (
     MAX_NEW_TOKENS,
     Answer,
@@ -451,6 +451,7 @@ def write_page(path: Path, facts: dict, table, signatures, items, load_wave: Cal
 
 
 def main(argv: list[str] | None = None) -> None:
+    steady_output()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("manifest", help="manifest to be answered and scored")

@@ -14,11 +14,13 @@ computed in float32 whichever they are.
 
 import ctypes
 import hashlib
+import io
 import json
 import os
 import re
 import reprlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -59,6 +61,31 @@ class UserError(ValueError):
     def __str__(self) -> str:
         text = visible(super().__str__())
         return text if len(text) <= 2000 else text[:2000] + "..."
+
+
+class SteadyFile(io.FileIO):
+    """A descriptor for writing that, once it refuses to be written to, leads nowhere."""
+
+    def write(self, content) -> int:
+        try:
+            return super().write(content)
+        except OSError:  # its reader is gone, or its disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return super().write(content)
+
+
+def steady_output() -> None:
+    """Lets no print end a program, which calls it first: standard output and error then escape what
+    their encoding lacks, and are dropped from where they are closed or full. Others that someone
+    put in their place stay as they are."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the program was started without it
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))
+        elif stream is getattr(sys, f"__{name}__"):
+            file = io.BufferedWriter(SteadyFile(stream.fileno(), "w", closefd=False))
+            options = {"errors": "backslashreplace", "line_buffering": True}
+            setattr(sys, name, io.TextIOWrapper(file, stream.encoding, **options))
 
 
 def first_line(error: BaseException) -> str:

@@ -38,6 +38,7 @@ from model import (
     load_checkpoint,
     load_tokenizer,
     restore,
+    steady_output,
     visible,
 )
 
@@ -681,6 +682,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    steady_output()
     args = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {

@@ -61,6 +61,7 @@ from model import (
     load_tokenizer,
     merged_state,
     restore,
+    steady_output,
     visible,
 )
 from sample import answer_examples, encode_recordings
@@ -1123,6 +1124,7 @@ def dry_run(run: Run) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    steady_output()
     cfg = parse(argv)
     keep_freed_memory()
     with Stop() as stop:
