@@ -523,19 +523,27 @@ class Kernels:
 PLAIN = Kernels()
 
 
+def pick_device() -> str:
+    """The fastest kind of device that is here: cuda, mps (Apple's) or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def default_kernels(device: str) -> Kernels:
     """The fastest operators for a device. Those for the CPU are optional and in extras/."""
-    if str(device).startswith("cuda"):
-        try:
-            import torch.nn.attention.varlen  # noqa: F401  (since PyTorch 2.10)
-        except ImportError:
-            return PLAIN
-        return Kernels(attend=attend_varlen)
     try:
-        from extras import cpu
+        if str(device).startswith("cuda"):
+            import torch.nn.attention.varlen  # noqa: F401  (since PyTorch 2.10)
+
+            return Kernels(attend=attend_varlen)
+        if str(device) == "cpu":
+            from extras import cpu
+
+            return Kernels(attend=cpu.attend, depthwise=cpu.depthwise)
     except ImportError:
-        return PLAIN
-    return Kernels(attend=cpu.attend, depthwise=cpu.depthwise)
+        pass
+    return PLAIN
 
 
 def keep_freed_memory() -> None:
@@ -1271,7 +1279,7 @@ def fast_dtype(directory: Path, device: str) -> torch.dtype:
     width = read_json(Path(directory) / "config.json").get("hidden_size")
     large = is_number(width) and width >= 512
     fast_cpu = large and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if device != "cpu" or fast_cpu else torch.float32
+    return torch.bfloat16 if str(device).startswith("cuda") or fast_cpu else torch.float32
 
 
 def read_state(directory: Path, rename: Callable, dtype: torch.dtype, device: str) -> dict:

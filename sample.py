@@ -4,13 +4,20 @@ In reading order: the LLM's cache, generation (greedy, sampling, beams), answers
 about recordings of any length, the command, which prints an answer as it is made.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, also while it imports
+
 import argparse
 import json
 import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -37,6 +44,7 @@ from model import (
     fingerprint,
     load_checkpoint,
     load_tokenizer,
+    pick_device,
     restore,
     steady_output,
     visible,
@@ -608,18 +616,40 @@ def newest_checkpoint() -> Path:
     return max(paths, key=lambda path: path.stat().st_mtime)
 
 
-def load_model(path: str | Path, device: str = "cpu", int8: bool = False):
+def locate_base(path: str | Path, name: str, base: dict) -> str | Path:
+    """Where a base model of a checkpoint is: where it was in training, or else in demo/ beside this
+    file. Raises UserError."""
+    for place in (base["path"], data.INSTRUCTIONS_FILE.with_name(name)):
+        with suppress(UserError):
+            if os.path.isdir(place) and fingerprint(place)["sha256"] == base["sha256"]:
+                return place
+    try:
+        return fingerprint(base["path"])["path"]  # of the Hub, or another model, which is refused
+    except UserError as error:
+        raise UserError(
+            f"{path}: found no {name} where it was in training ({error}); give its directory or "
+            f"Hub id by --{name}"
+        ) from error
+
+
+def load_model(
+    path: str | Path,
+    device: str = "cpu",
+    int8: bool = False,
+    encoder: str | Path | None = None,
+    llm: str | Path | None = None,
+):
     """The model of a checkpoint on its two base models, in float32 or, where that is faster, in
     bfloat16, or with the LLM's weights rounded to 8 bits; its tokenizer; the checkpoint without
-    weights. Raises UserError."""
+    weights. encoder, llm: directories or Hub ids of the base models, if they are not where they
+    were in training. Raises UserError."""
     checkpoint = load_checkpoint(path)
-    bases = {name: base["path"] for name, base in checkpoint["bases"].items()}
-    directory = fetch(bases["llm"])
+    encoder = encoder or locate_base(path, "encoder", checkpoint["bases"]["encoder"])
+    llm = llm or locate_base(path, "llm", checkpoint["bases"]["llm"])
+    directory = fetch(llm)
     dtype = fast_dtype(directory, device)
-    adapter = checkpoint["adapter"]
-    model = SpeechLM.from_parts(bases["encoder"], bases["llm"], dtype, device=device, **adapter)
-    identities = {name: fingerprint(base) for name, base in bases.items()}
-    restore(model, checkpoint, identities, path)
+    model = SpeechLM.from_parts(encoder, llm, dtype, device=device, **checkpoint["adapter"])
+    restore(model, checkpoint, {"encoder": fingerprint(encoder), "llm": fingerprint(llm)}, path)
     del checkpoint["model"]
     if int8:
         try:
@@ -635,10 +665,11 @@ def ask(model, tokenizer, checkpoint, recording, instruction, task=None, **optio
     task: sqa to ask about all of it at once; None leaves that to task_of. options: those of
     answer_examples. Raises AudioError."""
     task = task or data.task_of(instruction)
+    is_question = data.task_of(instruction) == "sqa"
+    _, instruction = data.known_wording(instruction) or (None, instruction)
     example = {"instruction": instruction, "task": task, "target_language": None}
     if checkpoint["config"]["phase"] == "align" and task != "asr":
         warn("this checkpoint was trained on transcribing only (phase align); trying")
-    is_question = data.task_of(instruction) == "sqa"
     refuse_above = checkpoint.get("refuse_above") if is_question else None
     (answer,) = answer_examples(model, tokenizer, [example], [recording], refuse_above, **options)
     if isinstance(answer, data.AudioError):
