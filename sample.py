@@ -140,8 +140,10 @@ def decode_step(llm: LLM, ids: Tensor, positions: Tensor, cache: KVCache, filled
     return llm.logits(hidden)
 
 
-def fast_step() -> Callable:
+def fast_step(device: str = "cpu") -> Callable:
     """The step of decoding to generate with: extras/decode.py's, or else the plain one."""
+    if device == "mps":
+        return decode_step
     try:
         from extras.decode import FastDecode
     except ImportError:
@@ -155,7 +157,7 @@ def fast_step() -> Callable:
 def draw_token(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
     """logits (B, V) -> ids (B,): the most likely at temperature 0, else drawn from the smallest set
     of tokens whose probabilities reach top_p (nucleus sampling, arXiv 1904.09751)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # as good as 0, and dividing by it may overflow
         return logits.argmax(-1)
     probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
     beyond = probs.cumsum(-1) - probs >= top_p
@@ -227,10 +229,10 @@ def generate(
 
 def check_options(max_new_tokens, num_beams, temperature, top_p, on_token) -> None:
     """Raises ValueError for options of generate that are impossible or exclude each other."""
-    if max_new_tokens < 1 or num_beams < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or num_beams < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(
             f"max_new_tokens {max_new_tokens} and num_beams {num_beams} must be at least 1, "
-            f"temperature {temperature} at least 0, top_p {top_p} above 0 and at most 1"
+            f"temperature {temperature} finite and at least 0, top_p {top_p} above 0 and at most 1"
         )
     if num_beams > 1 and (temperature > 0 or on_token is not None):
         raise ValueError(
@@ -406,7 +408,9 @@ def encode_waves(model: SpeechLM, waves: list[Tensor], longest: float) -> list[l
     device = next(model.adapter.parameters()).device
     recordings = []
     for wave in waves:
-        features, lengths = data.fbank(data.cut_windows(wave.to(device), longest))
+        # The features of float64, which mps does not have, are computed on the CPU there.
+        place = "cpu" if device.type == "mps" else device
+        features, lengths = data.fbank(data.cut_windows(wave.to(place), longest))
         recordings.append(list(features.split(lengths)))
     return encode_recordings(model, recordings)
 
@@ -439,6 +443,7 @@ def answer_examples(
     refuse_above: float | None = None,
     weigh: bool = False,
     on_text: Callable[[str], None] | None = None,
+    on_batch: Callable[[float], None] | None = None,
     batch_size: int = 16,
     max_new_tokens: int = MAX_NEW_TOKENS,
     **options,
@@ -450,7 +455,8 @@ def answer_examples(
     cache. sqa is asked of all windows at once, everything else window by window, and joined.
     refuse_above: a question with a greater margin is refused; None leaves that to the model, and
     weigh asks for the margins all the same. on_text gets each new piece of the first example's
-    answer as it is made. options: those of generate. Returns for each example an Answer, or an
+    answer as it is made, on_batch the share of the work that each batch was. options: those of
+    generate. Returns for each example an Answer, or an
     AudioError if it does not fit into the LLM's context."""
     weigh = weigh or refuse_above is not None
     requests, failures = make_requests(model, tokenizer, examples, recordings)
@@ -472,6 +478,8 @@ def answer_examples(
         outputs = answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, more)
         for request, answer in zip(batch, outputs, strict=True):
             answers[request.example][request.window] = answer
+        if on_batch is not None:
+            on_batch(len(batch) / len(requests))
         if live is not None:
             live.finish([answer.text for answer in answers[0].values()])
     return [failures.get(i) or join_answers(windows) for i, windows in enumerate(answers)]
@@ -664,13 +672,14 @@ def ask(model, tokenizer, checkpoint, recording, instruction, task=None, **optio
     """The task and the Answer of an instruction in words about a recording as encode_waves gave it.
     task: sqa to ask about all of it at once; None leaves that to task_of. options: those of
     answer_examples. Raises AudioError."""
-    task = task or data.task_of(instruction)
-    is_question = data.task_of(instruction) == "sqa"
-    _, instruction = data.known_wording(instruction) or (None, instruction)
-    example = {"instruction": instruction, "task": task, "target_language": None}
+    known = data.known_wording(instruction)
+    likely_task, wording = known or (data.task_of(instruction), instruction)
+    task = task or likely_task
+    wording = wording.encode(errors="replace").decode()  # bytes of a command line that are no text
+    example = {"instruction": wording, "task": task, "target_language": None}
     if checkpoint["config"]["phase"] == "align" and task != "asr":
         warn("this checkpoint was trained on transcribing only (phase align); trying")
-    refuse_above = checkpoint.get("refuse_above") if is_question else None
+    refuse_above = checkpoint.get("refuse_above") if likely_task == "sqa" else None
     (answer,) = answer_examples(model, tokenizer, [example], [recording], refuse_above, **options)
     if isinstance(answer, data.AudioError):
         raise answer
@@ -679,13 +688,37 @@ def ask(model, tokenizer, checkpoint, recording, instruction, task=None, **optio
     return task, answer
 
 
+def quiet_libraries() -> None:
+    """Keeps remarks of libraries out of what is printed."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+
 def warn(text: str) -> None:
     print(f"sample.py: {text}", file=sys.stderr)
 
 
+MEDIA = "wave?|w64|flac|mp[1-4]|mpe?g|og[agv]|opus|ai(ff?|fc)|m4[abv]|aac|ac3|amr|wm[av]|web[am]"
+MEDIA += "|mk[av]|mov|avi|3g[ap]p?|caf|au|snd|sph"
+FILE_NAMES = (
+    r"\S*[.](?=\d*[a-z])[a-z0-9]{2,5}",  # one word with a suffix
+    r"(?!.*[\s⺀-鿿]).*[/\\].*[^.?!]",  # one word with a slash, but not "and/or?" and no Chinese
+    r"(~|[.]+)?/.*",
+    rf".*[.]({MEDIA})",
+)
+FILE_NAME = re.compile("|".join(FILE_NAMES), re.IGNORECASE | re.DOTALL)
+
+
+def is_recording(word: str) -> bool:
+    """Whether a word of the command line names a file, be it there or not."""
+    return os.path.exists(word) or FILE_NAME.fullmatch(word.strip()) is not None
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, with its last word in args.instruction if that is one."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("audio", nargs="+", help="recordings, and behind them the instruction; else you are asked")
     add("--ckpt", help="checkpoint; otherwise the newest of out/ift.pt and out/align.pt")
@@ -696,15 +729,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share")
     add("--seed", type=int, default=0, help="of the drawing")
     add("--int8", action="store_true", help="8-bit LLM weights: less memory, faster alone")
-    args = parser.parse_args(argv)
-    last = args.audio[-1]
-    suffixes = r"\S*[.](wav|flac|mp3|ogg|opus|oga|aiff?|m4a)"
-    is_recording = os.path.exists(last) or re.fullmatch(suffixes, last, re.IGNORECASE)
+    add("--encoder", help="directory or Hub id of the encoder, if it is not where it was")
+    add("--llm", help="directory or Hub id of the LLM, if it is not where it was")
+    args = parser.parse_intermixed_args(argv)
     args.instruction = None
-    if len(args.audio) > 1 and not is_recording:
+    if len(args.audio) > 1 and not is_recording(args.audio[-1]):
         args.instruction = args.audio.pop()
         if not args.instruction.strip():
             parser.error('the instruction is empty; say what to do, such as "Translate to German"')
+    for word in args.audio:
+        if not is_recording(word):
+            parser.error(
+                f'"{visible(word)}" is no file; give recordings first, behind them the instruction'
+            )
     try:
         check_options(1, args.beams, args.temperature, args.top_p, None)
     except ValueError as error:
@@ -714,20 +751,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     steady_output()
+    quiet_libraries()
     args = parse(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     options = {
         "num_beams": args.beams,
         "temperature": args.temperature,
         "top_p": args.top_p,
-        "generator": torch.Generator(device).manual_seed(args.seed),
-        "step": fast_step(),
+        "generator": torch.Generator(device).manual_seed(args.seed % 2**63),
+        "step": fast_step(device),
         "task": "sqa" if args.whole else None,
         "on_text": None if args.json else print_piece,
     }
     try:
         waves = {path: data.load_audio(path) for path in args.audio}
-        loaded = load_model(args.ckpt or newest_checkpoint(), device, args.int8)
+        ckpt = args.ckpt or newest_checkpoint()
+        loaded = load_model(ckpt, device, args.int8, args.encoder, args.llm)
     except UserError as error:
         sys.exit(f"sample.py: {error}")
     model, _, checkpoint = loaded
@@ -748,6 +787,8 @@ def main(argv: list[str] | None = None) -> None:
             line = {"audio": path, "instruction": instruction, "task": task, "text": answer.text}
             line["seconds"] = len(wave) / data.SAMPLE_RATE
             print(visible(json.dumps(line, ensure_ascii=False)) if args.json else "")
+    if not recordings:
+        sys.exit("sample.py: no instruction; give it behind the recordings, or type it")
     if failed:
         sys.exit(1)
 
@@ -758,10 +799,14 @@ def print_piece(text: str) -> None:
 
 def read_instruction() -> str:
     """An instruction that the user types; "" when there is none any more."""
+    if sys.stdin is None:
+        return ""
     try:
         return input("instruction> " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):
         return ""
+    except UnicodeDecodeError as error:
+        sys.exit(f"sample.py: what was typed is no text ({error}); type it in {error.encoding}")
 
 
 if __name__ == "__main__":

@@ -404,7 +404,7 @@ def test_remarks(asked, capsys, tmp_path, monkeypatch):
         ("train0.wav all.jsonl --ckpt ift.pt", 1, "all.jsonl: found content that starts with"),
         ("train0.wav EMPTY", 2, "the instruction is empty; say what to do"),
         ("train0.wav SAY --beams 0", 2, "num_beams 0 must be at least 1"),
-        ("train0.wav SAY --temperature -1", 2, "temperature -1.0 at least 0"),
+        ("train0.wav SAY --temperature -1", 2, "temperature -1.0 finite and at least 0"),
         ("train0.wav SAY --top-p 0", 2, "top_p 0.0 above 0"),
         ("train0.wav SAY --beams 2 --temperature 1", 2, "beam search neither samples nor streams"),
         ("train0.wav --beam-size 2", 2, "unrecognized arguments: --beam-size"),
