@@ -521,8 +521,6 @@ ATTRIBUTIONS = {
     "European Union, European Parliament",
     "peoples-speech": "The People's Speech, by Daniel Galvez, Greg Diamos and others, 2021, from "
     "archive.org",
-    "europarl-st": "Europarl-ST, by Javier Iranzo-Sánchez, Joan Albert Silvestre-Cerdà and others, "
-    "2020",
     "spoken-squad": "Spoken-SQuAD, by Chia-Hsuan Li, Szu-Lin Wu, Chi-Liang Liu and Hung-yi Lee, "
     "2018, from SQuAD, by Pranav Rajpurkar, Jian Zhang, Konstantin Lopyrev and Percy Liang, 2016, "
     "and Wikipedia",

@@ -3,9 +3,11 @@
 Without a name it lists the corpora with their licences. A further corpus is an entry in CORPORA and
 a function of its directory and the options of the command line that mean something to it, which
 yields rows. A row is a manifest's example (see data.Manifest) whose audio is a Path, and has also
-`where`, the file and line it comes from. It has a duration only where it is a part of a recording.
-What it does not say is task asr, language en, target_language as source_language, style written,
-corpus and licence. Where a row cannot be used, dropped[reason] gets its `where` instead.
+`where`, the file and line it comes from. It has a duration only where it is a part of a recording,
+and `stated`, units and how many a second has, where the corpus says how long the recording is. What
+a row does not say is task asr, language en, target_language as source_language, style written,
+corpus and licence. Where it cannot be used, dropped[reason] gets its `where` instead. The readers
+of people's own data are in prepare/forms.py.
 """
 
 import argparse
@@ -13,36 +15,22 @@ import inspect
 import json
 import re
 import sys
+import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 
-from data import task_of, text_hash, write_text
+from data import tar_members, text_hash, write_text
 from model import UserError, one_line_errors, steady_output, visible
 from prepare import corpus_formats as formats
-from prepare.corpus_formats import UNREADABLE, find, read_lines, read_map, read_pairs, select
+from prepare.corpus_formats import UNREADABLE, find, language_code, read_lines, read_pairs, select
+from prepare.forms import chat, folder, kaldi, parquet
 from prepare.mcif import TASKS, read_tasks
-
-
-def language_code(name: str) -> str:
-    """The code of a language by its name in a corpus: zh-CN, cmn_hans_cn, en_us."""
-    return {"zh-HK": "yue", "cmn_hans_cn": "zh"}.get(name) or re.split("[-_]", name)[0]
 
 
 def folder_code(path: Path) -> str:
     """The code of the language by whose name the folder of a file is called."""
     return language_code(path.resolve().parent.name)
-
-
-def parse_segment(text: str) -> tuple[str, dict | None]:
-    """RECORDING START END as the recording and the part's start and duration, in seconds; the part
-    is None if the text is another."""
-    match = re.match(r"(\S+)\s+(\d{1,12}(?:\.\d+)?)\s+(\d{1,12}(?:\.\d+)?)(\s|$)", text, re.ASCII)
-    if not match:
-        return "", None
-    start, end = float(match[2]), float(match[3])
-    return match[1], dict(start=start, duration=end - start)
 
 
 def librispeech(source, dropped, split=("train",)):
@@ -65,11 +53,11 @@ def mls(source, dropped, split=("train",), language=None):
     for path in select(files, split, lambda path: path.parent.name, "split"):
         fields = dict(style="bare", source_language=language_of(path))
         suffix = "opus" if path.resolve().parts[-3].endswith("_opus") else "flac"
-        segments = read_map(path.with_name("segments.txt"))
+        segments = formats.read_map(path.with_name("segments.txt"))
         for where, name, text in read_pairs(path):
             speaker, _, book = name.rpartition("_")[0].partition("_")
             audio = path.parent / "audio" / speaker / book / f"{name}.{suffix}"
-            _, part = parse_segment(segments.get(name, ""))
+            _, part = formats.parse_segment(segments.get(name, ""))
             row = dict(fields, where=where, audio=audio, text=text, speaker=speaker)
             yield row | {"stated": (part and part["duration"], 1)}
 
@@ -169,6 +157,86 @@ def voxpopuli(source, dropped, out, split=("train",), language=None):
             yield dict(fields, where=where, audio=audio, text=raw.strip() or normalised)
 
 
+def peoples_speech(source, dropped, split=("train",)):
+    files = find(source, "*/*.json", "*.json")
+    files = [path for path in files if not re.search(r"_\d{6}$", path.stem)]  # samples of others
+    # Train has four subsets, each of which can be asked for by itself, too.
+    parts = [path.stem for path in files if path.resolve().parent.name in split]
+    for path in select(files, parts or split, lambda path: path.stem, "split or subset"):
+        tars = {}
+        for tar in formats.list_paths(path.with_suffix(""), "*.tar"):
+            with one_line_errors(tar, formats.DAMAGED):
+                tars |= dict.fromkeys(tar_members(str(tar)), tar)
+        licence = "CC-BY-SA-4.0" if path.stem.endswith("_sa") else "CC-BY-4.0"
+        for where, line in read_lines(path):
+            try:
+                item = json.loads(line)
+                terms = spdx(str(item.get("license") or item.get("licenseurl") or licence))
+                fields = dict(style="bare", speaker=str(item.get("identifier", "")), licence=terms)
+                data = item["training_data"]
+                clips = zip(data["name"], data["label"], data["duration_ms"], strict=True)
+                for name, text, milliseconds in clips:
+                    name = name.removeprefix("./")
+                    audio = tars.get(name, path.with_suffix("")) / name
+                    if 3 < 1000 * len(text) / milliseconds < 30:
+                        stated = milliseconds, 1000
+                        yield dict(fields, where=where, audio=audio, text=text, stated=stated)
+                    else:  # it was aligned to a text that is not what is said
+                        dropped["text too long or too short for its audio"].append(where)
+            except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
+                dropped[UNREADABLE].append(where)
+
+
+def spdx(licence: str) -> str:
+    """The SPDX identifier of a Creative Commons licence by its address or its name."""
+    match = re.search(r"(by[a-z-]*|zero)[/ -](\d\.\d)", licence.lower())
+    name = f"CC-{match[1].upper()}-{match[2]}" if match else licence
+    return name.replace("CC-ZERO", "CC0")
+
+
+def squad_questions(path: Path) -> Iterator[tuple[str, str, str, str, str]]:
+    """(title, article_paragraph, id, question, first answer) of a file in SQuAD's format."""
+    with one_line_errors(path, "expected SQuAD's format; get the file again"):
+        for i, article in enumerate(json.loads(path.read_bytes())["data"]):
+            for j, paragraph in enumerate(article["paragraphs"]):
+                for item in paragraph["qas"]:
+                    answers = [answer["text"] for answer in item["answers"]] or [""]
+                    yield article["title"], f"{i}_{j}", item["id"], item["question"], answers[0]
+
+
+def spoken_squad(source, dropped, out, split=("train",), squad=None):
+    # Its own answers are lower-case spans of recogniser output; those of SQuAD are as printed.
+    printed = squad_questions(squad) if squad else []
+    printed = {id: answer for _, _, id, _, answer in printed}
+    for name in select(["train", "dev", "test"], split, str, "split"):
+        part, folder = ("test", "dev_wav") if name == "test" else ("train", "train_wav")
+        path = find(source, f"spoken_{part}-v1.1.json")[0]
+        passages = defaultdict(dict)
+        for pattern in (f"{folder}/*.wav", f"*/{folder}/*.wav"):
+            for file in formats.list_paths(source, pattern):
+                paragraph, _, number = file.stem.rpartition("_")
+                passages[paragraph][number] = file
+        for title, paragraph, id, question, answer in squad_questions(path):
+            # A tenth of the articles of train is dev, so that no passage is in both.
+            held_out = zlib.crc32(title.encode()) % 10 == 0
+            if part == "train" and held_out != (name == "dev"):
+                continue
+            where = f"{path} question {id}"
+            sentences = passages[paragraph]
+            files = [sentences.get(str(i)) for i in range(max(1, len(sentences)))]
+            passage = out.parent / "spoken-squad-audio" / f"{part}-{paragraph}.flac"
+            if None in files:
+                name = f"{folder}/{paragraph}_{files.index(None)}.wav"
+                dropped[formats.MISSING].append(f"{where} ({name})")
+            elif squad and id not in printed:
+                dropped["question that is not in SQuAD's file"].append(where)
+            elif not (passage.exists() or formats.join(files, passage)):
+                dropped["sentences that cannot be decoded or joined"].append(where)
+            else:
+                fields = dict(task="sqa", question=question, text=printed.get(id, answer))
+                yield dict(fields, where=where, audio=passage, speaker="google-tts")
+
+
 def mcif(source, dropped, out, split=("long",), language=None):
     entries, texts = [], set()
     for track, target, where, reference, samples in mcif_references(source):
@@ -223,108 +291,6 @@ def ljspeech(source, dropped):
             dropped[UNREADABLE].append(where)
 
 
-def user_fields(source: Path, language: list, licence: str, texts: Iterable[str] = ()) -> dict:
-    """The fields of all rows of data that is no corpus of these. Transcripts are bare if the first
-    of them are in one case and have no punctuation."""
-    first = " ".join(islice(texts, 1000))
-    in_one_case = first in (first.lower(), first.upper())
-    bare = first and in_one_case and not re.search("[.,?!。，？！]", first)
-    fields = dict(corpus=source.resolve().name, source_language=language_code(language[0]))
-    return fields | dict(licence=licence, style="bare" if bare else "written")
-
-
-def kaldi(source, dropped, language=("en",), licence="unknown"):
-    texts = list(read_pairs(find(source, "text")[0]))
-    names = "wav.scp segments utt2spk reco2dur utt2dur".split()
-    recordings, segments, speakers, *lengths = (read_map(source / name) for name in names)
-    lengths = lengths[0] if segments else lengths[0] | lengths[1]
-    fields = user_fields(source, language, licence, (text for _, _, text in texts))
-    for where, id, text in texts:
-        recording, part = parse_segment(segments.get(id, "")) if segments else (id, {})
-        file = recordings.get(recording)
-        if not file or part is None:
-            dropped["no place in segments or wav.scp"].append(where)
-        elif "|" in (file[0], file[-1]):
-            dropped["command in wav.scp, which is not run: write audio files"].append(where)
-        else:
-            audio = source / file if (source / file).exists() else Path(file)
-            part.update(speaker=speakers.get(id), stated=(lengths.get(recording), 1))
-            yield fields | part | dict(where=where, audio=audio, text=text)
-
-
-def folder(source, dropped, language=("en",), licence="unknown"):
-    recordings, texts = {}, {}
-    for path in find(source, "**/*"):
-        suffix = path.suffix.lower()
-        if suffix == ".txt":
-            texts[path] = " ".join(line for _, line in read_lines(path))
-        elif suffix in SOUNDS:
-            recordings[path.with_suffix("")] = path
-    fields = user_fields(source, language, licence, texts.values())
-    for path, text in texts.items():
-        audio = recordings.pop(path.with_suffix(""), None)
-        if audio:
-            yield dict(fields, where=str(path), audio=audio, text=text)
-        else:
-            dropped["text without a recording of its name"].append(str(path))
-    for path in recordings.values():
-        dropped["recording without a text of its name"].append(str(path))
-
-
-def parquet(source, dropped, out, split=("train",), language=("en",), licence="unknown"):
-    def split_of(path):  # of data/train-00000-of-00002.parquet, or of train/0000.parquet
-        name = path.stem.split("-")[0]
-        return path.resolve().parent.name if name.isdigit() else name
-
-    files = select(formats.find_all(source, ".parquet"), split, split_of, "split")
-    with one_line_errors("parquet", "pip install pyarrow"):
-        from pyarrow.parquet import ParquetFile
-    for path in files:
-        clips = out.parent / f"{out.stem}-audio" / path.relative_to(source.parent).with_suffix("")
-        clips.mkdir(parents=True, exist_ok=True)
-        with one_line_errors(path, formats.DAMAGED):
-            file = ParquetFile(path)
-            columns = [name for name in TEXTS if name in file.schema_arrow.names]
-            if not columns or "audio" not in file.schema_arrow.names:
-                raise UserError(f"{path}: expected the columns audio and {' or '.join(TEXTS)}")
-            texts = file.read(columns=columns[:1]).column(0).to_pylist()
-            fields = user_fields(source, language, licence, filter(None, texts))
-            rows = (row for batch in file.iter_batches(64) for row in batch.to_pylist())
-            for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
-                sound = row["audio"] if isinstance(row["audio"], dict) else {"bytes": row["audio"]}
-                audio = path.parent / (sound.get("path") or "")
-                if sound.get("bytes"):
-                    audio = clips / f"{number}{audio.suffix}"
-                    audio.write_bytes(sound["bytes"])
-                fields["speaker"] = str(row.get("speaker_id") or row.get("client_id") or "")
-                fields["stated"] = row.get("duration_ms"), 1000
-                yield dict(fields, where=f"{path} row {number}", audio=audio, text=text)
-
-
-def chat(source, dropped, language=("en",), licence="unknown"):
-    fields = user_fields(source, language, licence)
-    for path in formats.find_all(source, ".jsonl"):
-        for where, line in read_lines(path):
-            try:
-                turns = json.loads(line)["messages"]
-                asked, answer = (turn["content"] for turn in turns if turn["role"] != "system")
-                (sound,) = (part for part in asked if part["type"] != "text")
-                audio = sound.get(sound["type"]) or sound["audio_url"]
-                audio = audio if isinstance(audio, str) else audio.get("url") or audio["data"]
-                audio = path.parent / audio.removeprefix("file://")
-                instruction = " ".join(part["text"] for part in asked if part["type"] == "text")
-                task = task_of(instruction) or "asr"
-                text = answer if isinstance(answer, str) else answer[0]["text"]
-            except (ValueError, TypeError, LookupError, AttributeError):
-                dropped["not one recording, one instruction and one answer"].append(where)
-                continue
-            fields |= dict(task=task, instruction=instruction, question=instruction)
-            fields["target_language"] = language_code(language[0 if task == "asr" else -1])
-            yield dict(fields, where=where, audio=audio, text=text)
-
-
-SOUNDS = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .sph .m4a .mp4 .aac .webm".split())
-TEXTS = "text sentence raw_transcription transcription transcript raw_text normalized_text".split()
 # name: (licence, SPDX, of a row that does not say another; address; reader)
 HUB, GITHUB = "https://huggingface.co/datasets", "https://github.com"
 CORPORA = {
@@ -334,6 +300,8 @@ CORPORA = {
     "covost2": ("CC0-1.0", f"{GITHUB}/facebookresearch/covost", covost2),
     "fleurs": ("CC-BY-4.0", f"{HUB}/google/fleurs", fleurs),
     "voxpopuli": ("CC0-1.0", f"{GITHUB}/facebookresearch/voxpopuli", voxpopuli),
+    "peoples-speech": ("CC-BY-4.0", f"{HUB}/MLCommons/peoples_speech_v1.0", peoples_speech),
+    "spoken-squad": ("CC-BY-SA-4.0", f"{GITHUB}/Chia-Hsuan-Lee/Spoken-SQuAD", spoken_squad),
     "mcif": ("CC-BY-4.0", f"{HUB}/FBK-MT/MCIF, for testing only", mcif),
     "ljspeech": ("LicenseRef-PublicDomain", "https://keithito.com/LJ-Speech-Dataset", ljspeech),
     "kaldi": ("unknown", "https://kaldi-asr.org/doc/data_prep.html", kaldi),
@@ -353,6 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--language", nargs="+", help="de, of translations en-de, of chats en de")
     parser.add_argument("--shards", type=Path, help="a directory for tars with copies of the audio")
     parser.add_argument("--common-voice", type=Path, help="for covost2; default: SOURCE")
+    parser.add_argument("--squad", type=Path, help="for spoken-squad: SQuAD's own JSON file")
     parser.add_argument("--licence", help="SPDX, of your data; default: unknown, which is refused")
     args = parser.parse_args(argv)
     if args.name is None:

@@ -18,6 +18,8 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import soundfile
 from tqdm import tqdm
 
 from data import MIN_SAMPLES, SAMPLE_RATE, audio_seconds, write_atomically
@@ -30,6 +32,11 @@ BATCH = 1024  # rows whose audio is looked at together
 SHARD_SIZE = 2**30  # bytes
 QUOTED = re.compile(r'"((?:[^"\\]|""|\\.)*)"')
 BETWEEN_CHINESE = re.compile("(?<=[\u3000-\u9fff\uff00-\uffef]) (?=[\u3000-\u9fff\uff00-\uffef])")
+
+
+def language_code(name: str) -> str:
+    """The code of a language by its name in a corpus: zh-CN, cmn_hans_cn, en_us."""
+    return {"zh-HK": "yue", "cmn_hans_cn": "zh"}.get(name) or re.split("[-_]", name)[0]
 
 
 def is_hidden(path: Path) -> bool:
@@ -49,11 +56,6 @@ def find(source: Path, *patterns: str) -> list[Path]:
         if paths := list_paths(source, pattern):
             return paths
     raise UserError(f"{source}: found no {' or '.join(patterns)}; give the corpus's own directory")
-
-
-def find_all(source: Path, suffix: str) -> list[Path]:
-    """The files with a suffix anywhere below source, or source, if it is a file itself."""
-    return [source] if source.is_file() else find(source, f"**/*{suffix}")
 
 
 def select(items: Iterable, wanted: list[str] | None, key: Callable, what: str) -> list:
@@ -88,6 +90,16 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str, str]]:
 def read_map(path: Path) -> dict[str, str]:
     """{first word: the rest} of the lines of a text file, if it is there. Raises UserError."""
     return {name: rest for _, name, rest in read_pairs(path)} if path.exists() else {}
+
+
+def parse_segment(text: str) -> tuple[str, dict | None]:
+    """RECORDING START END as the recording and the part's start and duration, in seconds; the part
+    is None if the text is another."""
+    match = re.match(r"(\S+)\s+(\d{1,12}(?:\.\d+)?)\s+(\d{1,12}(?:\.\d+)?)(\s|$)", text, re.ASCII)
+    if not match:
+        return "", None
+    start, end = float(match[2]), float(match[3])
+    return match[1], dict(start=start, duration=end - start)
 
 
 def unquote(field: str) -> str:
@@ -140,6 +152,20 @@ def unpack(archives: list[Path], folder: Path) -> Path:
                         shutil.copyfileobj(tar.extractfile(member), file)
     os.replace(part, folder)
     return folder
+
+
+def join(parts: list[Path], path: Path) -> bool:
+    """Writes the sound of files behind one another as one flac. Returns whether it could: not if
+    they cannot be decoded or differ in rate or channels."""
+    try:
+        waves, rates = zip(*(soundfile.read(part, dtype="int16") for part in parts), strict=True)
+        (rate,) = set(rates)
+        wave = np.concatenate(waves)
+    except (soundfile.SoundFileError, ValueError):
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: soundfile.write(file, wave, rate, format="FLAC"))
+    return True
 
 
 def locate(audio: Path, folder: Path) -> str:

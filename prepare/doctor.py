@@ -34,7 +34,7 @@ KINDS = {  # kind: (share of the rows above which it is serious, fault, remedy)
     "cut": (ALWAYS, "have too little audio for their text", "get it again or leave them out"),
     "test text": (ALWAYS, "have a text of a test", "leave them out"),
     "test audio": (ALWAYS, "have a recording of a test", "leave them out"),
-    "duration": (ALWAYS, "are under 0.1 s or over 30 s", "cut them or see --max-seconds"),
+    "duration": (FEW, "are under 0.1 s or over 30 s", "cut them or see --max-seconds"),
     "speed": (MANY, "have an impossible speed", "give text and seconds of the same speech"),
     "language": (MANY, "are not in their target_language", "correct it or the text"),
     "languages": (MANY, "have languages unfit for the task", "correct them or the task"),

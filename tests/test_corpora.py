@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -195,6 +196,55 @@ asr it>it CC0-1.0 bare: è solo normalizzato
 - 1 not a gold transcript
 $
 asr de>de CC0-1.0 7: Ja.
+"""
+# Flac in tars or a folder; samples of a subset are not read again. An item may have its own
+# licence, and lengths are stated.
+PEOPLES_SPEECH = """
+train/clean.json
+    {"training_data": {"name": ["./0.flac"], "label": ["a clip"], "duration_ms": [1000]}}
+    {"training_data": {"name": ["0.flac"], "label": ["no"], "duration_ms": [1000]}}
+    {"training_data": {"name": [1]}}
+    {"identifier": "cut
+    {"identifier": "a", "licenseurl": "http://creativecommons.org/licenses/by-nc/3.0/us/", \
+    "training_data": {"name": ["0.flac", "0.flac"], "label": ["another", "cut off"], \
+    "duration_ms": [1100, 2000]}}
+train/clean/0.tar 0.flac
+train/clean_000000.json
+train/clean_sa.json
+    {"training_data": {"name": ["x/x.flac"], "label": ["alike"], "duration_ms": [1000]}}
+1 train/clean_sa/x/x.flac
+$
+asr en>en CC-BY-4.0 bare: a clip
+asr en>en CC-BY-NC-3.0 a bare: another
+asr en>en CC-BY-SA-4.0 bare: alike
+- 2 unreadable line; 1 text too long or too short for its audio
+- 1 audio much shorter or longer than the corpus states
+$ --split clean_sa
+asr en>en CC-BY-SA-4.0 bare: alike
+"""
+# Answers are those of the recogniser's text or, where it is given, of SQuAD's file.
+SPOKEN_SQUAD = """
+spoken_test-v1.1.json
+    {"data": [{"title": "Bowl", "paragraphs": [
+    {"qas": [{"id": "t0", "question": "Who?", "answers": [{"text": "denver broncos"}]},
+             {"id": "t1", "question": "Which?", "answers": [{"text": "x"}]}]},
+    {"qas": [{"id": "t2", "question": "What?", "answers": [{"text": "y"}]}]},
+    {"qas": [{"id": "t3", "question": "When?", "answers": [{"text": "z"}]}]}]}]}
+../squad.json
+    {"data": [{"title": "Bowl", "paragraphs": [
+    {"qas": [{"id": "t0", "question": "Who?", "answers": [{"text": "Denver Broncos"}]},
+             {"id": "t3", "question": "When?", "answers": []}]}]}]}
+0.3 audio/dev_wav/0_0_0.wav audio/dev_wav/0_0_1.wav audio/dev_wav/0_1_0.wav audio/dev_wav/0_1_2.wav
+audio/dev_wav/0_2_0.wav
+    no sound
+$ --split test --squad DIR/squad.json
+sqa en>en CC-BY-SA-4.0 google-tts: Who? Denver Broncos
+- 1 question that is not in SQuAD's file; 1 audio missing; 1 sentences that cannot be decoded
+$ --split test
+sqa en>en CC-BY-SA-4.0 google-tts: Who? denver broncos
+sqa en>en CC-BY-SA-4.0 google-tts: Which? x
+- 1 audio missing: DIR/spoken-squad/spoken_test-v1.1.json question t2 (dev_wav/0_1_1.wav)
+- 1 sentences that cannot be decoded
 """
 # The text as printed, not with its numbers spelled out; a quote is a quote.
 LJSPEECH = """
@@ -391,8 +441,12 @@ def test_every_corpus_has_a_licence_and_an_attribution(capsys):
     for name, (licence, address, _) in corpora.CORPORA.items():
         assert re.search(f"^{name} +{re.escape(licence)} +{re.escape(address)}$", printed, re.M)
     refused = {name for name, (licence, *_) in corpora.CORPORA.items() if not accepted(licence)}
-    assert refused == {"kaldi", "folder", "parquet", "chat"}  # which are anybody's
-    assert corpora.CORPORA.keys() - ATTRIBUTIONS.keys() == refused
+    forms = {"kaldi", "folder", "parquet", "chat"}  # of anybody's data
+    assert refused == {"spoken-squad"} | forms
+    assert corpora.CORPORA.keys() - ATTRIBUTIONS.keys() == forms
+    address = "http://creativecommons.org/licenses/by-nc-nd/3.0/us/"
+    names = [corpora.spdx(name) for name in (address, "publicdomain/zero/1.0", "CC BY 4.0", "mine")]
+    assert names == ["CC-BY-NC-ND-3.0", "CC0-1.0", "CC-BY-4.0", "mine"]
 
 
 def test_texts_of_mcif_are_kept_out_of_training(run, tmp_path):
@@ -412,6 +466,32 @@ def test_texts_of_mcif_are_kept_out_of_training(run, tmp_path):
     ):
         with pytest.raises(UserError, match="test-only"):
             check_licence(clean | fields, (), hashes)
+
+
+def test_passages_and_articles_of_spoken_squad(run, tmp_path):
+    """Sentences become passages in the order of their numbers. No article is in train and dev."""
+    qas = '{"qas": [{"id": "%s", "question": "Where?", "answers": [{"text": "here"}]}]}'
+    titles = [f"Article_{i}" for i in range(20)]
+    articles = [f'{{"title": "{title}", "paragraphs": [{qas % title}]}}' for title in titles]
+    lines = ["spoken_train-v1.1.json", f'    {{"data": [{", ".join(articles)}]}}']
+    lines += [f"0.3 train_wav/{i}_0_0.wav" for i in range(1, 20)]
+    lines += [f"{0.1 + i / 20} train_wav/0_0_{i}.wav" for i in range(11)]  # 10 comes last
+    build(tmp_path / "spoken-squad", "\n".join(lines))
+    train, dev = (run("spoken-squad", "--split", split)[0] for split in ("train", "dev"))
+    assert len(dev) == sum(zlib.crc32(title.encode()) % 10 == 0 for title in titles) > 0
+    assert len({example["audio"] for example in train + dev}) == 20
+    files = [tmp_path / f"spoken-squad/train_wav/0_0_{i}.wav" for i in range(11)]
+    parts = [soundfile.read(file, dtype="int16")[0] for file in files]
+    passage, _ = soundfile.read(tmp_path / "spoken-squad-audio/train-0_0.flac", dtype="int16")
+    assert np.array_equal(passage, np.concatenate(parts))
+
+    # The first sentence that is missing is named, whether others are there or not.
+    for file in (tmp_path / "spoken-squad/train_wav").iterdir():
+        file.unlink()
+    examples, printed = run("spoken-squad")
+    assert not examples and "no row could be used; no manifest was written" in printed
+    assert f"{len(train)} left out (100.0%), audio missing: " in printed
+    assert "question Article_0 (train_wav/0_0_0.wav)" in printed
 
 
 def test_conversations(run, tmp_path):
