@@ -470,28 +470,49 @@ def wordings(task: str) -> Iterator[tuple[str, str]]:
                 yield language, wording
 
 
+# What people type before a known wording, and in it instead of what stands there.
+COURTESY = r"(?:(?:please|bitte|per\s+favore),?\s+|请)?"
+SPELLINGS = {"\\ ": r"\s+", "'": "['’]", "ß": "(?:ß|ss)", "：": "[:：]", "，": "[,，]"}
+
+
 @lru_cache
-def wording_patterns() -> list[tuple[re.Pattern, str]]:
-    """What each wording looks like, whatever its case and its full stop, and its task."""
-    patterns = []
+def wording_patterns() -> dict[str, tuple[re.Pattern, str]]:
+    """{each wording for each target: what it looks like, whatever its case, blanks and last mark,
+    and its task}."""
+    patterns = {}
     for task in TASKS:
         for language, wording in wordings(task):
-            pattern = re.escape(wording.rstrip(".。"))
-            for name in ("to", "in"):
-                forms = [form[name] for form in INSTRUCTIONS["targets"][language].values()]
-                pattern = pattern.replace(f"\\{{{name}\\}}", f"({'|'.join(forms)})")
-            if wording != "{question}":  # which anything would match
-                pattern = pattern.replace("\\{question\\}", ".+") + "[.。]?"
-                patterns.append((re.compile(pattern, re.IGNORECASE | re.DOTALL), task))
+            for forms in INSTRUCTIONS["targets"][language].values():
+                text = wording.format(**forms, question="{question}")
+                pattern = COURTESY + re.escape(text.rstrip(".。?？"))
+                for typed, variants in SPELLINGS.items():
+                    pattern = pattern.replace(typed, variants)
+                if text != "{question}":  # which anything would match
+                    pattern = (
+                        pattern.replace("\\{question\\}", "(?P<question>.*\\S)") + "[.。!！?？]*"
+                    )
+                    patterns[text] = re.compile(pattern, re.IGNORECASE | re.DOTALL), task
     return patterns
+
+
+def recognise(instruction: str) -> tuple[str | None, str]:
+    """The task and the text of an instruction. That of a known wording, in any spelling, in quotes
+    or not, is what training has, around a question as it was typed. The task of others is sqa for
+    a question mark, or None, answered as asr is."""
+    instruction = instruction.encode(errors="replace").decode()  # a command line may be no text
+    text = unicodedata.normalize("NFC", instruction).strip()
+    quoted = re.fullmatch("[\"'“„‘«「](.+)[\"'“”’»」]", text, re.DOTALL)
+    text = quoted[1].strip() if quoted else text
+    for wording, (pattern, task) in wording_patterns().items():
+        match = pattern.fullmatch(text)
+        if match:
+            return task, wording.format(**match.groupdict())
+    return "sqa" if re.search("[?？]", instruction) else None, instruction
 
 
 def task_of(instruction: str) -> str | None:
     """The task of a known wording; else sqa for a question mark, or None, answered as asr is."""
-    for pattern, task in wording_patterns():
-        if pattern.fullmatch(instruction.strip()):
-            return task
-    return "sqa" if re.search("[?？]", instruction) else None
+    return recognise(instruction)[0]
 
 
 # --- Licences: what training accepts, and whom a trained model owes a mention

@@ -14,11 +14,14 @@ computed in float32 whichever they are.
 
 import ctypes
 import hashlib
+import io
 import json
 import os
 import re
 import reprlib
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -59,6 +62,32 @@ class UserError(ValueError):
     def __str__(self) -> str:
         text = visible(super().__str__())
         return text if len(text) <= 2000 else text[:2000] + "..."
+
+
+class SteadyFile(io.FileIO):
+    """A descriptor for writing that, once it refuses to be written to, leads nowhere."""
+
+    def write(self, content) -> int:
+        try:
+            return super().write(content)
+        except OSError:  # its reader is gone, or its disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return super().write(content)
+
+
+def steady_output() -> None:
+    """Lets no print end a program, which calls it first: standard output and error then escape what
+    their encoding lacks, and are dropped from where they are closed or full. Others that someone
+    put in their place stay as they are. Warnings of libraries are left out."""
+    warnings.simplefilter("ignore")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the program was started without it
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))
+        elif stream is getattr(sys, f"__{name}__"):
+            file = io.BufferedWriter(SteadyFile(stream.fileno(), "w", closefd=False))
+            options = {"errors": "backslashreplace", "line_buffering": True}
+            setattr(sys, name, io.TextIOWrapper(file, stream.encoding, **options))
 
 
 def first_line(error: BaseException) -> str:
@@ -496,21 +525,27 @@ class Kernels:
 PLAIN = Kernels()
 
 
+def pick_device() -> str:
+    """The fastest kind of device that is here: cuda, mps (Apple's) or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def default_kernels(device: str) -> Kernels:
     """The fastest operators for a device. Those for the CPU are optional and in extras/."""
-    if str(device).startswith("cuda"):
-        try:
-            import torch.nn.attention.varlen  # noqa: F401  (since PyTorch 2.10)
-        except ImportError:
-            return PLAIN
-        return Kernels(attend=attend_varlen)
-    if str(device) != "cpu":
-        return PLAIN
     try:
-        from extras import cpu
+        if str(device).startswith("cuda"):
+            import torch.nn.attention.varlen  # noqa: F401  (since PyTorch 2.10)
+
+            return Kernels(attend=attend_varlen)
+        if str(device) == "cpu":
+            from extras import cpu
+
+            return Kernels(attend=cpu.attend, depthwise=cpu.depthwise)
     except ImportError:
-        return PLAIN
-    return Kernels(attend=cpu.attend, depthwise=cpu.depthwise)
+        pass
+    return PLAIN
 
 
 def keep_freed_memory() -> None:
@@ -1156,7 +1191,7 @@ def fetch(path_or_hub_id: str | Path) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
         raise UserError(
             f"{path}: no such directory; give the directory of a checkpoint (config.json and "
-            "model.safetensors) or a Hub id such as Qwen/Qwen2.5-1.5B"
+            "model.safetensors) or a Hub id such as Qwen/Qwen2.5-1.5B by --encoder or --llm"
         )
     from huggingface_hub import snapshot_download  # takes half a second, so only when needed
 
@@ -1248,8 +1283,8 @@ def fast_dtype(directory: Path, device: str) -> torch.dtype:
     """bfloat16 where an LLM, but no tiny one, computes faster in it. Raises UserError."""
     width = read_json(Path(directory) / "config.json").get("hidden_size")
     large = is_number(width) and width >= 512
-    fast_cpu = device == "cpu" and large and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if device.startswith("cuda") or fast_cpu else torch.float32
+    fast_cpu = str(device) == "cpu" and large and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if str(device).startswith("cuda") or fast_cpu else torch.float32
 
 
 def read_state(directory: Path, rename: Callable, dtype: torch.dtype, device: str) -> dict:

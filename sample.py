@@ -4,6 +4,11 @@ In reading order: the LLM's cache, generation (greedy, sampling, beams), answers
 about recordings of any length, the command, which prints an answer as it is made.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
+
 import argparse
 import json
 import math
@@ -11,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -37,7 +43,9 @@ from model import (
     fingerprint,
     load_checkpoint,
     load_tokenizer,
+    pick_device,
     restore,
+    steady_output,
     visible,
 )
 
@@ -146,7 +154,7 @@ def fast_step() -> Callable:
 def draw_token(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
     """logits (B, V) -> ids (B,): the most likely at temperature 0, else drawn from the smallest set
     of tokens whose probabilities reach top_p (nucleus sampling, arXiv 1904.09751)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # as good as 0, and dividing by it may overflow
         return logits.argmax(-1)
     probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
     beyond = probs.cumsum(-1) - probs >= top_p
@@ -218,10 +226,10 @@ def generate(
 
 def check_options(max_new_tokens, num_beams, temperature, top_p, on_token) -> None:
     """Raises ValueError for options of generate that are impossible or exclude each other."""
-    if max_new_tokens < 1 or num_beams < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or num_beams < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(
             f"max_new_tokens {max_new_tokens} and num_beams {num_beams} must be at least 1, "
-            f"temperature {temperature} at least 0, top_p {top_p} above 0 and at most 1"
+            f"temperature {temperature} finite and at least 0, top_p {top_p} above 0 and at most 1"
         )
     if num_beams > 1 and (temperature > 0 or on_token is not None):
         raise ValueError(
@@ -397,7 +405,9 @@ def encode_waves(model: SpeechLM, waves: list[Tensor], longest: float) -> list[l
     device = next(model.adapter.parameters()).device
     recordings = []
     for wave in waves:
-        features, lengths = data.fbank(data.cut_windows(wave.to(device), longest))
+        # The features of float64, which mps does not have, are computed on the CPU there.
+        place = "cpu" if device.type == "mps" else device
+        features, lengths = data.fbank(data.cut_windows(wave.to(place), longest))
         recordings.append(list(features.split(lengths)))
     return encode_recordings(model, recordings)
 
@@ -430,6 +440,7 @@ def answer_examples(
     refuse_above: float | None = None,
     weigh: bool = False,
     on_text: Callable[[str], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
     batch_size: int = 16,
     max_new_tokens: int = MAX_NEW_TOKENS,
     **options,
@@ -441,8 +452,9 @@ def answer_examples(
     cache. sqa is asked of all windows at once, everything else window by window, and joined.
     refuse_above: a question with a greater margin is refused; None leaves that to the model, and
     weigh asks for the margins all the same. on_text gets each new piece of the first example's
-    answer as it is made. options: those of generate. Returns for each example an Answer, or an
-    AudioError if it does not fit into the LLM's context."""
+    answer as it is made, on_batch after each batch the number of examples that it began. options:
+    those of generate. Returns for each example an Answer, or an AudioError if it does not fit into
+    the LLM's context."""
     weigh = weigh or refuse_above is not None
     requests, failures = make_requests(model, tokenizer, examples, recordings)
     live = LiveText(tokenizer, on_text) if on_text else None
@@ -463,6 +475,8 @@ def answer_examples(
         outputs = answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, more)
         for request, answer in zip(batch, outputs, strict=True):
             answers[request.example][request.window] = answer
+        if on_batch is not None:
+            on_batch(sum(request.window == 0 for request in batch))
         if live is not None:
             live.finish([answer.text for answer in answers[0].values()])
     return [failures.get(i) or join_answers(windows) for i, windows in enumerate(answers)]
@@ -607,18 +621,30 @@ def newest_checkpoint() -> Path:
     return max(paths, key=lambda path: path.stat().st_mtime)
 
 
-def load_model(path: str | Path, device: str = "cpu", int8: bool = False):
+def locate_base(name: str, base: dict) -> str | Path:
+    """Where a base model of a checkpoint is: where it was in training, or else in demo/ beside this
+    file. Raises UserError."""
+    for place in (base["path"], data.INSTRUCTIONS_FILE.with_name(name)):
+        with suppress(UserError):
+            if os.path.isdir(place) and fingerprint(place)["sha256"] == base["sha256"]:
+                return place
+    return base["path"]  # of the Hub, or gone, or another model now
+
+
+def load_model(
+    path: str | Path, device: str = "cpu", int8: bool = False, encoder: str = "", llm: str = ""
+):
     """The model of a checkpoint on its two base models, in float32 or, where that is faster, in
     bfloat16, or with the LLM's weights rounded to 8 bits; its tokenizer; the checkpoint without
-    weights. Raises UserError."""
+    weights. encoder, llm: directories or Hub ids of the base models, if they are not where they
+    were in training. Raises UserError."""
     checkpoint = load_checkpoint(path)
-    bases = {name: base["path"] for name, base in checkpoint["bases"].items()}
-    directory = fetch(bases["llm"])
+    encoder = encoder or locate_base("encoder", checkpoint["bases"]["encoder"])
+    llm = llm or locate_base("llm", checkpoint["bases"]["llm"])
+    directory = fetch(llm)
     dtype = fast_dtype(directory, device)
-    adapter = checkpoint["adapter"]
-    model = SpeechLM.from_parts(bases["encoder"], bases["llm"], dtype, device=device, **adapter)
-    identities = {name: fingerprint(base) for name, base in bases.items()}
-    restore(model, checkpoint, identities, path)
+    model = SpeechLM.from_parts(encoder, llm, dtype, device=device, **checkpoint["adapter"])
+    restore(model, checkpoint, {"encoder": fingerprint(encoder), "llm": fingerprint(llm)}, path)
     del checkpoint["model"]
     if int8:
         try:
@@ -633,12 +659,12 @@ def ask(model, tokenizer, checkpoint, recording, instruction, task=None, **optio
     """The task and the Answer of an instruction in words about a recording as encode_waves gave it.
     task: sqa to ask about all of it at once; None leaves that to task_of. options: those of
     answer_examples. Raises AudioError."""
-    task = task or data.task_of(instruction)
-    example = {"instruction": instruction, "task": task, "target_language": None}
+    likely_task, wording = data.recognise(instruction)
+    task = task or likely_task
+    example = {"instruction": wording, "task": task, "target_language": None}
     if checkpoint["config"]["phase"] == "align" and task != "asr":
         warn("this checkpoint was trained on transcribing only (phase align); trying")
-    is_question = data.task_of(instruction) == "sqa"
-    refuse_above = checkpoint.get("refuse_above") if is_question else None
+    refuse_above = checkpoint.get("refuse_above") if likely_task == "sqa" else None
     (answer,) = answer_examples(model, tokenizer, [example], [recording], refuse_above, **options)
     if isinstance(answer, data.AudioError):
         raise answer
@@ -651,9 +677,23 @@ def warn(text: str) -> None:
     print(f"sample.py: {text}", file=sys.stderr)
 
 
+FILE_NAME = re.compile(
+    r"\S*[.](?=\d*[a-z])[a-z0-9]{2,5}"  # one word with a suffix
+    r"|(?!.*[\s⺀-鿿]).*[/\\].*[^.?!]"  # one word with a slash, but not "and/or?" and no Chinese
+    r"|(~|[.]+)?/.*|.*[.](wave?|flac|mp[1-4]|mpe?g|og[agv]|opus|ai(ff?|fc)|m4[abv]|aac|amr|wm[av]"
+    r"|web[am]|mk[av]|mov|avi|3gp|caf|au)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def is_recording(word: str) -> bool:
+    """Whether a word of the command line names a file, be it there or not."""
+    return os.path.exists(word) or FILE_NAME.fullmatch(word.strip()) is not None
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, with its last word in args.instruction if that is one."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("audio", nargs="+", help="recordings, and behind them the instruction; else you are asked")
     add("--ckpt", help="checkpoint; otherwise the newest of out/ift.pt and out/align.pt")
@@ -664,15 +704,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share")
     add("--seed", type=int, default=0, help="of the drawing")
     add("--int8", action="store_true", help="8-bit LLM weights: less memory, faster alone")
-    args = parser.parse_args(argv)
-    last = args.audio[-1]
-    suffixes = r"\S*[.](wav|flac|mp3|ogg|opus|oga|aiff?|m4a)"
-    is_recording = os.path.exists(last) or re.fullmatch(suffixes, last, re.IGNORECASE)
+    add("--encoder", help="directory or Hub id of the encoder, if it is not where it was")
+    add("--llm", help="directory or Hub id of the LLM, if it is not where it was")
+    args = parser.parse_intermixed_args(argv)
     args.instruction = None
-    if len(args.audio) > 1 and not is_recording:
+    if len(args.audio) > 1 and not is_recording(args.audio[-1]):
         args.instruction = args.audio.pop()
         if not args.instruction.strip():
             parser.error('the instruction is empty; say what to do, such as "Translate to German"')
+    for word in args.audio:
+        if not is_recording(word):
+            parser.error(f'"{visible(word)}" is no file; give the instruction behind recordings')
     try:
         check_options(1, args.beams, args.temperature, args.top_p, None)
     except ValueError as error:
@@ -681,20 +723,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    steady_output()
     args = parse(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     options = {
         "num_beams": args.beams,
         "temperature": args.temperature,
         "top_p": args.top_p,
-        "generator": torch.Generator(device).manual_seed(args.seed),
+        "generator": torch.Generator(device).manual_seed(args.seed % 2**63),
         "step": fast_step(),
         "task": "sqa" if args.whole else None,
         "on_text": None if args.json else print_piece,
     }
     try:
         waves = {path: data.load_audio(path) for path in args.audio}
-        loaded = load_model(args.ckpt or newest_checkpoint(), device, args.int8)
+        bases = args.encoder, args.llm
+        loaded = load_model(args.ckpt or newest_checkpoint(), device, args.int8, *bases)
     except UserError as error:
         sys.exit(f"sample.py: {error}")
     model, _, checkpoint = loaded
@@ -715,6 +759,8 @@ def main(argv: list[str] | None = None) -> None:
             line = {"audio": path, "instruction": instruction, "task": task, "text": answer.text}
             line["seconds"] = len(wave) / data.SAMPLE_RATE
             print(visible(json.dumps(line, ensure_ascii=False)) if args.json else "")
+    if not recordings:
+        sys.exit("sample.py: no instruction; give it behind the recordings, or type it")
     if failed:
         sys.exit(1)
 
@@ -727,8 +773,10 @@ def read_instruction() -> str:
     """An instruction that the user types; "" when there is none any more."""
     try:
         return input("instruction> " if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, KeyboardInterrupt, AttributeError):  # at its end, or there is no input
         return ""
+    except UnicodeDecodeError as error:
+        sys.exit(f"sample.py: what was typed is no text ({error}); type it in {error.encoding}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,11 @@ python train.py --phase ift --init out/align.pt
 One config, one table of phases, one loop. python train.py --help lists every option.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
+
 import argparse
 import fcntl
 import hashlib
@@ -12,7 +17,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import sysconfig
 import time
@@ -64,8 +68,10 @@ from model import (
     keep_freed_memory,
     load_checkpoint,
     load_tokenizer,
+    pick_device,
     read_json,
     restore,
+    steady_output,
     visible,
 )
 from sample import answer_examples, encode_recordings
@@ -144,9 +150,7 @@ class TrainConfig:
     cache_gb: float = option(2.0, "Keep a frozen encoder's outputs on disk if they fit; 0: never.")
     fsdp: bool = option(False, "Split weights and optimizer among the ranks of torchrun.")
     workers: int = option(2, "Processes that read audio and compute features.")
-    device: str = option(
-        "cuda" if torch.cuda.is_available() else "cpu", "Where to compute.", choices=DEVICES
-    )
+    device: str = option(pick_device(), "Where to compute.", choices=DEVICES)
 
     eval_every: int = option(500, "Steps between validations, each of which also saves.", low=1)
     eval_rows: int = option(200, "Rows for the validation loss.", low=2)
@@ -201,7 +205,8 @@ CURVES = [  # panels of the picture
 
 def parse(argv: list[str] | None) -> TrainConfig:
     """The TrainConfig of a command line. Exits with code 2 on an unknown option or value."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     group = parser
     for f in fields(TrainConfig):
         if f.name in GROUPS:
@@ -562,7 +567,7 @@ def distribute(model: SpeechLM, cfg: TrainConfig) -> nn.Module:
     if not dist.is_initialized():
         return model
     if not cfg.fsdp:
-        devices = None if cfg.device == "cpu" else [torch.cuda.current_device()]
+        devices = None if cfg.device != "cuda" else [torch.cuda.current_device()]
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -864,7 +869,7 @@ def open_loader(run: Run) -> Iterator[dict]:
         batch_size=None,
         sampler=islice(run_schedule(run), rank(), None, world()),  # the ranks take turns
         num_workers=workers,
-        pin_memory=run.cfg.device != "cpu",
+        pin_memory=run.cfg.device == "cuda",
         worker_init_fn=ignore_signals,
         timeout=LOADER_SECONDS if workers else 0,
     )
@@ -1238,6 +1243,7 @@ def import_plan():
 
 
 def main(argv: list[str] | None = None) -> None:
+    steady_output()
     cfg = parse(argv)
     keep_freed_memory()
     with Stop() as stop:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from model import first_line
 
@@ -47,14 +48,20 @@ class FastDecode:
         which the first `filled` positions are in use -> logits (B, V) of the next. On CUDA the next
         call overwrites them."""
         shape = (len(ids), cache.size)
-        if self.seconds.get(shape, 0.0) >= self.pays and shape not in self.compiled:
-            self.compiled[shape] = compile_step(self.decode_step, ids.is_cuda)
-        if shape in self.compiled:
+        due = self.seconds.get(shape, 0.0) >= self.pays and ids.device.type != "mps"
+        if due or shape in self.compiled:
             try:
+                if shape not in self.compiled:
+                    step = compile_step(self.decode_step, ids.is_cuda)
+                    if not self.compiled:
+                        remark = "compiling the decoding step, about a minute"
+                        tqdm.write(remark, file=sys.stderr)
+                    self.compiled[shape] = step
                 return self.run(self.compiled[shape], llm, ids, positions, cache)
             except Exception as error:  # those of dynamo, inductor, triton, g++ have no common base
                 reason = f"{first_line(error)}; {ADVICE}"
-                print(f"decoding is not compiled and therefore slower: {reason}", file=sys.stderr)
+                text = f"decoding is not compiled and therefore slower: {reason}"
+                tqdm.write(text, file=sys.stderr)
                 self.pays = float("inf")
                 self.compiled.clear()
 
@@ -103,7 +110,10 @@ def compile_step(decode_step: Callable, on_cuda: bool) -> Callable:
     # Importing the compiler takes a second, so it waits until now.
     import torch._dynamo
     from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
 
+    if not on_cuda:
+        get_cpp_compiler()  # raises an error if there is none
     torch._dynamo.config.recompile_limit = 256  # there is one compilation for each shape
     step = torch.compile(decode_step, fullgraph=True, dynamic=False)
     options = {} if on_cuda else CPU_OPTIONS

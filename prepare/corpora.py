@@ -3,9 +3,11 @@
 Without a name it lists the corpora with their licences. A further corpus is an entry in CORPORA and
 a function of its directory and the options of the command line that mean something to it, which
 yields rows. A row is a manifest's example (see data.Manifest) whose audio is a Path, and has also
-`where`, the file and line it comes from. It has a duration only where it is a part of a recording.
-What it does not say is task asr, language en, target_language as source_language, style written,
-corpus and licence. Where a row cannot be used, dropped[reason] gets its `where` instead.
+`where`, the file and line it comes from. It has a duration only where it is a part of a recording,
+and `stated`, units and how many a second has, where the corpus says how long the recording is. What
+a row does not say is task asr, language en, target_language as source_language, style written,
+corpus and licence. Where it cannot be used, dropped[reason] gets its `where` instead. The readers
+of people's own data are in prepare/forms.py.
 """
 
 import argparse
@@ -19,30 +21,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data import tar_members, text_hash, write_text
-from model import UserError, one_line_errors, visible
+from model import UserError, one_line_errors, steady_output, visible
 from prepare import corpus_formats as formats
-from prepare.corpus_formats import UNREADABLE, find, read_lines, read_pairs, read_table, select
+from prepare.corpus_formats import UNREADABLE, find, language_code, read_lines, read_pairs, select
+from prepare.forms import chat, folder, kaldi, parquet
 from prepare.mcif import TASKS, read_tasks
-
-
-def language_code(name: str) -> str:
-    """The code of a language by its name in a corpus: zh-CN, cmn_hans_cn, en_us."""
-    return {"zh-HK": "yue", "cmn_hans_cn": "zh"}.get(name) or re.split("[-_]", name)[0]
 
 
 def folder_code(path: Path) -> str:
     """The code of the language by whose name the folder of a file is called."""
     return language_code(path.resolve().parent.name)
-
-
-def parse_segment(text: str) -> tuple[str, dict | None]:
-    """RECORDING START END as the recording and the part's start and duration, in seconds; the part
-    is None if the text is another."""
-    match = re.match(r"(\S+)\s+(\d{1,12}(?:\.\d+)?)\s+(\d{1,12}(?:\.\d+)?)(\s|$)", text, re.ASCII)
-    if not match:
-        return "", None
-    start, end = float(match[2]), float(match[3])
-    return match[1], dict(start=start, duration=end - start)
 
 
 def librispeech(source, dropped, split=("train",)):
@@ -65,18 +53,28 @@ def mls(source, dropped, split=("train",), language=None):
     for path in select(files, split, lambda path: path.parent.name, "split"):
         fields = dict(style="bare", source_language=language_of(path))
         suffix = "opus" if path.resolve().parts[-3].endswith("_opus") else "flac"
+        segments = formats.read_map(path.with_name("segments.txt"))
         for where, name, text in read_pairs(path):
             speaker, _, book = name.rpartition("_")[0].partition("_")
             audio = path.parent / "audio" / speaker / book / f"{name}.{suffix}"
-            yield dict(fields, where=where, audio=audio, text=text, speaker=speaker)
+            _, part = formats.parse_segment(segments.get(name, ""))
+            row = dict(fields, where=where, audio=audio, text=text, speaker=speaker)
+            yield row | {"stated": (part and part["duration"], 1)}
+
+
+def clip_lengths(path: Path) -> dict[str, str]:
+    """{clip: milliseconds}, which newer releases of Common Voice state beside a table."""
+    return formats.read_column(path.with_name("clip_durations.tsv"), "clip", "duration[ms]")
 
 
 def commonvoice(source, dropped, split=("train",), language=None):
     files = select(find(source, "*/*.tsv", "*.tsv"), language, folder_code, "language")
     for path in select(files, split, lambda path: path.stem, "split"):
-        for where, record in read_table(path, ["path", "sentence"], dropped):
-            name = record["path"].removesuffix(".mp3")  # which the first releases do not have
-            fields = dict(audio=path.with_name("clips") / f"{name}.mp3", text=record["sentence"])
+        lengths = clip_lengths(path)
+        for where, record in formats.read_table(path, ["path", "sentence"], dropped):
+            name = record["path"].removesuffix(".mp3") + ".mp3"  # which the first releases lack
+            fields = dict(audio=path.with_name("clips") / name, text=record["sentence"])
+            fields["stated"] = lengths.get(name), 1000
             fields["source_language"] = language_code(record.get("locale", "")) or folder_code(path)
             yield dict(fields, where=where, speaker=record.get("client_id"))
 
@@ -93,15 +91,19 @@ def covost2(source, dropped, split=("train",), language=None, common_voice=None)
         folder = path.name.split(".")[1].split("_")[0]
         voices = find(common_voice or path.parent, "validated.tsv", f"{folder}/validated.tsv")
         speakers = formats.read_column(voices[0], "path", "client_id")
+        lengths = clip_lengths(voices[0])
         fields = dict(task="st", source_language=spoken, target_language=written)
         columns = ["path", "translation", "split"]
-        for where, record in read_table(path, columns, dropped, escapechar="\\"):
+        for where, record in formats.read_table(path, columns, dropped, escapechar="\\"):
             name, text, split_name = map(record.get, columns)
             if split_name.removesuffix("_covost") not in splits:
                 continue
-            if name in speakers:
+            if re.fullmatch(r"\W*REMOVE\W*", text):
+                dropped["translation marked REMOVE"].append(where)
+            elif name in speakers:
                 audio = voices[0].with_name("clips") / name
-                yield dict(fields, where=where, audio=audio, text=text, speaker=speakers[name])
+                row = dict(fields, where=where, audio=audio, text=text, speaker=speakers[name])
+                yield row | {"stated": (lengths.get(name), 1000)}
             else:
                 dropped["not in this release of Common Voice"].append(where)
 
@@ -114,7 +116,7 @@ def fleurs(source, dropped, out, split=("train",), language=None):
         spoken, _, written = pair.partition("-")
         fields = dict(source_language=spoken, target_language=written or spoken)
         fields["task"] = "st" if written else "asr"
-        files = sorted(folders[spoken].glob("*.tsv"))
+        files = formats.list_paths(folders[spoken], "*.tsv")
         for path in select(files, split, lambda path: path.stem, "split"):
             clips = path.parent / "audio" / path.stem
             archive = clips.with_suffix(".tar.gz")
@@ -124,10 +126,11 @@ def fleurs(source, dropped, out, split=("train",), language=None):
             # The same id is the same sentence in every language.
             other = folders[written or spoken] / path.name
             texts = formats.read_column(other, "id", "raw_transcription", columns=columns)
-            for where, record in read_table(path, [], dropped, columns):
+            for where, record in formats.read_table(path, [], dropped, columns):
                 if record["id"] in texts:
                     audio, text = clips / record["file"], texts[record["id"]]
-                    yield dict(fields, where=where, audio=audio, text=text)
+                    stated = record["num_samples"], 16000
+                    yield dict(fields, where=where, audio=audio, text=text, stated=stated)
                 else:
                     dropped[f"no sentence of this id in {written}"].append(where)
 
@@ -139,11 +142,11 @@ def voxpopuli(source, dropped, out, split=("train",), language=None):
     for path in select(files, split, lambda path: path.stem.removeprefix("asr_"), "split"):
         # The official script leaves clips in folders of years, the Hub has them in archives.
         name, part = path.resolve().parent.name, path.stem.removeprefix("asr_")
-        archives = sorted((path.parent / part).glob("*.tar.gz"))
+        archives = formats.list_paths(path.parent / part, "*.tar.gz")
         unpacked = out.parent / "voxpopuli-audio" / name / part
         clips = formats.unpack(archives, unpacked) if archives else path.parent
         columns = ["id", "raw_text", "normalized_text", "speaker_id"]
-        for where, record in read_table(path, columns, dropped):
+        for where, record in formats.read_table(path, columns, dropped):
             id, raw, normalised, speaker = map(record.get, columns)
             if record.get("is_gold_transcript", "True").lower() == "false":
                 dropped["not a gold transcript"].append(where)
@@ -161,7 +164,7 @@ def peoples_speech(source, dropped, split=("train",)):
     parts = [path.stem for path in files if path.resolve().parent.name in split]
     for path in select(files, parts or split, lambda path: path.stem, "split or subset"):
         tars = {}
-        for tar in sorted(path.with_suffix("").glob("*.tar")):
+        for tar in formats.list_paths(path.with_suffix(""), "*.tar"):
             with one_line_errors(tar, formats.DAMAGED):
                 tars |= dict.fromkeys(tar_members(str(tar)), tar)
         licence = "CC-BY-SA-4.0" if path.stem.endswith("_sa") else "CC-BY-4.0"
@@ -176,7 +179,8 @@ def peoples_speech(source, dropped, split=("train",)):
                     name = name.removeprefix("./")
                     audio = tars.get(name, path.with_suffix("")) / name
                     if 3 < 1000 * len(text) / milliseconds < 30:
-                        yield dict(fields, where=where, audio=audio, text=text)
+                        stated = milliseconds, 1000
+                        yield dict(fields, where=where, audio=audio, text=text, stated=stated)
                     else:  # it was aligned to a text that is not what is said
                         dropped["text too long or too short for its audio"].append(where)
             except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
@@ -188,29 +192,6 @@ def spdx(licence: str) -> str:
     match = re.search(r"(by[a-z-]*|zero)[/ -](\d\.\d)", licence.lower())
     name = f"CC-{match[1].upper()}-{match[2]}" if match else licence
     return name.replace("CC-ZERO", "CC0")
-
-
-def europarl_st(source, dropped, split=("train",), language=None):
-    def pair_of(path):  # of en/de/train/segments.lst
-        return "-".join(path.parts[-4:-2])
-
-    files = find(source, "*/*/*/segments.lst", "v1.1/*/*/*/segments.lst")
-    files = select(files, language, pair_of, "translation")
-    for path in select(files, split, lambda path: path.parent.name, "split"):
-        spoken, written = pair_of(path).split("-")
-        fields = dict(task="st", source_language=spoken, target_language=written)
-        texts = path.with_name(f"segments.{written}")
-        with one_line_errors(texts, "expected as many lines as in segments.lst; get both again"):
-            lines = list(zip(read_lines(path), read_lines(texts), strict=True))
-        for (_, segment), (where, text) in lines:
-            recording, part = parse_segment(segment)
-            if part is None:
-                dropped[UNREADABLE].append(where)
-                continue
-            audio = path.parents[2] / "audios" / f"{recording}.m4a"
-            converted = [audio.with_suffix(suffix) for suffix in (".flac", ".wav", ".ogg")]
-            audio = next(filter(Path.exists, converted), audio)
-            yield fields | part | dict(where=where, audio=audio, text=text)
 
 
 def squad_questions(path: Path) -> Iterator[tuple[str, str, str, str, str]]:
@@ -230,20 +211,23 @@ def spoken_squad(source, dropped, out, split=("train",), squad=None):
     for name in select(["train", "dev", "test"], split, str, "split"):
         part, folder = ("test", "dev_wav") if name == "test" else ("train", "train_wav")
         path = find(source, f"spoken_{part}-v1.1.json")[0]
-        sentences = find(source, f"{folder}/*.wav", f"*/{folder}/*.wav")
-        sentences = {file.stem: file for file in sentences}
+        passages = defaultdict(dict)
+        for pattern in (f"{folder}/*.wav", f"*/{folder}/*.wav"):
+            for file in formats.list_paths(source, pattern):
+                paragraph, _, number = file.stem.rpartition("_")
+                passages[paragraph][number] = file
         for title, paragraph, id, question, answer in squad_questions(path):
             # A tenth of the articles of train is dev, so that no passage is in both.
             held_out = zlib.crc32(title.encode()) % 10 == 0
             if part == "train" and held_out != (name == "dev"):
                 continue
             where = f"{path} question {id}"
-            files = []
-            while f"{paragraph}_{len(files)}" in sentences:
-                files.append(sentences[f"{paragraph}_{len(files)}"])
+            sentences = passages[paragraph]
+            files = [sentences.get(str(i)) for i in range(max(1, len(sentences)))]
             passage = out.parent / "spoken-squad-audio" / f"{part}-{paragraph}.flac"
-            if not files or f"{paragraph}_{len(files) + 1}" in sentences:
-                dropped[formats.MISSING].append(where)
+            if None in files:
+                name = f"{folder}/{paragraph}_{files.index(None)}.wav"
+                dropped[formats.MISSING].append(f"{where} ({name})")
             elif squad and id not in printed:
                 dropped["question that is not in SQuAD's file"].append(where)
             elif not (passage.exists() or formats.join(files, passage)):
@@ -251,27 +235,6 @@ def spoken_squad(source, dropped, out, split=("train",), squad=None):
             else:
                 fields = dict(task="sqa", question=question, text=printed.get(id, answer))
                 yield dict(fields, where=where, audio=passage, speaker="google-tts")
-
-
-def librisqa(source, dropped, split=("train",), librispeech=None):
-    files = find(source, "LibriSQA-Part*/LibriSQA-Part*-*.json", "LibriSQA-Part*-*.json")
-    for path in select(files, split, lambda path: path.stem.rpartition("-")[2], "split"):
-        part = "test-clean" if path.stem.endswith("test") else "train-clean-360"
-        speech = find(librispeech or source, part, f"LibriSpeech/{part}")[0]
-        with one_line_errors(path, "get the file again"):
-            items = json.loads(path.read_bytes())
-        for number, item in enumerate(items, 1):
-            where = f"{path} item {number}"
-            try:
-                name = Path(item["speech_path"]).stem
-                speaker, chapter, _ = name.split("-")
-                audio = speech / speaker / chapter / f"{name}.flac"
-                question = item.get("question", item.get("question_and_option"))
-                answer = item.get("answer_and_analysis", item.get("answer"))
-                fields = dict(task="sqa", question=question, text=answer, speaker=speaker)
-                yield dict(fields, where=where, audio=audio)
-            except (KeyError, TypeError, ValueError):
-                dropped[UNREADABLE].append(where)
 
 
 def mcif(source, dropped, out, split=("long",), language=None):
@@ -319,35 +282,13 @@ def mcif_references(source: Path) -> Iterator[tuple]:
 
 def ljspeech(source, dropped):
     path = find(source, "metadata.csv")[0]
-    for where, record in read_table(path, [], dropped, ["name", "text", "words"], delimiter="|"):
-        audio = path.with_name("wavs") / f"{record['name']}.wav"
-        yield dict(where=where, audio=audio, text=record["text"], speaker="lj")
-
-
-def kaldi(source, dropped, language=("en",), licence="unknown"):
-    def read_map(name):
-        path = source / name
-        return {id: rest for _, id, rest in read_pairs(path)} if path.exists() else {}
-
-    texts = list(read_pairs(find(source, "text")[0]))
-    recordings, segments, speakers = map(read_map, ("wav.scp", "segments", "utt2spk"))
-
-    # Text in one case and without punctuation is bare.
-    first = " ".join(text for _, _, text in texts[:1000])
-    bare = first in (first.lower(), first.upper()) and not re.search("[.,?!]", first)
-    fields = dict(style="bare" if bare else "written", source_language=language[0])
-    fields |= dict(corpus=source.resolve().name, licence=licence)
-    for where, id, text in texts:
-        recording, part = parse_segment(segments.get(id, "")) if segments else (id, {})
-        file = recordings.get(recording)
-        if not file or part is None:
-            dropped["no place in segments or wav.scp"].append(where)
-        elif "|" in (file[0], file[-1]):
-            dropped["command in wav.scp, which is not run: write audio files"].append(where)
+    for where, line in read_lines(path):
+        name, *texts = line.split("|")
+        if len(texts) == 2:
+            audio = path.with_name("wavs") / f"{name}.wav"
+            yield dict(where=where, audio=audio, text=texts[0], speaker="lj")
         else:
-            audio = source / file if (source / file).exists() else Path(file)
-            part["speaker"] = speakers.get(id)
-            yield fields | part | dict(where=where, audio=audio, text=text)
+            dropped[UNREADABLE].append(where)
 
 
 # name: (licence, SPDX, of a row that does not say another; address; reader)
@@ -360,27 +301,28 @@ CORPORA = {
     "fleurs": ("CC-BY-4.0", f"{HUB}/google/fleurs", fleurs),
     "voxpopuli": ("CC0-1.0", f"{GITHUB}/facebookresearch/voxpopuli", voxpopuli),
     "peoples-speech": ("CC-BY-4.0", f"{HUB}/MLCommons/peoples_speech_v1.0", peoples_speech),
-    "europarl-st": ("CC-BY-NC-4.0", "https://www.mllp.upv.es/europarl-st", europarl_st),
     "spoken-squad": ("CC-BY-SA-4.0", f"{GITHUB}/Chia-Hsuan-Lee/Spoken-SQuAD", spoken_squad),
-    "librisqa": ("unknown", f"{HUB}/ZihanZhao/LibriSQA", librisqa),
     "mcif": ("CC-BY-4.0", f"{HUB}/FBK-MT/MCIF, for testing only", mcif),
     "ljspeech": ("LicenseRef-PublicDomain", "https://keithito.com/LJ-Speech-Dataset", ljspeech),
     "kaldi": ("unknown", "https://kaldi-asr.org/doc/data_prep.html", kaldi),
+    "folder": ("unknown", "your recordings, each beside a text: x/1.wav, x/1.txt", folder),
+    "parquet": ("unknown", f"{HUB} in parquet, columns audio and text", parquet),
+    "chat": ("unknown", "your JSON Lines of messages, with audio and text", chat),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    steady_output()
+    parser = argparse.ArgumentParser(description="Public corpora, and your data, to manifests")
     parser.add_argument("name", nargs="?", choices=CORPORA, help="without it, all are listed")
     parser.add_argument("source", nargs="?", type=Path, help="the corpus's directory, unpacked")
     parser.add_argument("out", nargs="?", type=Path, help="the manifest to write")
     parser.add_argument("--split", nargs="+", help="default: train, with train-clean-100 and so on")
-    parser.add_argument("--language", nargs="+", help="as de, for translation en-de; default: all")
+    parser.add_argument("--language", nargs="+", help="de, of translations en-de, of chats en de")
     parser.add_argument("--shards", type=Path, help="a directory for tars with copies of the audio")
     parser.add_argument("--common-voice", type=Path, help="for covost2; default: SOURCE")
-    parser.add_argument("--librispeech", type=Path, help="for librisqa; default: SOURCE")
     parser.add_argument("--squad", type=Path, help="for spoken-squad: SQuAD's own JSON file")
-    parser.add_argument("--licence", help="SPDX, for kaldi; default: unknown, which is refused")
+    parser.add_argument("--licence", help="SPDX, of your data; default: unknown, which is refused")
     args = parser.parse_args(argv)
     if args.name is None:
         for name, (licence, address, _) in CORPORA.items():
@@ -403,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     except (UserError, OSError) as error:
         sys.exit(f"corpora: {args.name}: {visible(error)}; no manifest was written")
     except KeyboardInterrupt:
-        sys.exit("corpora: stopped, no manifest was written; run the same command again")
+        parser.exit(130, "corpora: stopped, no manifest was written; run the same command again\n")
     if dropped[formats.MISSING]:
         sys.exit(f"corpora: {args.name}: recordings are missing; get the rest and run this again")
 

@@ -30,14 +30,30 @@ DAMAGED = "it is cut or damaged, get it again"
 TEXT = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
 BATCH = 1024  # rows whose audio is looked at together
 SHARD_SIZE = 2**30  # bytes
+QUOTED = re.compile(r'"((?:[^"\\]|""|\\.)*)"')
 BETWEEN_CHINESE = re.compile("(?<=[\u3000-\u9fff\uff00-\uffef]) (?=[\u3000-\u9fff\uff00-\uffef])")
 
 
+def language_code(name: str) -> str:
+    """The code of a language by its name in a corpus: zh-CN, cmn_hans_cn, en_us."""
+    return {"zh-HK": "yue", "cmn_hans_cn": "zh"}.get(name) or re.split("[-_]", name)[0]
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a path inside a corpus or a tar is hidden, as ._x, .DS_Store and __MACOSX/x are."""
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+def list_paths(folder: Path, pattern: str) -> list[Path]:
+    """The sorted paths below a folder that match and are not hidden."""
+    paths = folder.glob(pattern)
+    return sorted(path for path in paths if not is_hidden(path.relative_to(folder)))
+
+
 def find(source: Path, *patterns: str) -> list[Path]:
-    """The sorted paths below source of the first pattern that matches any. Raises UserError."""
+    """The list_paths of the first pattern that matches any. Raises UserError."""
     for pattern in patterns:
-        paths = sorted(source.glob(pattern))
-        if paths:
+        if paths := list_paths(source, pattern):
             return paths
     raise UserError(f"{source}: found no {' or '.join(patterns)}; give the corpus's own directory")
 
@@ -71,28 +87,52 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str, str]]:
             yield where, name, "".join(rest)
 
 
+def read_map(path: Path) -> dict[str, str]:
+    """{first word: the rest} of the lines of a text file, if it is there. Raises UserError."""
+    return {name: rest for _, name, rest in read_pairs(path)} if path.exists() else {}
+
+
+def parse_segment(text: str) -> tuple[str, dict | None]:
+    """RECORDING START END as the recording and the part's start and duration, in seconds; the part
+    is None if the text is another."""
+    match = re.match(r"(\S+)\s+(\d{1,12}(?:\.\d+)?)\s+(\d{1,12}(?:\.\d+)?)(\s|$)", text, re.ASCII)
+    if not match:
+        return "", None
+    start, end = float(match[2]), float(match[3])
+    return match[1], dict(start=start, duration=end - start)
+
+
+def unquote(field: str) -> str:
+    """A table's field without its quotes, if it begins and ends with one and escapes those inside
+    by another or by a backslash (RFC 4180 and MySQL)."""
+    match = QUOTED.fullmatch(field)
+    return re.sub(r'["\\]"', '"', match[1]) if match else field.replace(r"\"", '"')
+
+
 def read_table(
-    path: Path, needed: list[str], dropped: dict, columns: list[str] | None = None, **dialect
+    path: Path, needed: list[str], dropped: dict, columns: list[str] | None = None, escapechar=None
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """(where it stands, {column: field}) of each row of a table; others than those of as many
-    fields as columns are dropped. columns: of a file that does not name them. Raises UserError."""
-    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} | dialect
+    fields as columns are dropped. columns: of a file that does not name them. Fields are unquoted
+    one by one, so that a quote that is never closed swallows nothing. Raises UserError."""
+    dialect = dict(delimiter="\t", quoting=csv.QUOTE_NONE, escapechar=escapechar)
     with one_line_errors(path, DAMAGED), open(path, newline="", **TEXT) as file:
         records = csv.DictReader(file, columns, **dialect)
+        records.fieldnames = list(map(unquote, records.fieldnames or []))
         for name in needed:
-            if name not in (records.fieldnames or []):
+            if name not in records.fieldnames:
                 raise UserError(f"{path}: found no column {name!r}; get the file again")
         for record in records:
             where = f"{path} line {records.line_num}"
             if None in record or None in record.values():
                 dropped[UNREADABLE].append(where)
             else:
-                yield where, record
+                yield where, {name: unquote(field) for name, field in record.items()}
 
 
 def read_column(path: Path, key: str, value: str, **options) -> dict[str, str | None]:
-    """{field of the column key: that of the column value} of a table. Raises UserError."""
-    records = read_table(path, [key], defaultdict(list), **options)
+    """{field of column key: that of column value} of a table, if it is there. Raises UserError."""
+    records = read_table(path, [key], defaultdict(list), **options) if path.exists() else ()
     return {record[key]: record.get(value) for _, record in records}
 
 
@@ -107,8 +147,9 @@ def unpack(archives: list[Path], folder: Path) -> Path:
     for archive in archives:
         with one_line_errors(archive, DAMAGED), tarfile.open(archive) as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
-                with open(part / Path(member.name).name, "wb") as file:
-                    shutil.copyfileobj(tar.extractfile(member), file)
+                if not is_hidden(Path(member.name)):
+                    with open(part / Path(member.name).name, "wb") as file:
+                        shutil.copyfileobj(tar.extractfile(member), file)
     os.replace(part, folder)
     return folder
 
@@ -161,6 +202,15 @@ def shard(examples: Iterable[dict], args: Namespace) -> Iterator[dict]:
         os.replace(tar.name, tar.name.removesuffix(".part"))
 
 
+def is_other_length(seconds: float, units: str | float | None, rate: float) -> bool:
+    """Whether a recording is much shorter or longer than so many units of so many a second."""
+    try:
+        stated = float(units) / rate
+    except (TypeError, ValueError):  # nothing is stated
+        return False
+    return stated > 0 and abs(seconds - stated) > 0.2 + 0.02 * stated
+
+
 def find_fault(row: dict, seconds: float) -> str | None:
     """Why a row cannot be used whose recording has so many seconds, or None if it can."""
     for name in ("text", "question") if row.get("task") == "sqa" else ("text",):
@@ -172,6 +222,8 @@ def find_fault(row: dict, seconds: float) -> str | None:
         path = re.sub(r"\.tar/.*", ".tar", str(row["audio"]))
         exists = os.path.exists(path)  # unlike Path.exists, for names that no file can have, too
         return "audio that cannot be decoded: get it again or convert it" if exists else MISSING
+    if is_other_length(seconds, *row.get("stated", (None, 1))):
+        return "audio much shorter or longer than the corpus states"
     duration = row.get("duration", seconds)
     if row.get("start", 0) + duration > seconds + 0.1:
         return "part that ends after its recording"
@@ -184,6 +236,7 @@ def complete(row: dict, terms: dict, seconds: float) -> dict:
     example = order | terms | row
     example["duration"] = round(example["duration"], 4)
     example.setdefault("target_language", example["source_language"])
+    example.pop("stated", None)
     for name in ("text", "question"):
         if example.get(name):
             example[name] = BETWEEN_CHINESE.sub("", " ".join(example[name].split()))

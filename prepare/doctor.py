@@ -11,9 +11,9 @@ import math
 import os
 import random
 import re
-import sys
-from collections.abc import Iterator
+import signal
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,15 +21,17 @@ import torch
 from tqdm import tqdm
 
 import data
+import model
 from data import REFUSALS, letter_count, text_hash
-from model import LLMConfig, UserError, fetch, load_tokenizer, one_line_errors, read_json, visible
+from model import UserError, one_line_errors, visible
 
 ALWAYS, FEW, MANY, NEVER = 0.0, 0.01, 0.05, 1.0
 KINDS = {  # kind: (share of the rows above which it is serious, fault, remedy)
     "example": (ALWAYS, "cannot be trained on", "correct or delete them"),
     "refused": (ALWAYS, "must not be trained on", "leave them out, or see --allow-licence"),
     "audio": (ALWAYS, "have audio that cannot be used", "copy it again or leave them out"),
-    "context": (ALWAYS, "are longer than the LLM's context", "leave them out"),
+    "context": (ALWAYS, "are longer than the LLM's context", "shorten them, or see --tokenizer"),
+    "cut": (ALWAYS, "have too little audio for their text", "get it again or leave them out"),
     "test text": (ALWAYS, "have a text of a test", "leave them out"),
     "test audio": (ALWAYS, "have a recording of a test", "leave them out"),
     "duration": (FEW, "are under 0.1 s or over 30 s", "cut them or see --max-seconds"),
@@ -49,7 +51,6 @@ CJK_SPEEDS = {"asr": (0.5, 20), "st": (0.5, 30), "sqa": (0, math.inf)}
 MIN_SECONDS, MAX_SECONDS = 0.1, 30.0  # the latter is the default of training
 SILENCE = -60  # dBFS
 KNOWN_TEXT, KNOWN_QUESTION = 20, 40  # letters: shorter texts may be alike by chance
-AUDIO_FRAMES = 12.5  # of 80 ms, a second
 
 CJK = ("zh", "yue", "ja", "ko")
 SCRIPTS = {"zh": "[\u3400-\u9fff]", "ja": "[\u3040-\u30ff\u3400-\u9fff]", "ko": "[\uac00-\ud7af]"}
@@ -126,8 +127,7 @@ def read_examples(paths: list[str], faults: dict[str, str]) -> list[dict]:
                 faults[f"{path} line {manifest.lines[i] + 1}"] = reason_of(error)
                 continue
             file = os.path.abspath(manifest.path.parent / example["audio"])
-            recording = (file, example["start"], example["duration"])
-            examples.append(example | {"recording": recording})
+            examples.append(example | {"recording": (file, example["start"], example["duration"])})
         if len(examples) == before:
             where, reason = next(reversed(faults.items()))
             raise UserError(f"{where} and all others: {reason}; give a manifest")
@@ -136,6 +136,7 @@ def read_examples(paths: list[str], faults: dict[str, str]) -> list[dict]:
 
 def examine(recording: Recording, decode: bool) -> Sound:
     """Decodes a recording that training takes, or else finds out its duration."""
+    torch.set_num_threads(1)  # as there is a process for each processor
     path, start, duration = recording
     seconds = max(0.0, data.audio_seconds(path) - start) if duration is None else duration
     if seconds > MAX_SECONDS or seconds and not decode:
@@ -156,16 +157,15 @@ def listen(examples: list[dict], sample: float) -> dict[Recording, Sound]:
     recordings = list(dict.fromkeys(example["recording"] for example in examples))
     decoded = set(random.Random(0).sample(recordings, max(0, min(sample, len(recordings)))))
     wanted = [recording in decoded for recording in recordings]
-    pool = ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,))
-    with one_line_errors("decoding", "divide the manifest to find the recording"), pool:
-        sounds = pool.map(examine, recordings, wanted, chunksize=4)
-        bar = tqdm(sounds, "audio", len(recordings), mininterval=1, disable=not recordings)
-        return dict(zip(recordings, bar, strict=True))
+    pool = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    sounds = pool.map(examine, recordings, wanted, chunksize=4)
+    with one_line_errors("decoding", "divide the manifest to find it"), pool, closing(sounds):
+        return dict(zip(recordings, tqdm(sounds, "audio", len(recordings), delay=1), strict=True))
 
 
 def check_example(example: dict, sound: Sound, licences: list, hashes: frozenset, context: tuple):
     """Yields the kind and reason of each finding that an example shows by itself. licences, hashes:
-    as check_licence takes them; context: an LLM's tokenizer and how many positions it has."""
+    as check_licence takes them; context: an LLM's tokenizer and its positions, each of 80 ms."""
     task, source, target = (example[key] for key in GROUP[1:])
     text = example["text"].strip()
     try:
@@ -179,10 +179,9 @@ def check_example(example: dict, sound: Sound, licences: list, hashes: frozenset
         yield "languages", f"{task} from {source} to {target}"
     if task == "sqa" and refuses_otherwise(text, target):
         yield "refusal", repr(text[:40])
-    if context:
-        ids, _ = data.render(example, math.ceil(AUDIO_FRAMES * sound.seconds), context[0], 0)
-        if len(ids) > context[1]:
-            yield "context", f"{len(ids):,} of {context[1]:,} positions"
+    positions = sound.seconds / 0.08 + len(data.render(example, 0, context[0], 0)[0])
+    if positions > context[1]:
+        yield "context", f"{positions:,.0f} of {context[1]:,} positions"
 
     # What the recording shows.
     if sound.error:
@@ -193,7 +192,8 @@ def check_example(example: dict, sound: Sound, licences: list, hashes: frozenset
     speed = len(text) / max(sound.seconds, 1e-3)
     low, high = CJK_SPEEDS[task] if target in CJK else SPEEDS[task]
     if not low <= speed <= high:
-        yield "speed", f"{speed:.3g} characters/s, expected {low:g} to {high:g}"
+        kind = "cut" if speed > 1.5 * high else "speed"
+        yield kind, f"{speed:.3g} characters/s, expected {low:g} to {high:g}"
 
 
 def compare(examples: list[dict], tests: list[dict], sounds: dict, findings: dict) -> None:
@@ -224,7 +224,7 @@ def compare(examples: list[dict], tests: list[dict], sounds: dict, findings: dic
             findings[kind][where] = f"as {first}"
 
 
-def figure_lines(examples: list[dict], sounds: dict[Recording, Sound]) -> Iterator[str]:
+def figure_lines(examples: list[dict], sounds: dict[Recording, Sound]):
     groups = {}
     for example in examples:
         groups.setdefault(" ".join(example[key] for key in GROUP), []).append(example)
@@ -238,11 +238,9 @@ def figure_lines(examples: list[dict], sounds: dict[Recording, Sound]) -> Iterat
 
 def look_over(args: argparse.Namespace) -> dict:
     """The report. Raises UserError."""
-    context = ()
-    if args.tokenizer:
-        directory = fetch(args.tokenizer)
-        config = LLMConfig.from_dict(read_json(directory / "config.json"), directory)
-        context = (load_tokenizer(directory), config.max_position_embeddings)
+    directory = model.fetch(args.tokenizer)
+    config = model.LLMConfig.from_dict(model.read_json(directory / "config.json"), directory)
+    context = (model.load_tokenizer(directory), config.max_position_embeddings)
     hashes = data.protected_hashes(args.manifests)
     findings = {kind: {} for kind in KINDS}
     examples = read_examples(args.manifests, findings["example"])
@@ -270,11 +268,13 @@ def describe(kind: str, lines: dict[str, str], total: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    model.steady_output()
+    parser = argparse.ArgumentParser(description="Checks manifests before training")
     option = parser.add_argument
     option("manifests", nargs="+", help="manifests to train on")
     option("--against", nargs="+", default=[], help="manifests of tests, to find leaks from them")
-    option("--tokenizer", help="LLM, by directory or Hub id, whose context all must fit into")
+    llm = data.INSTRUCTIONS_FILE.with_name("llm")
+    option("--tokenizer", default=llm, help="LLM whose context all must fit into; default: demo's")
     option("--sample", type=int, default=math.inf, help="decode so many recordings, 0 for none")
     option("--allow-licence", nargs="+", default=[], help="SPDX licences to take besides free ones")
     option("--out", type=Path, default=Path("out/doctor"), help="directory of the report")
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     print(*map(visible, report["figures"] + texts), sep="\n")
     serious = sum(finding["level"] == "serious" for finding in report["findings"])
     print(f"{serious} serious findings, {len(texts) - serious} notes; {path} has all lines of each")
-    sys.exit(min(serious, 1))
+    parser.exit(min(serious, 1))
 
 
 if __name__ == "__main__":

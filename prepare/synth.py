@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import INSTRUCTIONS, REFUSALS, AudioError, Manifest, join_texts
 from eval import item_scores
-from model import UserError, fingerprint
+from model import UserError, fingerprint, steady_output
 from prepare import filters
 from prepare.derive import concatenate, derive, join_audio, neighbours
 from prepare.writer import Writer, produce
@@ -492,6 +492,7 @@ def run(args) -> None:
 
 
 def main(argv=None) -> None:
+    steady_output()
     parser = build_parser()
     args = parser.parse_args(argv)
     if os.path.abspath(args.input) == os.path.abspath(args.out):

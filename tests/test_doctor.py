@@ -1,6 +1,10 @@
 """prepare/doctor.py: every fault that is planted is found at its line and decides the exit code."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -89,7 +93,8 @@ FAULTS = [
     (ASR, dict(licence="CC-BY-NC-4.0"), "refused", "licence 'CC-BY-NC-4.0'"),
     (GERMAN, dict(sources=[["web", "unknown"]]), "refused", "'web' has the licence 'unknown'"),
     (SQA, dict(duration=31), "duration", "31 s"),
-    (ASR, dict(duration=0.7), "speed", "64.3 characters/s, expected 1.5 to 40"),
+    (ASR, dict(duration=0.7), "cut", "64.3 characters/s, expected 1.5 to 40"),
+    (ASR, dict(duration=1.0), "speed", "45 characters/s"),
     (ASR, dict(text="Yes."), "speed", "1.33 characters/s"),
     (CHINESE, dict(duration=0.3), "speed", "40 characters/s, expected 0.5 to 30"),
     (CHINESE, dict(text=SENTENCES["en"][0]), "language", "zh: 'The old woman"),
@@ -118,8 +123,28 @@ def test_faults_of_rows(examine, capsys):
     text = findings["example"]["text"]
     assert text.startswith("serious: example: 4 rows cannot be trained on: ")
     assert "train.jsonl line 9 (task is 'tts'" in text and text.endswith("; correct or delete them")
-    assert findings["languages"]["level"] == "serious", "2 of 29 are over 5 %"
-    assert findings["two texts"]["level"] == "note", "1 of 29 is not"
+    assert findings["languages"]["level"] == "serious", "2 of 30 are over 5 %"
+    assert findings["two texts"]["level"] == "note", "1 of 30 is not"
+
+
+@pytest.mark.parametrize(
+    "row, changes, levels",
+    [
+        (ASR, dict(duration=0.6), {"cut": "serious"}),
+        (CHINESE, dict(duration=0.2), {"cut": "serious"}),
+        (GERMAN, dict(text="Die alte Frau " * 20000), dict(cut="serious", context="serious")),
+        (SQA, dict(question="Who sells red apples? " * 12000), {"context": "serious"}),
+        (SQA, dict(duration=30.5), {"duration": "note"}),
+    ],
+)
+def test_one_row_amid_many(examine, row, changes, levels):
+    """What is certainly wrong is serious however rare it is, and whatever the options. What
+    training leaves out and counts is not."""
+    rows = [good | {"audio": f"{i}.flac"} for i, good in enumerate(30 * clean_rows())]
+    code, findings = examine([*rows, rows[row] | {"audio": "x.flac"} | changes], "--sample", 0)
+    assert {kind: finding["level"] for kind, finding in findings.items()} == levels
+    assert code == ("serious" in levels.values())
+    assert all(list(finding["at"]) == [241] for finding in findings.values())
 
 
 def test_faults_of_recordings(examine, tmp_path):
@@ -223,3 +248,58 @@ def test_no_sentence_of_the_demos_test_is_trained_on(examine):
     train = (ROOT / "demo/train.jsonl").read_text(encoding="utf-8").splitlines()
     test = ROOT / "demo/test.jsonl"
     assert examine(train[:2400], "--against", test, "--sample", 0) == (0, {})
+
+
+# ------------------------------------------------------------------------------
+# All commands of prepare/
+
+
+def start(*argv, stdout=None):
+    """A command in a process group of its own, as in a terminal, its stderr to be read."""
+    options = dict(cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([sys.executable, *argv], stdout=stdout, **options)
+
+
+def stop_after(words, process):
+    """Ctrl-C once stderr has these words. Returns the exit code, and what stderr has after them."""
+    text = ""
+    while words not in text:
+        text += process.stderr.read(1)
+    os.killpg(process.pid, signal.SIGINT)
+    text = process.communicate(timeout=60)[1]
+    return process.returncode, text
+
+
+def test_help_without_docstrings():
+    commands = ("corpora", "doctor", "mcif", "synth")
+    runs = [start("-OO", "-m", f"prepare.{command}", "--help") for command in commands]
+    assert [(run.communicate()[1], run.returncode) for run in runs] == [("", 0)] * 4
+
+
+def test_output_that_nobody_reads():
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = start("-m", "prepare.corpora", stdout=writing)
+    os.close(writing)
+    assert (run.communicate()[1], run.returncode) == ("", 0)
+
+
+@pytest.mark.parametrize("module", ["prepare", "numpy", "torch.nn"])
+def test_stopped_while_it_is_imported(module):
+    run = start("-X", "importtime", "-m", "prepare.corpora")
+    code, text = stop_after(f" {module}\n", run)
+    lines = [line for line in text.splitlines() if not line.startswith("import time:")]
+    assert (code, lines[-1]) == (130, "stopped") and "Traceback" not in text
+
+
+def test_stopped_while_it_works(tmp_path):
+    """Processes that decode end without a word, too."""
+    soundfile.write(tmp_path / "0.wav", np.tile(noise(5, 0), 6), 44100)
+    rows = []
+    for i in range(400):
+        os.link(tmp_path / "0.wav", tmp_path / f"x{i}.wav")
+        rows.append(clean_rows()[ASR] | {"audio": f"x{i}.wav", "duration": None})
+    path = write(rows, tmp_path / "train.jsonl")
+    run = start("-m", "prepare.doctor", str(path), "--out", str(tmp_path))
+    code, text = stop_after("audio: ", run)
+    assert code == 130 and text.endswith("doctor: stopped\n") and "Traceback" not in text

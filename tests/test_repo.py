@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = ("model", "data", "sample", "eval", "train")  # each imports only those before it
 RUNTIME = {"torch", "safetensors", "tokenizers", "numpy", "soundfile", "tqdm", "huggingface_hub"}
+OPTIONAL = {"pyarrow"}  # imported inside the one function that needs it
 SCORERS = {"sacrebleu", "jiwer", "whisper_normalizer"}
 NEVER = {"found", "some", "own", "kept", "told", "heard", "said", "whole"}  # as last words of names
 LINES = 4700  # of the five files together
@@ -163,9 +164,10 @@ def test_what_stands_aside_imports_the_five(folder, ours):
     others = {"extras", "prepare", "demo", "tests"} | set(FIVE)
     for path in sorted((ROOT / folder).rglob("*.py")):
         needs = packages(ast.walk(parsed(path)))
+        assert not packages(at_import(parsed(path))) & OPTIONAL, path
         assert needs & others <= ours | {folder}, path
         assert not needs & NEVER_IMPORTED, path
-        assert folder == "demo" or needs <= RUNTIME | ours | {folder}, path
+        assert folder == "demo" or needs <= RUNTIME | OPTIONAL | ours | {folder}, path
 
 
 def test_every_extra_is_compared_with_its_plain_twin():

@@ -137,8 +137,9 @@ def test_a_batch_equals_its_examples(asked):
         assert answer == Answer(asked.tokenizer.decode(ids).strip(), cut=len(ids) == 9)
     assert len(sizes) > 3 and len({answer.text for answer in answers}) > 6
     loaded = asked.model, asked.tokenizer, asked.checkpoint
-    for i, instruction in enumerate((SAY, "Translate to German", ASK)):
-        example = asked.examples[i] | {"instruction": instruction}
+    for i, instruction in enumerate((SAY, "translate to german", ASK)):
+        wording = instruction.replace("translate to german", "Translate to German.")
+        example = asked.examples[i] | {"instruction": wording}
         task, answer = sample.ask(*loaded, asked.recordings[i], instruction, **SHORT)
         assert [answer] == answers_to(asked, [example], [asked.recordings[i]])
         assert task == example["task"]
@@ -404,7 +405,7 @@ def test_remarks(asked, capsys, tmp_path, monkeypatch):
         ("train0.wav all.jsonl --ckpt ift.pt", 1, "all.jsonl: found content that starts with"),
         ("train0.wav EMPTY", 2, "the instruction is empty; say what to do"),
         ("train0.wav SAY --beams 0", 2, "num_beams 0 must be at least 1"),
-        ("train0.wav SAY --temperature -1", 2, "temperature -1.0 at least 0"),
+        ("train0.wav SAY --temperature -1", 2, "temperature -1.0 finite and at least 0"),
         ("train0.wav SAY --top-p 0", 2, "top_p 0.0 above 0"),
         ("train0.wav SAY --beams 2 --temperature 1", 2, "beam search neither samples nor streams"),
         ("train0.wav --beam-size 2", 2, "unrecognized arguments: --beam-size"),
