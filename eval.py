@@ -3,6 +3,11 @@
 Every answer goes at once into a journal, so that a run that was stopped goes on where it was.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
+
 import argparse
 import json
 import os
@@ -11,7 +16,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import count
 from pathlib import Path
 
 # Idle threads spin only briefly, see tests/bench/README.md. It counts only before torch is loaded.
@@ -21,7 +27,6 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import jiwer
 import numpy as np
 import sacrebleu
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +34,7 @@ from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
 import data
-from model import SpeechLM, UserError, keep_freed_memory, steady_output, visible
+from model import SpeechLM, UserError, keep_freed_memory, pick_device, steady_output, visible
 from sample import (
     MAX_NEW_TOKENS,
     Answer,
@@ -38,6 +43,7 @@ from sample import (
     fast_step,
     load_model,
     newest_checkpoint,
+    quiet_libraries,
 )
 
 GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # examples and audio that are encoded and answered together
@@ -52,11 +58,12 @@ DRAWS = 1000  # of the bootstrap
 def normaliser(language: str) -> Callable[[str], str]:
     if language == "en":
         return EnglishTextNormalizer()
-    return BasicTextNormalizer(split_letters=language == "zh")
+    return BasicTextNormalizer(split_letters=language in data.UNSPACED)
 
 
 def normalise(text: str, language: str) -> str:
-    """A text after Whisper's English or basic normaliser. Chinese characters become words."""
+    """A text after Whisper's English or basic normaliser. Where a script has no spaces, characters
+    become words."""
     return normaliser(language)(text).strip()
 
 
@@ -72,7 +79,7 @@ def item_scores(task: str, language: str, reference: str, hypothesis: str) -> di
 def transcript_scores(language: str, reference: str, hypothesis: str) -> dict:
     words = jiwer.process_words(reference, hypothesis)
     letters = [reference, hypothesis]
-    if language == "zh":
+    if language in data.UNSPACED:
         letters = [text.replace(" ", "") for text in letters]
     characters = jiwer.process_characters(*letters)
     word_errors = words.substitutions + words.deletions + words.insertions
@@ -122,6 +129,16 @@ RATIOS = {
 }
 
 
+def bleu(language: str) -> sacrebleu.BLEU:
+    """BLEU with sacrebleu's tokenizer for a language; by characters where that is not installed."""
+    tokenizers = {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+    usual = "char" if language in data.UNSPACED else "13a"
+    try:
+        return sacrebleu.BLEU(tokenize=tokenizers.get(language, usual))
+    except (ImportError, RuntimeError):
+        return sacrebleu.BLEU(tokenize="char")
+
+
 def corpus_scores(items: list[dict], draws: int = DRAWS) -> tuple[dict, dict]:
     """Scores of items of one task and target language: {name: (value, low, high)} with the 95 %
     interval of so many bootstrap draws (Koehn, 2004), and sacrebleu's signatures. Fractions, but
@@ -140,8 +157,7 @@ def corpus_scores(items: list[dict], draws: int = DRAWS) -> tuple[dict, dict]:
             drawn = numerators[picks].sum(1)[usable] / sums[usable]
             scores[name] = value, *interval(drawn)
     if task == "st":
-        tokenizer = "zh" if language == "zh" else "13a"
-        for metric in (sacrebleu.BLEU(tokenize=tokenizer), sacrebleu.CHRF()):
+        for metric in (bleu(language), sacrebleu.CHRF()):
             hypotheses = [item["hypothesis"] for item in items]
             references = [[item["reference"] for item in items]]
             result = metric.corpus_score(hypotheses, references)
@@ -246,33 +262,41 @@ def refusal_threshold(examples: list[dict], answers: list[Answer | data.AudioErr
 # --- Answers, kept as they are made
 
 
+def read_settings(path: Path) -> dict | None:
+    """What the items of a journal were made with; None if there is nothing that says so."""
+    try:
+        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 class Journal:
     """Items with an "id" in a JSON Lines file that grows as they are made, so that a run that was
     stopped goes on there. The settings that they were made with are in a .json file beside it;
-    items of other settings are moved aside."""
+    items of other settings are moved aside, with all that is beside them."""
 
     def __init__(self, path: Path, settings: dict):
         self.path = path
         self.items: dict[str, dict] = {}
-        settings_path = path.with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            same = json.loads(settings_path.read_text(encoding="utf-8"))["settings"] == settings
-        except (OSError, ValueError, KeyError, TypeError):
-            same = False
+        same = read_settings(path) == settings
         if same:
             self.items = {item["id"]: item for item in data.read_lines(path)}
             print(f"{visible(path)}: {len(self.items)} items are there already")
         elif path.exists() and path.stat().st_size:
+            suffixes = (".jsonl", ".json", ".html")
             number = 1
-            while path.with_suffix(f".old{number}.jsonl").exists():
+            while any(path.with_suffix(f".old{number}{suffix}").exists() for suffix in suffixes):
                 number += 1
+            for suffix in suffixes:
+                if path.with_suffix(suffix).exists():
+                    os.replace(path.with_suffix(suffix), path.with_suffix(f".old{number}{suffix}"))
             aside = path.with_suffix(f".old{number}.jsonl")
-            os.replace(path, aside)
             print(visible(f"{path}: held items of other settings, now in {aside.name}"))
         # What a kill left of a line is not kept.
         data.write_text(path, "".join(map(json_line, self.items.values())))
-        data.write_text(settings_path, json_line({"settings": settings}))
+        if not same:
+            data.write_text(path.with_suffix(".json"), json_line({"settings": settings}))
 
     def add(self, item: dict) -> None:
         self.items[item["id"]] = item
@@ -314,7 +338,8 @@ def answer_manifest(
             recordings = encode_waves(model, list(waves.values()), checkpoint["window"])
             by_key = dict(zip(waves, recordings, strict=True))
             encoded = [by_key[recording_key(example)] for example in answerable]
-            more = {"refuse_above": checkpoint.get("refuse_above"), **options}
+            show = partial(show_progress, bar, bar.n, len(group))
+            more = {"refuse_above": checkpoint.get("refuse_above"), "on_batch": show, **options}
             answers = answer_examples(model, tokenizer, answerable, encoded, **more)
             for example, answer in zip(answerable, answers, strict=True):
                 if isinstance(answer, data.AudioError):
@@ -324,12 +349,17 @@ def answer_manifest(
                 journal.add(make_item(example, answer, seconds, score))
             audio += sum(map(len, waves.values())) / data.SAMPLE_RATE
             bar.set_postfix(audio_s_per_s=f"{audio / (time.time() - began):.0f}")
-            bar.update(len(group))
+            show(1)
     for example in examples:
         if example["id"] in failures:
             where = example.get("where") or example["id"]
             print(visible(f"left out: {where}: {failures[example['id']]}"), file=sys.stderr)
     return journal.items, failures
+
+
+def show_progress(bar: tqdm, begin: int, rows: int, share: float) -> None:
+    """Moves the bar to where a share of the rows that come behind `begin` are answered."""
+    bar.update(begin + int(rows * share) - bar.n)
 
 
 def recording_key(example: dict) -> tuple:
@@ -382,15 +412,28 @@ def run_settings(ckpt: Path, source: str, args: argparse.Namespace) -> dict:
     settings = {"beams": args.beams, "int8": args.int8}
     for name, path in (("checkpoint", ckpt), ("source", source)):
         status = os.stat(path)
-        settings[name] = [str(path), status.st_size, status.st_mtime_ns]
+        settings[name] = [os.path.realpath(path), status.st_size, status.st_mtime_ns]
     return settings
+
+
+def result_path(out: Path, manifest: Path, ckpt: Path, settings: dict) -> Path:
+    """The first of test-ift.jsonl, test-ift-2.jsonl and so on that is free or of the same paths,
+    whatever was there."""
+    for number in count(1):
+        more = f"-{number}" if number > 1 else ""
+        path = out / f"{manifest.stem}-{ckpt.stem}{more}.jsonl"
+        before = read_settings(path)
+        names = ("checkpoint", "source")
+        if before is None or all(before.get(x, [])[:1] == settings[x][:1] for x in names):
+            return path
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Answers and scores a manifest, and leaves items, summary and report in a directory."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     ckpt = Path(args.ckpt or newest_checkpoint())
-    model, tokenizer, checkpoint = load_model(ckpt, device, args.int8)
+    loaded = load_model(ckpt, device, args.int8, args.encoder, args.llm)
+    model, tokenizer, checkpoint = loaded
     manifest = data.Manifest(args.manifest)
     examples = {}
     for i, example in enumerate(manifest, 1):
@@ -406,11 +449,11 @@ def evaluate(args: argparse.Namespace) -> None:
         path = manifest.path.parent / example["audio"]
         return data.load_audio(path, example["start"], example["duration"])
 
-    path = Path(args.out) / f"{manifest.path.stem}-{ckpt.stem}.jsonl"
     settings = run_settings(ckpt, args.manifest, args)
+    path = result_path(Path(args.out), manifest.path, ckpt, settings)
     journal = Journal(path, settings)
     inputs = model, tokenizer, checkpoint, list(examples.values()), load_wave, journal
-    answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=fast_step())
+    answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=fast_step(device))
     items = [answers[i] for i in examples if i in answers]
     if not items:
         raise UserError(f"{args.manifest}: none of its {len(examples)} rows could be answered")
@@ -452,7 +495,8 @@ def write_page(path: Path, facts: dict, table, signatures, items, load_wave: Cal
 
 def main(argv: list[str] | None = None) -> None:
     steady_output()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    quiet_libraries()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("manifest", help="manifest to be answered and scored")
     add("--ckpt", help="checkpoint; otherwise the newest of out/ift.pt and out/align.pt")
@@ -460,6 +504,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--tasks", nargs="+", choices=data.TASKS, default=data.TASKS, help="rows to be answered")
     add("--beams", type=int, default=1, help="beam search with so many beams; 1 is greedy")
     add("--int8", action="store_true", help="8-bit LLM weights: less memory, faster alone")
+    add("--encoder", help="directory or Hub id of the encoder, if it is not where it was")
+    add("--llm", help="directory or Hub id of the LLM, if it is not where it was")
     args = parser.parse_args(argv)
     if args.beams < 1:
         parser.error(f"num_beams {args.beams} must be at least 1")
@@ -477,4 +523,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -455,8 +455,8 @@ def answer_examples(
     cache. sqa is asked of all windows at once, everything else window by window, and joined.
     refuse_above: a question with a greater margin is refused; None leaves that to the model, and
     weigh asks for the margins all the same. on_text gets each new piece of the first example's
-    answer as it is made, on_batch the share of the work that each batch was. options: those of
-    generate. Returns for each example an Answer, or an
+    answer as it is made, on_batch after each batch the share of all that is answered. options:
+    those of generate. Returns for each example an Answer, or an
     AudioError if it does not fit into the LLM's context."""
     weigh = weigh or refuse_above is not None
     requests, failures = make_requests(model, tokenizer, examples, recordings)
@@ -464,7 +464,7 @@ def answer_examples(
     if live is None:
         requests.sort(key=lambda request: -len(request.audio))
     answers: list[dict[int, Answer]] = [{} for _ in examples]
-    sizes = []
+    sizes, answered = [], 0
     for request in requests:
         # One that leaves its answer less room than asked for is alone, not to cut other answers.
         short = len(request.ids) + max_new_tokens > model.llm.config.max_position_embeddings
@@ -478,8 +478,9 @@ def answer_examples(
         outputs = answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, more)
         for request, answer in zip(batch, outputs, strict=True):
             answers[request.example][request.window] = answer
+        answered += len(batch)
         if on_batch is not None:
-            on_batch(len(batch) / len(requests))
+            on_batch(answered / len(requests))
         if live is not None:
             live.finish([answer.text for answer in answers[0].values()])
     return [failures.get(i) or join_answers(windows) for i, windows in enumerate(answers)]

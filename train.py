@@ -4,6 +4,11 @@ python train.py --phase ift --init out/align.pt
 One config, one table of phases, one loop. python train.py --help lists every option.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
+
 import argparse
 import hashlib
 import json
@@ -12,7 +17,6 @@ import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import statistics
 import sys
 import sysconfig
@@ -179,7 +183,8 @@ CURVES = [  # panels of the picture
 
 def parse(argv: list[str] | None) -> TrainConfig:
     """The TrainConfig of a command line. Exits with code 2 on an unknown option or value."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     group = parser
     for f in fields(TrainConfig):
         if f.name in GROUPS:

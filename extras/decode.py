@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from model import first_line
 
@@ -48,13 +49,16 @@ class FastDecode:
         call overwrites them."""
         shape = (len(ids), cache.size)
         if self.seconds.get(shape, 0.0) >= self.pays and shape not in self.compiled:
+            if not self.compiled:
+                tqdm.write("compiling the decoding step, about a minute", file=sys.stderr)
             self.compiled[shape] = compile_step(self.decode_step, ids.is_cuda)
         if shape in self.compiled:
             try:
                 return self.run(self.compiled[shape], llm, ids, positions, cache)
             except Exception as error:  # those of dynamo, inductor, triton, g++ have no common base
                 reason = f"{first_line(error)}; {ADVICE}"
-                print(f"decoding is not compiled and therefore slower: {reason}", file=sys.stderr)
+                text = f"decoding is not compiled and therefore slower: {reason}"
+                tqdm.write(text, file=sys.stderr)
                 self.pays = float("inf")
                 self.compiled.clear()
 

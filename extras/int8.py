@@ -21,7 +21,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in) -> (N, out)
         scale = self.scale.to(x.dtype)
-        if len(x) <= FEW and not x.is_cuda:
+        if len(x) <= FEW and x.device.type == "cpu":
             y = torch._weight_int8pack_mm(x, self.weight, scale)
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * scale

@@ -19,7 +19,6 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-import torch
 
 from data import REFUSALS, audio_seconds, load_audio, task_of, write_atomically
 from eval import (
@@ -31,7 +30,7 @@ from eval import (
     run_settings,
     summarise,
 )
-from model import UserError, keep_freed_memory, one_line_errors, visible
+from model import UserError, keep_freed_memory, one_line_errors, pick_device, visible
 from sample import fast_step, load_model, newest_checkpoint
 
 Key = tuple[str, str]  # the track and the language of a task
@@ -188,8 +187,9 @@ def answer(args: argparse.Namespace) -> int:
         raise UserError(f"{folder}: no such directory; give that of the recordings")
     examples = read_source(args.source, folder)
     path = Path(args.ckpt or newest_checkpoint())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer, checkpoint = load_model(path, device, args.int8)
+    device = pick_device()
+    loaded = load_model(path, device, args.int8, args.encoder, args.llm)
+    model, tokenizer, checkpoint = loaded
 
     # What an earlier run with the same settings answered is taken from the journal.
     items, failed = answer_manifest(
@@ -201,7 +201,7 @@ def answer(args: argparse.Namespace) -> int:
         Journal(out.with_suffix(".answers.jsonl"), run_settings(path, args.source, args)),
         score=False,
         num_beams=args.beams,
-        step=fast_step(),
+        step=fast_step(device),
     )
 
     # The official score punishes an empty answer to a question more than a refusal.
@@ -311,7 +311,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("answer", help="answer every instruction of a source file")
     command.set_defaults(run=answer)
@@ -321,6 +321,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--ckpt", help="checkpoint; otherwise the newest of out/")
     command.add_argument("--beams", type=int, default=1, help="beams of the search; 1 is greedy")
     command.add_argument("--int8", action="store_true", help="8-bit LLM weights: less memory")
+    command.add_argument("--encoder", help="the encoder, if it is not where it was in training")
+    command.add_argument("--llm", help="the LLM, if it is not where it was in training")
     command = commands.add_parser("score", help="score an answer file")
     command.set_defaults(run=score)
     command.add_argument("hypothesis", help="the answer file")
