@@ -480,9 +480,11 @@ def wording_patterns() -> dict[str, tuple[re.Pattern, str]]:
     return patterns
 
 
-def known_wording(instruction: str) -> tuple[str, str] | None:
-    """The task of an instruction that is a known wording in any spelling, in quotes or not, and the
-    wording as training has it, around a question as it was typed; or None."""
+def recognise(instruction: str) -> tuple[str | None, str]:
+    """The task and the text of an instruction. That of a known wording, in any spelling, in quotes
+    or not, is what training has, around a question as it was typed. The task of others is sqa for
+    a question mark, or None, answered as asr is."""
+    instruction = instruction.encode(errors="replace").decode()  # a command line may be no text
     text = unicodedata.normalize("NFC", instruction).strip()
     quoted = re.fullmatch("[\"'“„‘«「](.+)[\"'“”’»」]", text, re.DOTALL)
     text = quoted[1].strip() if quoted else text
@@ -490,15 +492,12 @@ def known_wording(instruction: str) -> tuple[str, str] | None:
         match = pattern.fullmatch(text)
         if match:
             return task, wording.format(**match.groupdict())
-    return None
+    return "sqa" if re.search("[?？]", instruction) else None, instruction
 
 
 def task_of(instruction: str) -> str | None:
     """The task of a known wording; else sqa for a question mark, or None, answered as asr is."""
-    known = known_wording(instruction)
-    if known:
-        return known[0]
-    return "sqa" if re.search("[?？]", instruction) else None
+    return recognise(instruction)[0]
 
 
 # --- Licences: what training accepts, and whom a trained model owes a mention

@@ -3,26 +3,24 @@
 Every answer goes at once into a journal, so that a run that was stopped goes on where it was.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
-
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
 # Idle threads spin only briefly, see tests/bench/README.md. It counts only before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
 
 import jiwer
 import numpy as np
@@ -43,7 +41,6 @@ from sample import (
     fast_step,
     load_model,
     newest_checkpoint,
-    quiet_libraries,
 )
 
 GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # examples and audio that are encoded and answered together
@@ -62,8 +59,7 @@ def normaliser(language: str) -> Callable[[str], str]:
 
 
 def normalise(text: str, language: str) -> str:
-    """A text after Whisper's English or basic normaliser. Where a script has no spaces, characters
-    become words."""
+    """A text after Whisper's normalisers. In scripts without spaces, characters become words."""
     return normaliser(language)(text).strip()
 
 
@@ -224,15 +220,8 @@ def validation_scores(pairs: list[tuple[dict, str]]) -> dict[str, float]:
     """Figures of (example, answer) pairs for a validation: each score's mean over languages."""
     by_kind = {}
     for example, text in pairs:
-        task, language = example["task"], example["target_language"]
-        item = {
-            "task": task,
-            "target_language": language,
-            "reference": example["text"],
-            "hypothesis": text,
-            "scores": item_scores(task, language, example["text"], text),
-        }
-        by_kind.setdefault((task, language), []).append(item)
+        item = make_item(example, Answer(text), 0.0, score=True)
+        by_kind.setdefault((item["task"], item["target_language"]), []).append(item)
     values = {}
     for kind in sorted(by_kind):
         for name, (value, *_) in corpus_scores(by_kind[kind], draws=0)[0].items():
@@ -262,12 +251,12 @@ def refusal_threshold(examples: list[dict], answers: list[Answer | data.AudioErr
 # --- Answers, kept as they are made
 
 
-def read_settings(path: Path) -> dict | None:
-    """What the items of a journal were made with; None if there is nothing that says so."""
+def read_settings(path: Path) -> dict:
+    """What the items of a journal were made with; {} if nothing says so."""
     try:
-        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["settings"]
+        return dict(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
 
 
 class Journal:
@@ -325,6 +314,7 @@ def answer_manifest(
     failures, audio, began = {}, 0.0, time.time()
     pending = [example for example in examples if example["id"] not in journal.items]
     with tqdm(total=len(pending), desc="eval", unit=" rows", dynamic_ncols=True) as bar:
+        options = {"refuse_above": checkpoint.get("refuse_above"), "on_batch": bar.update} | options
         for group in group_recordings(pending):
             waves, answerable = {}, []
             for example in group:
@@ -338,9 +328,7 @@ def answer_manifest(
             recordings = encode_waves(model, list(waves.values()), checkpoint["window"])
             by_key = dict(zip(waves, recordings, strict=True))
             encoded = [by_key[recording_key(example)] for example in answerable]
-            show = partial(show_progress, bar, bar.n, len(group))
-            more = {"refuse_above": checkpoint.get("refuse_above"), "on_batch": show, **options}
-            answers = answer_examples(model, tokenizer, answerable, encoded, **more)
+            answers = answer_examples(model, tokenizer, answerable, encoded, **options)
             for example, answer in zip(answerable, answers, strict=True):
                 if isinstance(answer, data.AudioError):
                     failures[example["id"]] = str(answer)
@@ -349,17 +337,11 @@ def answer_manifest(
                 journal.add(make_item(example, answer, seconds, score))
             audio += sum(map(len, waves.values())) / data.SAMPLE_RATE
             bar.set_postfix(audio_s_per_s=f"{audio / (time.time() - began):.0f}")
-            show(1)
     for example in examples:
         if example["id"] in failures:
             where = example.get("where") or example["id"]
             print(visible(f"left out: {where}: {failures[example['id']]}"), file=sys.stderr)
     return journal.items, failures
-
-
-def show_progress(bar: tqdm, begin: int, rows: int, share: float) -> None:
-    """Moves the bar to where a share of the rows that come behind `begin` are answered."""
-    bar.update(begin + int(rows * share) - bar.n)
 
 
 def recording_key(example: dict) -> tuple:
@@ -422,9 +404,8 @@ def result_path(out: Path, manifest: Path, ckpt: Path, settings: dict) -> Path:
     for number in count(1):
         more = f"-{number}" if number > 1 else ""
         path = out / f"{manifest.stem}-{ckpt.stem}{more}.jsonl"
-        before = read_settings(path)
-        names = ("checkpoint", "source")
-        if before is None or all(before.get(x, [])[:1] == settings[x][:1] for x in names):
+        before = settings | read_settings(path)
+        if all(before[name][0] == settings[name][0] for name in ("checkpoint", "source")):
             return path
 
 
@@ -432,8 +413,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Answers and scores a manifest, and leaves items, summary and report in a directory."""
     device = pick_device()
     ckpt = Path(args.ckpt or newest_checkpoint())
-    loaded = load_model(ckpt, device, args.int8, args.encoder, args.llm)
-    model, tokenizer, checkpoint = loaded
+    model, tokenizer, checkpoint = load_model(ckpt, device, args.int8, args.encoder, args.llm)
     manifest = data.Manifest(args.manifest)
     examples = {}
     for i, example in enumerate(manifest, 1):
@@ -453,7 +433,7 @@ def evaluate(args: argparse.Namespace) -> None:
     path = result_path(Path(args.out), manifest.path, ckpt, settings)
     journal = Journal(path, settings)
     inputs = model, tokenizer, checkpoint, list(examples.values()), load_wave, journal
-    answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=fast_step(device))
+    answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=fast_step())
     items = [answers[i] for i in examples if i in answers]
     if not items:
         raise UserError(f"{args.manifest}: none of its {len(examples)} rows could be answered")
@@ -495,7 +475,6 @@ def write_page(path: Path, facts: dict, table, signatures, items, load_wave: Cal
 
 def main(argv: list[str] | None = None) -> None:
     steady_output()
-    quiet_libraries()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("manifest", help="manifest to be answered and scored")

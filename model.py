@@ -21,6 +21,7 @@ import re
 import reprlib
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -77,7 +78,8 @@ class SteadyFile(io.FileIO):
 def steady_output() -> None:
     """Lets no print end a program, which calls it first: standard output and error then escape what
     their encoding lacks, and are dropped from where they are closed or full. Others that someone
-    put in their place stay as they are."""
+    put in their place stay as they are. Warnings of libraries are left out."""
+    warnings.simplefilter("ignore")
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # the program was started without it
@@ -1186,7 +1188,7 @@ def fetch(path_or_hub_id: str | Path) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
         raise UserError(
             f"{path}: no such directory; give the directory of a checkpoint (config.json and "
-            "model.safetensors) or a Hub id such as Qwen/Qwen2.5-1.5B"
+            "model.safetensors) or a Hub id such as Qwen/Qwen2.5-1.5B by --encoder or --llm"
         )
     from huggingface_hub import snapshot_download  # takes half a second, so only when needed
 

@@ -4,18 +4,13 @@ In reading order: the LLM's cache, generation (greedy, sampling, beams), answers
 about recordings of any length, the command, which prints an answer as it is made.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, also while it imports
-
 import argparse
 import json
 import math
 import os
 import re
+import signal
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +22,8 @@ from typing import NamedTuple
 # Idle threads spin only briefly, see tests/bench/README.md. It counts only before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
 
 import torch
 from tokenizers import Tokenizer
@@ -140,10 +137,8 @@ def decode_step(llm: LLM, ids: Tensor, positions: Tensor, cache: KVCache, filled
     return llm.logits(hidden)
 
 
-def fast_step(device: str = "cpu") -> Callable:
+def fast_step() -> Callable:
     """The step of decoding to generate with: extras/decode.py's, or else the plain one."""
-    if device == "mps":
-        return decode_step
     try:
         from extras.decode import FastDecode
     except ImportError:
@@ -443,7 +438,7 @@ def answer_examples(
     refuse_above: float | None = None,
     weigh: bool = False,
     on_text: Callable[[str], None] | None = None,
-    on_batch: Callable[[float], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
     batch_size: int = 16,
     max_new_tokens: int = MAX_NEW_TOKENS,
     **options,
@@ -455,16 +450,16 @@ def answer_examples(
     cache. sqa is asked of all windows at once, everything else window by window, and joined.
     refuse_above: a question with a greater margin is refused; None leaves that to the model, and
     weigh asks for the margins all the same. on_text gets each new piece of the first example's
-    answer as it is made, on_batch after each batch the share of all that is answered. options:
-    those of generate. Returns for each example an Answer, or an
-    AudioError if it does not fit into the LLM's context."""
+    answer as it is made, on_batch after each batch the number of examples that it began. options:
+    those of generate. Returns for each example an Answer, or an AudioError if it does not fit into
+    the LLM's context."""
     weigh = weigh or refuse_above is not None
     requests, failures = make_requests(model, tokenizer, examples, recordings)
     live = LiveText(tokenizer, on_text) if on_text else None
     if live is None:
         requests.sort(key=lambda request: -len(request.audio))
     answers: list[dict[int, Answer]] = [{} for _ in examples]
-    sizes, answered = [], 0
+    sizes = []
     for request in requests:
         # One that leaves its answer less room than asked for is alone, not to cut other answers.
         short = len(request.ids) + max_new_tokens > model.llm.config.max_position_embeddings
@@ -478,9 +473,8 @@ def answer_examples(
         outputs = answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, more)
         for request, answer in zip(batch, outputs, strict=True):
             answers[request.example][request.window] = answer
-        answered += len(batch)
         if on_batch is not None:
-            on_batch(answered / len(requests))
+            on_batch(sum(request.window == 0 for request in batch))
         if live is not None:
             live.finish([answer.text for answer in answers[0].values()])
     return [failures.get(i) or join_answers(windows) for i, windows in enumerate(answers)]
@@ -625,36 +619,26 @@ def newest_checkpoint() -> Path:
     return max(paths, key=lambda path: path.stat().st_mtime)
 
 
-def locate_base(path: str | Path, name: str, base: dict) -> str | Path:
+def locate_base(name: str, base: dict) -> str | Path:
     """Where a base model of a checkpoint is: where it was in training, or else in demo/ beside this
     file. Raises UserError."""
     for place in (base["path"], data.INSTRUCTIONS_FILE.with_name(name)):
         with suppress(UserError):
             if os.path.isdir(place) and fingerprint(place)["sha256"] == base["sha256"]:
                 return place
-    try:
-        return fingerprint(base["path"])["path"]  # of the Hub, or another model, which is refused
-    except UserError as error:
-        raise UserError(
-            f"{path}: found no {name} where it was in training ({error}); give its directory or "
-            f"Hub id by --{name}"
-        ) from error
+    return base["path"]  # of the Hub, or gone, or another model now
 
 
 def load_model(
-    path: str | Path,
-    device: str = "cpu",
-    int8: bool = False,
-    encoder: str | Path | None = None,
-    llm: str | Path | None = None,
+    path: str | Path, device: str = "cpu", int8: bool = False, encoder: str = "", llm: str = ""
 ):
     """The model of a checkpoint on its two base models, in float32 or, where that is faster, in
     bfloat16, or with the LLM's weights rounded to 8 bits; its tokenizer; the checkpoint without
     weights. encoder, llm: directories or Hub ids of the base models, if they are not where they
     were in training. Raises UserError."""
     checkpoint = load_checkpoint(path)
-    encoder = encoder or locate_base(path, "encoder", checkpoint["bases"]["encoder"])
-    llm = llm or locate_base(path, "llm", checkpoint["bases"]["llm"])
+    encoder = encoder or locate_base("encoder", checkpoint["bases"]["encoder"])
+    llm = llm or locate_base("llm", checkpoint["bases"]["llm"])
     directory = fetch(llm)
     dtype = fast_dtype(directory, device)
     model = SpeechLM.from_parts(encoder, llm, dtype, device=device, **checkpoint["adapter"])
@@ -673,10 +657,8 @@ def ask(model, tokenizer, checkpoint, recording, instruction, task=None, **optio
     """The task and the Answer of an instruction in words about a recording as encode_waves gave it.
     task: sqa to ask about all of it at once; None leaves that to task_of. options: those of
     answer_examples. Raises AudioError."""
-    known = data.known_wording(instruction)
-    likely_task, wording = known or (data.task_of(instruction), instruction)
+    likely_task, wording = data.recognise(instruction)
     task = task or likely_task
-    wording = wording.encode(errors="replace").decode()  # bytes of a command line that are no text
     example = {"instruction": wording, "task": task, "target_language": None}
     if checkpoint["config"]["phase"] == "align" and task != "asr":
         warn("this checkpoint was trained on transcribing only (phase align); trying")
@@ -689,27 +671,17 @@ def ask(model, tokenizer, checkpoint, recording, instruction, task=None, **optio
     return task, answer
 
 
-def quiet_libraries() -> None:
-    """Keeps remarks of libraries out of what is printed."""
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-
-
 def warn(text: str) -> None:
     print(f"sample.py: {text}", file=sys.stderr)
 
 
-MEDIA = "wave?|w64|flac|mp[1-4]|mpe?g|og[agv]|opus|ai(ff?|fc)|m4[abv]|aac|ac3|amr|wm[av]|web[am]"
-MEDIA += "|mk[av]|mov|avi|3g[ap]p?|caf|au|snd|sph"
-FILE_NAMES = (
-    r"\S*[.](?=\d*[a-z])[a-z0-9]{2,5}",  # one word with a suffix
-    r"(?!.*[\s⺀-鿿]).*[/\\].*[^.?!]",  # one word with a slash, but not "and/or?" and no Chinese
-    r"(~|[.]+)?/.*",
-    rf".*[.]({MEDIA})",
+FILE_NAME = re.compile(
+    r"\S*[.](?=\d*[a-z])[a-z0-9]{2,5}"  # one word with a suffix
+    r"|(?!.*[\s⺀-鿿]).*[/\\].*[^.?!]"  # one word with a slash, but not "and/or?" and no Chinese
+    r"|(~|[.]+)?/.*|.*[.](wave?|flac|mp[1-4]|mpe?g|og[agv]|opus|ai(ff?|fc)|m4[abv]|aac|amr|wm[av]"
+    r"|web[am]|mk[av]|mov|avi|3gp|caf|au)",
+    re.IGNORECASE | re.DOTALL,
 )
-FILE_NAME = re.compile("|".join(FILE_NAMES), re.IGNORECASE | re.DOTALL)
 
 
 def is_recording(word: str) -> bool:
@@ -740,9 +712,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error('the instruction is empty; say what to do, such as "Translate to German"')
     for word in args.audio:
         if not is_recording(word):
-            parser.error(
-                f'"{visible(word)}" is no file; give recordings first, behind them the instruction'
-            )
+            parser.error(f'"{visible(word)}" is no file; give the instruction behind recordings')
     try:
         check_options(1, args.beams, args.temperature, args.top_p, None)
     except ValueError as error:
@@ -752,7 +722,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     steady_output()
-    quiet_libraries()
     args = parse(argv)
     device = pick_device()
     options = {
@@ -760,14 +729,14 @@ def main(argv: list[str] | None = None) -> None:
         "temperature": args.temperature,
         "top_p": args.top_p,
         "generator": torch.Generator(device).manual_seed(args.seed % 2**63),
-        "step": fast_step(device),
+        "step": fast_step(),
         "task": "sqa" if args.whole else None,
         "on_text": None if args.json else print_piece,
     }
     try:
         waves = {path: data.load_audio(path) for path in args.audio}
-        ckpt = args.ckpt or newest_checkpoint()
-        loaded = load_model(ckpt, device, args.int8, args.encoder, args.llm)
+        bases = args.encoder, args.llm
+        loaded = load_model(args.ckpt or newest_checkpoint(), device, args.int8, *bases)
     except UserError as error:
         sys.exit(f"sample.py: {error}")
     model, _, checkpoint = loaded
@@ -800,11 +769,9 @@ def print_piece(text: str) -> None:
 
 def read_instruction() -> str:
     """An instruction that the user types; "" when there is none any more."""
-    if sys.stdin is None:
-        return ""
     try:
         return input("instruction> " if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, KeyboardInterrupt, AttributeError):  # at its end, or there is no input
         return ""
     except UnicodeDecodeError as error:
         sys.exit(f"sample.py: what was typed is no text ({error}); type it in {error.encoding}")

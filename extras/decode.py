@@ -48,7 +48,8 @@ class FastDecode:
         which the first `filled` positions are in use -> logits (B, V) of the next. On CUDA the next
         call overwrites them."""
         shape = (len(ids), cache.size)
-        if self.seconds.get(shape, 0.0) >= self.pays and shape not in self.compiled:
+        due = self.seconds.get(shape, 0.0) >= self.pays and ids.device.type != "mps"
+        if due and shape not in self.compiled:
             if not self.compiled:
                 tqdm.write("compiling the decoding step, about a minute", file=sys.stderr)
             self.compiled[shape] = compile_step(self.decode_step, ids.is_cuda)

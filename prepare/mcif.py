@@ -188,8 +188,7 @@ def answer(args: argparse.Namespace) -> int:
     examples = read_source(args.source, folder)
     path = Path(args.ckpt or newest_checkpoint())
     device = pick_device()
-    loaded = load_model(path, device, args.int8, args.encoder, args.llm)
-    model, tokenizer, checkpoint = loaded
+    model, tokenizer, checkpoint = load_model(path, device, args.int8, args.encoder, args.llm)
 
     # What an earlier run with the same settings answered is taken from the journal.
     items, failed = answer_manifest(
@@ -201,7 +200,7 @@ def answer(args: argparse.Namespace) -> int:
         Journal(out.with_suffix(".answers.jsonl"), run_settings(path, args.source, args)),
         score=False,
         num_beams=args.beams,
-        step=fast_step(device),
+        step=fast_step(),
     )
 
     # The official score punishes an empty answer to a question more than a refusal.
