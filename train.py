@@ -4,6 +4,11 @@ python train.py --phase ift --init out/align.pt
 One config, one table of phases, one loop. python train.py --help lists every option.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
+
 import argparse
 import hashlib
 import json
@@ -12,7 +17,6 @@ import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import statistics
 import sys
 import sysconfig
@@ -31,8 +35,6 @@ from pathlib import Path
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
 
 import numpy as np
 import torch
