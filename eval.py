@@ -222,8 +222,15 @@ def validation_scores(pairs: list[tuple[dict, str]]) -> dict[str, float]:
     """Figures of (example, answer) pairs for a validation: each score's mean over languages."""
     by_kind = {}
     for example, text in pairs:
-        item = make_item(example, Answer(text), 0.0, score=True)
-        by_kind.setdefault((item["task"], item["target_language"]), []).append(item)
+        task, language = example["task"], example["target_language"]
+        item = {
+            "task": task,
+            "target_language": language,
+            "reference": example["text"],
+            "hypothesis": text,
+            "scores": item_scores(task, language, example["text"], text),
+        }
+        by_kind.setdefault((task, language), []).append(item)
     values = {}
     for kind in sorted(by_kind):
         for name, (value, *_) in corpus_scores(by_kind[kind], draws=0)[0].items():

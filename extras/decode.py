@@ -49,12 +49,14 @@ class FastDecode:
         call overwrites them."""
         shape = (len(ids), cache.size)
         due = self.seconds.get(shape, 0.0) >= self.pays and ids.device.type != "mps"
-        if due and shape not in self.compiled:
-            if not self.compiled:
-                tqdm.write("compiling the decoding step, about a minute", file=sys.stderr)
-            self.compiled[shape] = compile_step(self.decode_step, ids.is_cuda)
-        if shape in self.compiled:
+        if due or shape in self.compiled:
             try:
+                if shape not in self.compiled:
+                    step = compile_step(self.decode_step, ids.is_cuda)
+                    if not self.compiled:
+                        remark = "compiling the decoding step, about a minute"
+                        tqdm.write(remark, file=sys.stderr)
+                    self.compiled[shape] = step
                 return self.run(self.compiled[shape], llm, ids, positions, cache)
             except Exception as error:  # those of dynamo, inductor, triton, g++ have no common base
                 reason = f"{first_line(error)}; {ADVICE}"
@@ -108,7 +110,10 @@ def compile_step(decode_step: Callable, on_cuda: bool) -> Callable:
     # Importing the compiler takes a second, so it waits until now.
     import torch._dynamo
     from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
 
+    if not on_cuda:
+        get_cpp_compiler()  # raises an error if there is none
     torch._dynamo.config.recompile_limit = 256  # there is one compilation for each shape
     step = torch.compile(decode_step, fullgraph=True, dynamic=False)
     options = {} if on_cuda else CPU_OPTIONS

@@ -137,8 +137,9 @@ def test_a_batch_equals_its_examples(asked):
         assert answer == Answer(asked.tokenizer.decode(ids).strip(), cut=len(ids) == 9)
     assert len(sizes) > 3 and len({answer.text for answer in answers}) > 6
     loaded = asked.model, asked.tokenizer, asked.checkpoint
-    for i, instruction in enumerate((SAY, "Translate to German", ASK)):
-        example = asked.examples[i] | {"instruction": instruction}
+    for i, instruction in enumerate((SAY, "translate to german", ASK)):
+        wording = instruction.replace("translate to german", "Translate to German.")
+        example = asked.examples[i] | {"instruction": wording}
         task, answer = sample.ask(*loaded, asked.recordings[i], instruction, **SHORT)
         assert [answer] == answers_to(asked, [example], [asked.recordings[i]])
         assert task == example["task"]
