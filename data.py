@@ -484,7 +484,7 @@ def recognise(instruction: str) -> tuple[str | None, str]:
     """The task and the text of an instruction. That of a known wording, in any spelling, in quotes
     or not, is what training has, around a question as it was typed. The task of others is sqa for
     a question mark, or None, answered as asr is."""
-    instruction = instruction.encode(errors="replace").decode()  # a command line may be no text
+    instruction = re.sub("[\ud800-\udfff]", "\ufffd", instruction)  # bytes that are no text
     text = unicodedata.normalize("NFC", instruction).strip()
     quoted = re.fullmatch("[\"'“„‘«「](.+)[\"'“”’»」]", text, re.DOTALL)
     text = quoted[1].strip() if quoted else text

@@ -3,6 +3,10 @@ and the command."""
 
 import json
 import math
+import os
+import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,6 +65,36 @@ def test_errors_of_other_languages():
     assert item_scores("asr", "zh", "你好世界", "你好世")["word_errors"] == 1
     half = item_scores("asr", "zh", "你好世界", "你好市界")
     assert (half["character_errors"], half["characters"], half["words"]) == (1, 4, 4)
+
+
+@pytest.mark.parametrize("language", ["yue", "ja", "th", "lo", "km", "my"])
+def test_scripts_without_spaces_are_scored_by_characters(language):
+    reference, hypothesis = "กขคง จฉ", "กขค จฉช"
+    if language in ("yue", "ja"):
+        reference, hypothesis = "黄鸟在花 园里", "黄鸟在 园里睡"
+    scores = item_scores("asr", language, reference, hypothesis)
+    assert (scores["word_errors"], scores["words"]) == (2, 6)
+    assert (scores["character_errors"], scores["characters"]) == (2, 6)
+    assert item_scores("sqa", language, reference, hypothesis)["f1"] == pytest.approx(5 / 6)
+
+
+def test_tokenizers_of_bleu(monkeypatch):
+    pairs = [item("st", "ja", "黄鸟在花园里睡觉。", "黄鸟在花园里睡。")]
+    assert corpus_scores(pairs)[0]["BLEU"][0] > 50
+    expected = {"yue": "zh", "ja": "char", "ko": "char", "th": "char", "my": "char", "it": "13a"}
+    bleu = sacrebleu.BLEU
+
+    def without_mecab(tokenize):
+        if "mecab" in tokenize:
+            raise RuntimeError("requires extra dependencies")
+        return bleu(tokenize=tokenize)
+
+    monkeypatch.setattr(sacrebleu, "BLEU", without_mecab)
+    for language, tokenizer in expected.items():
+        _, signatures = corpus_scores([item("st", language, "a b", "a b")])
+        assert f"tok:{tokenizer}|" in signatures[f"BLEU {language}"]
+    monkeypatch.setattr(sacrebleu, "BLEU", lambda tokenize: tokenize)
+    assert [eval.bleu(language) for language in ("ja", "ko")] == ["ja-mecab", "ko-mecab"]
 
 
 GERMAN = [
@@ -338,6 +372,80 @@ def test_other_settings_are_another_run(folder, capsys, tmp_path):
         out, _ = run(eval, capsys, *argv, "asr", *more)
         assert f"held items of other settings, now in m\\u001b[2K-ift.old{number}.jsonl" in out
     assert path.with_suffix(".old1.jsonl").read_text() == before
+
+
+def test_results_of_other_paths_are_beside_each_other(folder, capsys, tmp_path, monkeypatch):
+    """Also after the files of the first one changed: what it had is moved aside, the summary and
+    the report too."""
+    lines, paths = (folder / "all.jsonl").read_text().splitlines(), []
+    for name in "ab":
+        paths.append(tmp_path / name / "test.jsonl")
+        paths[-1].parent.mkdir()
+        paths[-1].write_text(lines["ab".index(name)])
+    ckpt = write_checkpoint(folder, tmp_path / "b" / "ift.pt")
+    out = tmp_path / "out"
+    runs = [(paths[0], folder / "ift.pt"), (paths[1], folder / "ift.pt"), (paths[1], ckpt)]
+    for manifest, checkpoint in runs:
+        run(eval, capsys, manifest, "--ckpt", checkpoint, "--out", out)
+    stems = ["test-ift", "test-ift-2", "test-ift-3"]
+    names = {f"{stem}.{suffix}" for stem in stems for suffix in ("html", "json", "jsonl")}
+    assert {path.name for path in out.iterdir()} == names
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert b'"id": "1"' in before["test-ift.jsonl"] != before["test-ift-2.jsonl"]
+
+    # The same paths by another spelling go on.
+    monkeypatch.chdir(tmp_path / "a")
+    printed, _ = run(eval, capsys, "../b/test.jsonl", "--ckpt", folder / "ift.pt", "--out", out)
+    assert "test-ift-2.jsonl: 1 items are there already" in printed
+    paths[0].write_text("\n".join(lines[:2]))
+    for number in (1, 2):
+        run(eval, capsys, paths[0], "--ckpt", folder / "ift.pt", "--out", out)
+        for suffix in ("html", "json", "jsonl"):
+            aside = out / f"test-ift.old{number}.{suffix}"
+            assert aside.read_bytes() == before[f"test-ift.{suffix}"]
+        paths[0].write_text(lines[number + 1])
+        before |= {path.name: path.read_bytes() for path in out.iterdir()}
+        (out / f"test-ift.old{number}.jsonl").unlink()  # the others are not overwritten
+
+
+def test_the_bar_moves_with_every_batch(folder, capsys, tmp_path, monkeypatch):
+    moves = []
+
+    class Bar(eval.tqdm):
+        def update(self, n=1):
+            moves.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr(eval, "tqdm", Bar)
+    run(eval, capsys, folder / "all.jsonl", "--ckpt", folder / "ift.pt", "--out", tmp_path)
+    assert sum(moves) == 24 and len(moves) > 1
+
+
+def test_the_program_prints_its_scores_alone(folder, tmp_path):
+    """No remark of a library, and what its standard output cannot say is escaped."""
+    manifest = tmp_path / "花.jsonl"
+    manifest.write_text((folder / "all.jsonl").read_text().splitlines()[1])
+    command = [sys.executable, Path(eval.__file__), manifest, "--ckpt", folder / "ift.pt"]
+    command += ["--out", tmp_path, "--llm", folder / "llm", "--encoder", folder / "encoder"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    summary, page = (f"{tmp_path}/\\u82b1-ift.{suffix}: the " for suffix in ("json", "html"))
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("st de, all, 1: BLEU") and len(lines) == 3
+    assert lines[1].startswith(summary) and lines[2].startswith(page)
+    errors = re.split("[\r\n]+", done.stderr.strip())
+    assert done.returncode == 0 and all(line.startswith("eval: ") for line in errors)
+
+
+def test_ctrl_c_while_it_answers(folder, tmp_path):
+    command = [sys.executable, Path(eval.__file__), folder / "all.jsonl", "--beams", "64"]
+    command += ["--ckpt", folder / "ift.pt", "--out", tmp_path]
+    program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert program.stderr.read(5).strip() == "eval"  # the bar is there
+    program.send_signal(signal.SIGINT)
+    error = program.communicate()[1]
+    assert program.returncode == 130 and "Traceback" not in error
+    assert error.endswith("eval.py: stopped; start again to go on from here\n")
 
 
 def test_without_extras(folder, capsys, tmp_path, monkeypatch):

@@ -182,7 +182,7 @@ def test_compiled_logits(monkeypatch):
     assert len(fast.compiled) == 1 and relative_error(*logits) < 3e-2
 
 
-def test_nothing_is_compiled_before_it_pays(monkeypatch):
+def test_nothing_is_compiled_before_it_pays(monkeypatch, capsys):
     """The compiler is called once the steps of a shape have taken the given time, and for that
     shape alone."""
     compilations = []
@@ -205,6 +205,9 @@ def test_nothing_is_compiled_before_it_pays(monkeypatch):
     assert not compilations
     assert generate(llm, x, [3, 3], max_new_tokens=10, step=fast) == plain
     assert compilations == [False]
+    remark = "compiling the decoding step, about a minute\n"
+    generate(llm, x, [2, 2, 2], max_new_tokens=30, step=fast)
+    assert len(compilations) == 2 and capsys.readouterr().err == remark  # once
 
 
 def test_without_a_compiler(capsys):

@@ -6,16 +6,22 @@ import json
 import math
 import os
 import re
+import signal
 import string
+import subprocess
 import sys
+import time
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
 import soundfile
 import torch
 
+import data
+import model
 import sample
-from conftest import ESCAPES, make_project, randomise, tiny_llm
+from conftest import ESCAPES, ROOT, make_project, randomise, refused, tiny_llm
 from data import (
     REFUSALS,
     Examples,
@@ -285,7 +291,188 @@ def test_a_refusing_model_still_has_another_answer(asked, monkeypatch):
 
 
 # ------------------------------------------------------------------------------
+# Instructions in any spelling
+
+
+SPELLINGS = {
+    "as trained": lambda text: text,
+    "lower case": str.lower,
+    "upper case": str.upper,
+    "no last mark": lambda text: text.rstrip(".。?？"),
+    "blanks": lambda text: f"  {text}\n".replace(" ", "  "),
+    "quotes": lambda text: f"“{text}”",
+    "marks of another keyboard": lambda text: text.replace("'", "’").replace("：", ":"),
+    "decomposed": lambda text: unicodedata.normalize("NFD", text),
+    "politely": lambda text: f"please {text.lower()}",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_known_wording_in_another_spelling(spelling):
+    """Training has one spelling of each, and that is asked. A question stays as it was typed."""
+    question = "Who is  Anna’s Friend?"
+    for wording, (_, task) in data.wording_patterns().items():
+        typed = SPELLINGS[spelling](wording.replace("{question}", "@")).replace("@", question)
+        expected = wording.replace("{question}", question)
+        assert data.recognise(typed) == (task, expected), typed
+
+
+def test_other_instructions_stay_as_they_are():
+    for text in ("hum  IT", '"Who IS it?" ', "Translate to Klingon", "transcribe it backwards", ""):
+        assert data.recognise(text)[1] == text
+    assert data.recognise("\udcdc it") == (None, "\ufffd it")  # bytes that are no text
+
+
+def test_the_spelling_of_training_is_asked(asked, capsys):
+    out, _ = run(sample, capsys, asked.wav, "TRANSCRIBE  the speech", "--json", *asked.ckpt)
+    line = json.loads(out)
+    assert line["text"] == answer_by_hand(asked, asked.wav, SAY, "asr")
+    assert line["instruction"] == "TRANSCRIBE  the speech" and line["task"] == "asr"
+
+
+# ------------------------------------------------------------------------------
+# Base models
+
+
+def test_base_models_that_moved(asked, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    make_folder(folder)
+    ckpt, moved = folder / "ift.pt", tmp_path / "new"
+    before = run(sample, capsys, folder / "train0.wav", SAY, "--ckpt", ckpt)
+    folder.rename(moved)
+    ckpt = moved / "ift.pt"
+    argv = [moved / "train0.wav", SAY, "--ckpt", ckpt]
+    message = f"{folder}/llm: no such directory; .* by --encoder or --llm"
+    assert re.search(message, run(sample, capsys, *argv, code=1)[1])
+    options = ["--encoder", moved / "encoder", "--llm", moved / "llm"]
+    assert run(sample, capsys, *argv, *options) == before
+
+    # Those beside the program are taken, if they are the same ones, also for a relative path or a
+    # directory that is empty now.
+    monkeypatch.setattr(data, "INSTRUCTIONS_FILE", moved / "instructions.json")
+    assert run(sample, capsys, *argv) == before
+    (folder / "llm").mkdir(parents=True)
+    assert run(sample, capsys, *argv) == before
+    bases = {name: fingerprint(moved / name) | {"path": f"a/{name}"} for name in ("encoder", "llm")}
+    write_checkpoint(moved, ckpt, bases=bases)
+    sample.load_model(ckpt)
+    bases["llm"] |= {"sha256": "0", "path": str(moved / "llm")}
+    write_checkpoint(moved, ckpt, bases=bases)
+    refused("was trained on the llm .* give the same --llm", sample.load_model, ckpt)
+
+
+def test_devices(monkeypatch, tmp_path):
+    """Those of Apple get the plain operators and float32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for available, device in ((False, "cpu"), (True, "mps")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=available: here)
+        assert model.pick_device() == device
+    (tmp_path / "config.json").write_text('{"hidden_size": 4096}')
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert model.fast_dtype(tmp_path, "mps") == torch.float32
+    assert model.fast_dtype(tmp_path, "cuda") == torch.bfloat16
+    assert model.default_kernels("mps") == model.Kernels()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert model.pick_device() == "cuda"
+
+
+# ------------------------------------------------------------------------------
+# Output that cannot be written
+
+
+def replace_stream(monkeypatch, name, descriptor, encoding):
+    stream = open(descriptor, "w", encoding=encoding, closefd=False)
+    monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr(sys, f"__{name}__", stream)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch, encoding):
+    reading, writing = os.pipe()
+    replace_stream(monkeypatch, "stdout", writing, encoding)
+    for _ in range(2):
+        model.steady_output()
+    text = "Schläft 花 \ud800"
+    print(text)
+    assert os.read(reading, 99) == f"{text}\n".encode(encoding, "backslashreplace")
+    assert sys.stdout.fileno() == writing and not sys.stdout.isatty()
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_nobody_takes_is_dropped(monkeypatch, name):
+    reading, writing = os.pipe()
+    os.close(reading)
+    for descriptor in (writing, os.open("/dev/full", os.O_WRONLY)):
+        replace_stream(monkeypatch, name, descriptor, "utf-8")
+        model.steady_output()
+        for _ in range(9999):
+            print("a long line", file=getattr(sys, name), flush=True)
+    monkeypatch.setattr(sys, name, None)
+    model.steady_output()
+    print("\ud800", file=getattr(sys, name), flush=True)
+
+
+def test_other_streams_are_left_alone(monkeypatch, capsys):
+    for stream in (sys.stdout, io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", stream)
+        model.steady_output()
+        assert sys.stdout is stream
+
+
+def test_a_pipe_that_is_closed_early(asked):
+    """No error, no exit code 120, nothing on standard error, which is empty anyway."""
+    command = [sys.executable, ROOT / "sample.py", *[asked.wav] * 3, SAY, *asked.ckpt]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.close()
+    assert program.stderr.read() == b"" and program.wait() == 0
+
+
+@pytest.mark.parametrize("name", ["sample", "eval", "train"])
+def test_ctrl_c_while_a_program_is_loaded(name):
+    command = [sys.executable, ROOT / f"{name}.py", "--help"]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(0.3)
+    program.send_signal(signal.SIGINT)
+    assert program.communicate() == (b"", b"") and program.wait() == -signal.SIGINT
+
+
+# ------------------------------------------------------------------------------
 # The command
+
+
+def test_file_names_and_instructions():
+    names = ["a.webm", "My Rec 1.wav", "My Talk.MP3", "path/to/file", "a.wave", "~/x", "../x y"]
+    names += ["/no where/a", "https://a.org/b?c=1", "*.wav", "a.tar/b c.flac", "C:\\a", "会议.m4a"]
+    instructions = ["Translate to German.", "What is 3.5 + 2?", "Transcribe.", "and/or?", "3.5"]
+    instructions += [
+        "Say it in German/Italian",
+        "Is it 24/7?",
+        "Who likes Node.js?",
+        "译成英语/德语",
+    ]
+    for word in names:
+        assert sample.parse([__file__, word]).audio == [__file__, word]
+    for word in instructions:
+        assert sample.parse([__file__, "--beams", "3", word]).instruction == word
+        assert sample.parse(["a.wav", "b/c", word, "--json"]).instruction == word
+
+
+def test_options_between(asked, capsys):
+    argv = [asked.wav, "--json", asked.folder / "train1.wav", *asked.ckpt, SAY, "--whole"]
+    assert run(sample, capsys, *argv)[0].count(SAY) == 2
+
+
+def test_without_docstrings(monkeypatch):
+    """As python -OO leaves them."""
+    monkeypatch.setattr(sample, "__doc__", None)
+    assert sample.parse(["a.wav", SAY]).instruction == SAY
+
+
+def test_temperatures_near_zero():
+    logits = torch.tensor([[1.0, 3e4, 2.0]])
+    for temperature in (0.0, 1e-320, 1e-40, 1e-5):
+        assert sample.draw_token(logits, temperature, 1.0).tolist() == [1]
 
 
 def answer_by_hand(asked, path, instruction, task, **options):
@@ -335,6 +522,9 @@ def test_instructions_that_are_typed(asked, capsys, monkeypatch):
 
     texts = [answer_by_hand(asked, asked.wav, *pair) for pair in ((SAY, "asr"), (ASK, "sqa"))]
     monkeypatch.setattr(sample, "encode_waves", encode_once)
+    monkeypatch.setattr(sys, "stdin", None)  # closed
+    _, err = run(sample, capsys, asked.wav, *asked.ckpt, code=1)
+    assert err.startswith("sample.py: no instruction")
     for end in ("", "\n", f" \n{SAY}"):
         calls.clear()
         monkeypatch.setattr(sys, "stdin", io.StringIO(f"{SAY}\n{ASK}\n{end}"))
@@ -403,6 +593,12 @@ def test_remarks(asked, capsys, tmp_path, monkeypatch):
         ("none.wav SAY --ckpt ift.pt", 1, "none.wav: no such file; correct the path"),
         ("train0.wav none.FLAC --ckpt ift.pt", 1, "none.FLAC: no such file"),
         ("train0.wav all.jsonl --ckpt ift.pt", 1, "all.jsonl: found content that starts with"),
+        ("train0.wav meeting.webm --ckpt ift.pt", 1, "meeting.webm: no such file"),
+        ("train0.wav ~/x/y", 1, "~/x/y: no such file"),
+        ("SAY", 2, '"Transcribe the speech." is no file; give the instruction behind recordings'),
+        ("SAY train0.wav", 2, '"Transcribe the speech." is no file'),
+        ("train0.wav SAY --temperature nan", 2, "temperature nan finite and at least 0"),
+        ("train0.wav SAY --ckpt ift.pt --llm none", 1, "none: no such directory; .* --llm"),
         ("train0.wav EMPTY", 2, "the instruction is empty; say what to do"),
         ("train0.wav SAY --beams 0", 2, "num_beams 0 must be at least 1"),
         ("train0.wav SAY --temperature -1", 2, "temperature -1.0 finite and at least 0"),
