@@ -30,7 +30,14 @@ from eval import (
     run_settings,
     summarise,
 )
-from model import UserError, keep_freed_memory, one_line_errors, pick_device, visible
+from model import (
+    UserError,
+    keep_freed_memory,
+    one_line_errors,
+    pick_device,
+    steady_output,
+    visible,
+)
 from sample import fast_step, load_model, newest_checkpoint
 
 Key = tuple[str, str]  # the track and the language of a task
@@ -330,6 +337,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    steady_output()
     args = parse(argv)
     try:
         failed = args.run(args)
