@@ -229,7 +229,7 @@ def check_options(max_new_tokens, num_beams, temperature, top_p, on_token) -> No
     if max_new_tokens < 1 or num_beams < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(
             f"max_new_tokens {max_new_tokens} and num_beams {num_beams} must be at least 1, "
-            f"temperature {temperature} finite and at least 0, top_p {top_p} above 0 and at most 1"
+            f"temperature {temperature} at least 0 and finite, top_p {top_p} above 0 and at most 1"
         )
     if num_beams > 1 and (temperature > 0 or on_token is not None):
         raise ValueError(
@@ -405,8 +405,7 @@ def encode_waves(model: SpeechLM, waves: list[Tensor], longest: float) -> list[l
     device = next(model.adapter.parameters()).device
     recordings = []
     for wave in waves:
-        # The features of float64, which mps does not have, are computed on the CPU there.
-        place = "cpu" if device.type == "mps" else device
+        place = "cpu" if device.type == "mps" else device  # fbank needs float64
         features, lengths = data.fbank(data.cut_windows(wave.to(place), longest))
         recordings.append(list(features.split(lengths)))
     return encode_recordings(model, recordings)
