@@ -218,9 +218,7 @@ def tar_members(shard: str) -> dict[str, tuple[int, int]]:
     return members
 
 
-class Unmeasured(io.BytesIO):
-    """Bytes that do not tell where they end, of which libsndfile does not guess a length."""
-
+class Unmeasured(io.BytesIO):  # without an end, from which libsndfile guesses how long an mp3 is
     def seek(self, offset: int, whence: int = 0) -> int:
         return super().seek(0) if whence == 2 else super().seek(offset, whence)
 
@@ -247,11 +245,13 @@ def promised_seconds(path: str | Path) -> float:
             content = file.read()
             more = content.find(b"OggS\0\2", content.find(b"OggS\0\0")) > 0
             more |= content.count(b"fLaC\0\0\0\x22") + content.count(b"fLaC\x80\0\0\x22") > 1
-        elif sound.subtype.startswith(("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW", "MPEG")):
+        elif sound.subtype.startswith(("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW", "MPEG_LAYER_III")):
             sound.seek(frames)
             rest = file.read().strip(b"\0")
-            if sound.format == "MP3":  # more headers of frames than there are by chance
-                more = len(re.findall(rb"\xff[\xe3\xf2-\xfd]", rest)) > 4 + len(rest) // 2048
+            if sound.format == "MP3":
+                # Up to 8 frames are left by libsndfile's way to seek, others look so by chance.
+                headers = re.findall(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", rest)
+                more = len(headers) > 10 + len(rest) // 2048
             elif not re.match(rb"(?!RIFF|FORM|caff)[\w(][\w) ]{3}|TAG", rest):  # no chunk, no tag
                 more = len(rest) > sound.samplerate // 10 * sound.channels
         if more:
