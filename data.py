@@ -159,7 +159,7 @@ def check_wave(wave: Tensor, rate: int, expected: float, path: str | Path) -> No
 
 
 def audio_seconds(path: str | Path) -> float:
-    """The length of an audio file by its header, in seconds; 0 if it cannot be read."""
+    """The length of an audio file in seconds, by promised_seconds; 0 if that refuses the file."""
     try:
         return promised_seconds(path)
     except AudioError:
