@@ -99,17 +99,16 @@ def load_audio(path: str | Path, start: float = 0.0, duration: float | None = No
     ceil(n * 16000 / rate), and sample k is the sound at k / 16000 s (no delay).
 
     Raises AudioError for a file that cannot be opened or decoded, that holds no samples, NaN or
-    inf, that is shorter than 35 ms, or that delivers 0.1 s less than asked for or than its header
-    promises (mp3 headers also count the decoder's delay)."""
-    with open_sound(path) as sound:
+    inf, that is shorter than 35 ms, that delivers 0.1 s less than asked for or than its header
+    promises, or that is to be read to its end and holds more audio than libsndfile would read."""
+    with open_sound(path) as (sound, _):
         rate = sound.samplerate
         if not 1000 <= rate <= 200000:
             raise AudioError(f"{path}: found {rate} Hz, expected 1000 to 200000 Hz; convert it")
         first = round(start * rate)
-        expected = promised_samples(sound) - first
-        if duration is not None:
-            expected = round(duration * rate)
-        wave = read_samples(sound, path, first, math.inf if duration is None else expected)
+        seconds = promised_seconds(path) - start if duration is None else duration
+        expected = round(seconds * rate)
+        wave = read_samples(sound, path, first, expected)
     check_wave(wave, rate, expected, path)
     if rate != SAMPLE_RATE:
         wave = resample(wave, rate)
@@ -130,6 +129,7 @@ def read_samples(sound: soundfile.SoundFile, path, first: int, count: float) -> 
     # Blocks keep the memory near that of the mono result. A short one is the end, or a damaged
     # place, behind which libsndfile would go on at a wrong one.
     size = 2**24 // sound.channels
+    sound.seekable = lambda: False  # or soundfile seeks after reading, and fails at unknown ends
     blocks = [torch.empty(0)]
     while count > 0 and sound.frames > 0:
         wanted = int(min(size, count))
@@ -159,17 +159,16 @@ def check_wave(wave: Tensor, rate: int, expected: float, path: str | Path) -> No
 
 
 def audio_seconds(path: str | Path) -> float:
-    """The length of an audio file by its header, in seconds; 0 if it cannot be read."""
+    """The length of an audio file in seconds, by promised_seconds; 0 if that refuses the file."""
     try:
-        with open_sound(path) as sound:
-            return promised_samples(sound) / sound.samplerate
+        return promised_seconds(path)
     except AudioError:
         return 0.0
 
 
 @contextmanager
-def open_sound(path: str | Path) -> Iterator[soundfile.SoundFile]:
-    """An audio file or a member of a tar, opened. Whatever goes wrong with it is an AudioError."""
+def open_sound(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, io.IOBase]]:
+    """An audio file or a member of a tar, opened, and its bytes. Raises nothing but AudioError."""
     shard, tar, member = str(path).partition(".tar/")
     name = shard + ".tar" if tar else path
     with one_line_errors(path, "correct the path, or its rights", AudioError):
@@ -177,7 +176,7 @@ def open_sound(path: str | Path) -> Iterator[soundfile.SoundFile]:
             raise AudioError(f"{path}: no such file; correct the path")
         if tar and member not in tar_members(name):
             raise AudioError(f"{path}: no such member in the tar; correct the path")
-        file = open(name, "rb")
+        file = open(name, "rb", buffering=0)
     with file, one_line_errors(path, READ_AGAIN, AudioError):
         if tar:
             offset, size = tar_members(name)[member]
@@ -193,8 +192,12 @@ def open_sound(path: str | Path) -> Iterator[soundfile.SoundFile]:
             raise AudioError(
                 f"{path}: found {content}, expected audio such as wav, flac, ogg; {READ_AGAIN}"
             ) from error
+        if sound.format == "MP3" or sound.format in ("WAV", "WAVEX", "RF64") and not sound.frames:
+            file.seek(0)
+            file = without_sizes(file.read())
+            sound = soundfile.SoundFile(file)
         with sound:
-            yield sound
+            yield sound, file
 
 
 @lru_cache(maxsize=None)
@@ -215,14 +218,51 @@ def tar_members(shard: str) -> dict[str, tuple[int, int]]:
     return members
 
 
-def promised_samples(sound: soundfile.SoundFile) -> int:
-    """How many samples of each channel the header promises."""
-    # libsndfile shows only in its log that a wav was cut. Sizes near 2^31 and 2^32 are those of a
-    # stream, of unknown length.
-    cut = re.search(r"data : (\d+) \(should be (\d+)\)", sound.extra_info)
-    if cut and 0 < int(cut[1]) < 2**31 - 2**16:
-        return sound.frames * int(cut[1]) // int(cut[2])
-    return sound.frames
+class Unmeasured(io.BytesIO):  # without an end, from which libsndfile guesses how long an mp3 is
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return super().seek(0) if whence == 2 else super().seek(offset, whence)
+
+
+def without_sizes(content: bytes) -> io.BytesIO:
+    """The bytes of an mp3, or of a wav of size 0, whose frames libsndfile counts if need be."""
+    size = rb"\AR(?:IFF|F64)(.{8,9999}?data)(?:\0{4}|\xff{4})(?![A-Za-z]{3})"
+    content = re.sub(size, b"RIFF\\1" + b"\xff" * 4, content, flags=re.DOTALL)
+    while content.startswith(b"ID3"):
+        content = content[10 + int("".join(f"{byte & 127:07b}" for byte in content[6:10]), 2) :]
+    counted = re.match(rb"RIFF|.{,3000}?\0{7}(?:Xing|Info)", content, re.DOTALL)
+    return io.BytesIO(content) if counted else Unmeasured(content)
+
+
+def promised_seconds(path: str | Path) -> float:
+    """A file's length by its header, or decoded if that says none. AudioError if it is longer."""
+    with open_sound(path) as (sound, file):
+        frames, more = sound.frames, False
+        if frames > 2**35:
+            frames = len(read_samples(sound, path, 0, math.inf))
+        if sound.format in ("OGG", "FLAC"):
+            # A second stream begins as the first one did, with a page of flag 2 or a header.
+            file.seek(0)
+            content = file.read()
+            more = content.find(b"OggS\0\2", content.find(b"OggS\0\0")) > 0
+            more |= content.count(b"fLaC\0\0\0\x22") + content.count(b"fLaC\x80\0\0\x22") > 1
+        elif sound.subtype.startswith(("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW", "MPEG_LAYER_III")):
+            sound.seek(frames)
+            rest = file.read().strip(b"\0")
+            if sound.format == "MP3":
+                # Up to 8 frames are left by libsndfile's way to seek, others look so by chance.
+                headers = re.findall(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", rest)
+                more = len(headers) > 10 + len(rest) // 2048
+            elif not re.match(rb"(?!RIFF|FORM|caff)[\w(][\w) ]{3}|TAG", rest):  # no chunk, no tag
+                more = len(rest) > sound.samplerate // 10 * sound.channels
+        if more:
+            raise AudioError(f"{path}: found more audio than its header says; convert it to flac")
+        # Only its log shows that a file was cut. Sizes from 2 GB on are those of a stream.
+        cut = re.search(r"(?:data|SSND|Size|riff) *: (\d+) \(should be (\d+)\)", sound.extra_info)
+        if cut and int(cut[2]) < int(cut[1]) < 2 * 10**9:
+            frames = frames * int(cut[1]) // int(cut[2])
+        elif sound.subtype == "OPUS" and "lacks an end-of-stream" in sound.extra_info:
+            frames -= sound.samplerate // 50  # libsndfile refuses the last packet
+        return frames / sound.samplerate
 
 
 def encode_opus(wave: np.ndarray | Tensor, **options) -> bytes:

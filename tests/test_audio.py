@@ -5,6 +5,7 @@ import math
 import os
 import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -141,17 +142,6 @@ def test_a_file_longer_than_one_block(tmp_path):
     assert torch.equal(load_audio(tmp_path / "long.wav"), expected)
 
 
-def test_a_streamed_wav_of_unknown_length_loads(tmp_path):
-    path = tmp_path / "stream.wav"
-    x = write_tone(path)
-    content = bytearray(path.read_bytes())
-    at = content.index(b"data") + 4
-    for size in (0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000):
-        content[at : at + 4] = struct.pack("<I", size)
-        path.write_bytes(content)
-        assert len(load_audio(path)) == len(x)
-
-
 def test_encoded_opus_is_read_again(tmp_path):
     x = torch.from_numpy(noisy_tone(2.5))
     (tmp_path / "x.ogg").write_bytes(encode_opus(x))
@@ -236,12 +226,145 @@ def test_damaged_and_forged_tars(tmp_path, content, message):
 
 
 # ------------------------------------------------------------------------------
+# What a header promises, and what there is
+
+
+def write_odd(path, content, seconds=None):
+    """Writes the bytes of a file, also as a member of a tar, and returns the waveforms of both, or
+    checks that both are refused if there is no length that they should have."""
+    path.write_bytes(content)
+    pack_tar(path.with_suffix(".tar"), [path.name], content)
+    data.tar_members.cache_clear()
+    paths = [path, path.with_suffix(".tar") / path.name]
+    if seconds is None:
+        for place in paths:
+            refuses(place, "found more audio than its header says; convert it to flac")
+            assert audio_seconds(place) == 0
+        return None
+    assert [audio_seconds(place) for place in paths] == pytest.approx([seconds] * 2, abs=0.1)
+    first, second = [load_audio(place) for place in paths]
+    assert torch.equal(first, second) and len(first) / RATE == pytest.approx(seconds, abs=0.1)
+    return first
+
+
+def encode(wave, **options):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, RATE, **options)
+    return buffer.getvalue()
+
+
+def encode_mp3(loudness):
+    """An mp3 whose seconds are this loud, with a frame that counts the others, and without it."""
+    wave = np.repeat(np.array(loudness), RATE) * noisy_tone(len(loudness))
+    content = encode(wave, format="MP3", bitrate_mode="VARIABLE", compression_level=0.5)
+    return content, content[content.index(content[:2], 3) :]
+
+
+@pytest.mark.parametrize("loudness", [[1, 0, 0, 0], [0, 0, 0, 1]])
+def test_an_mp3_without_a_count_is_read_to_its_end(tmp_path, loudness):
+    content, uncounted = encode_mp3(loudness)
+    wave = write_odd(tmp_path / "x.mp3", uncounted, 4.1)
+    expected = write_odd(tmp_path / "counted.mp3", content, 4.0)
+    delayed = wave[1105:][: len(expected)]  # LAME's delay and the decoder's
+    assert (delayed - expected[: len(delayed)])[2000:].abs().max() < 1e-4
+    assert len(load_audio(tmp_path / "x.mp3", 3.5, 0.5)) == 8000
+    write_odd(tmp_path / "x.mp3", uncounted + uncounted, 8.2)
+
+
+def test_an_mp3_longer_than_its_count_is_refused(tmp_path):
+    content, _ = encode_mp3([1, 0, 1, 0])
+    at = content.index(b"Xing") + 8
+    frames = int.from_bytes(content[at : at + 4], "big")
+    write_odd(tmp_path / "x.mp3", content[:at] + struct.pack(">I", frames // 2) + content[at + 4 :])
+    write_odd(tmp_path / "x.mp3", content + content)
+    write_odd(tmp_path / "x.mp3", content + encode(np.zeros((RATE, 2)), format="MP3"))
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (b"ID3\x03\0\0\0\0\x4e\x10" + bytes(10000), b""),
+        (b"", b"TAG" + bytes(125)),
+        (b"", b"APETAGEX" + bytes(24) + np.random.default_rng(0).bytes(50000)),
+        (b"", bytes(20000)),
+    ],
+)
+def test_an_mp3_may_have_tags_and_padding(tmp_path, before, after):
+    for content in encode_mp3([1, 0, 1, 0]):
+        (tmp_path / "plain.mp3").write_bytes(content)
+        wave = load_audio(tmp_path / "plain.mp3")
+        tagged = write_odd(tmp_path / "x.mp3", before + content + after, len(wave) / RATE)
+        assert torch.equal(tagged, wave)
+
+
+@pytest.mark.parametrize("kind", ["OGG VORBIS", "OGG OPUS", "FLAC PCM_16", "AU PCM_16"])
+def test_a_stream_behind_a_stream_is_refused(tmp_path, kind):
+    kind, subtype = kind.split()
+    long, short = (encode(noisy_tone(n), format=kind, subtype=subtype) for n in (1.0, 0.5))
+    for content in (long + short, short + long, long + long):
+        write_odd(tmp_path / "x", content)
+    write_odd(tmp_path / "x", long + bytes(5000), 1.0)
+
+
+def test_a_flac_of_unknown_length(tmp_path):
+    wave = torch.from_numpy(noisy_tone(2.0))
+    content = bytearray(encode(wave.numpy(), format="FLAC"))
+    for unknown in (0, 2**36 - 1):
+        # 36 bits, behind 28 of the rate, the channels and the bits of a sample.
+        known = int.from_bytes(content[18:26], "big") >> 36 << 36
+        content[18:26] = (known + unknown).to_bytes(8, "big")
+        loaded = write_odd(tmp_path / "x.flac", content, 2.0)
+        assert (loaded - wave).abs().max() <= 2**-15 and audio_seconds(tmp_path / "x.flac") == 2.0
+        assert torch.equal(load_audio(tmp_path / "x.flac", 0.5, 1.0), loaded[8000:24000])
+
+
+SIZES = [0, 2 * 10**9, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
+
+
+@pytest.mark.parametrize("kind", ["WAV PCM_16", "WAV FLOAT", "WAVEX PCM_24", "RF64 PCM_16"])
+def test_a_streamed_wav_of_unknown_length(tmp_path, kind):
+    kind, subtype = kind.split()
+    wave = torch.from_numpy(noisy_tone(1.0))
+    wave[-2000:] = 0  # silence at the end is no padding
+    content = bytearray(encode(wave.numpy(), format=kind, subtype=subtype))
+    at = content.index(b"ds64" if kind == "RF64" else b"data") + (16 if kind == "RF64" else 4)
+    for size in SIZES[: 1 if kind == "RF64" else None]:
+        content[at : at + 4] = struct.pack("<I", size)
+        assert (write_odd(tmp_path / "x.wav", content, 1.0) - wave).abs().max() <= 2**-15
+
+
+def test_what_stands_behind_the_samples_of_a_wav(tmp_path):
+    content = encode(noisy_tone(1.0), format="WAV")
+    at = content.index(b"data") + 4
+    for chunk in (b"LIST\x20\x4e\0\0INFO" + bytes(range(1, 251)) * 80, bytes(20000)):
+        wave = write_odd(tmp_path / "x.wav", content + chunk, 1.0)
+        assert len(wave) == RATE
+    empty = content[:at] + bytes(4) + b"LIST\x20\x4e\0\0INFO" + bytes(20000)
+    (tmp_path / "x.wav").write_bytes(empty)
+    refuses(tmp_path / "x.wav", "found no samples")
+    for size in (100, 16000):  # the first of several blocks
+        write_odd(tmp_path / "x.wav", content[:at] + struct.pack("<I", size) + content[at + 4 :])
+
+
+def test_opus_without_a_flag_of_its_end(tmp_path):
+    content = bytearray(encode_opus(noisy_tone(1.505)))
+    page = content.rindex(b"OggS")
+    content[page + 5] &= ~4
+    content[page + 22 : page + 26] = bytes(4)
+    # Ogg's checksum is zlib's of bytes whose bits are turned round.
+    turned = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+    checksum = zlib.crc32(content[page:].translate(turned), 2**32 - 1) ^ (2**32 - 1)
+    content[page + 22 : page + 26] = checksum.to_bytes(4, "big").translate(turned)
+    write_odd(tmp_path / "x.opus", content, 1.5)
+
+
+# ------------------------------------------------------------------------------
 # Damage
 
 
 def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.wav")  # opening it would wait for ever
-    names = ["none.wav", "none\n\x1b[31m.wav", "", "pipe.wav", "nul\0.wav", "none.tar/a.wav"]
+    names = ["none.wav", "none\n\x1b[31m.wav", "", "pipe.wav", "nul\0.wav", "none.tar/a.wav", "."]
     for name in names:
         refuses(f"{tmp_path}/{name}", "no such file; correct the path")
         assert audio_seconds(f"{tmp_path}/{name}") == 0
@@ -258,13 +381,15 @@ def test_what_is_no_file_is_refused(tmp_path):
             b"<!DOCTYPE html><html>404",
             "found content that starts with b'<!DOCTYPE html><'",
         ),
+        ("x.m4a", b"\0\0\0\x1cftypM4A " + bytes(900), "found content that starts with .*ftypM4A"),
+        ("x.webm", b"\x1aE\xdf\xa3\x9f" + bytes(900), "found content that starts with"),
         ("noise.flac", bytes(range(256)) * 40, "found content that starts with"),
         ("header.wav", b"RIFF\x24\x00\x00\x00WAVEfmt \x10\x00", "found content that starts with"),
     ],
 )
 def test_what_is_no_audio_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    remedy = "expected audio such as wav, flac, ogg; copy or download it again"
+    remedy = "expected audio such as wav, flac, ogg; copy .* again, or convert it to flac"
     refuses(tmp_path / name, f"{name}: {message}.*, {remedy}")
 
 
@@ -298,6 +423,9 @@ def test_impossible_rates_are_refused(tmp_path):
         ("x.wav", 0.5, "found 2.00 s of audio, expected 4.00 s by its header or the manifest"),
         ("x.mp3", 0.5, r"found (1\.[89]|2\.0)\d s of audio, expected 4.00 s"),
         ("x.flac", 0.6, "copy or download it again"),
+        ("x.aiff", 0.5, "found 2.00 s of audio, expected 4.00 s"),
+        ("x.au", 0.5, "found 2.00 s of audio, expected 4.00 s"),
+        ("x.w64", 0.5, "found 2.00 s of audio, expected 4.00 s"),
     ],
 )
 def test_cut_files_are_refused(tmp_path, name, share, message):
