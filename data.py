@@ -443,12 +443,9 @@ def feature_length(seconds: float) -> int:
 
 TASKS = ("asr", "st", "sqa")
 UNSPACED = ("zh", "yue", "ja", "th", "lo", "km", "my")  # languages written without spaces
-# Two-letter codes of languages by others that are in use for them.
-CODES = "eng en deu de ger de ita it zho zh chi zh cmn zh cn zh fra fr fre fr spa es por pt nld nl"
-CODES += (
-    " dut nl rus ru pol pl jpn ja jp ja kor ko tha th lao lo khm km mya my ara ar hin hi tur tr"
-)
-SHORT_CODES = dict(zip(CODES.split()[::2], CODES.split()[1::2], strict=True))
+LONG_CODES = "eng deu ger ita zho chi cmn cn fra fre spa por nld jpn jp kor tha lao khm mya"
+CODES = "en de de it zh zh zh zh fr fr es pt nl ja ja ko th lo km my"
+SHORT_CODES = dict(zip(LONG_CODES.split(), CODES.split(), strict=True))
 
 
 def language_code(text: str) -> str | None:

@@ -3,26 +3,23 @@
 Every answer goes at once into a journal, so that a run that was stopped goes on where it was.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
-
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from functools import lru_cache
-from itertools import count
 from pathlib import Path
 
 # Idle threads spin only briefly, see tests/bench/README.md. It counts only before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
 
 import jiwer
 import numpy as np
@@ -260,14 +257,6 @@ def refusal_threshold(examples: list[dict], answers: list[Answer | data.AudioErr
 # --- Answers, kept as they are made
 
 
-def read_settings(path: Path) -> dict:
-    """What the items of a journal were made with; {} if nothing says so."""
-    try:
-        return dict(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
 class Journal:
     """Items with an "id" in a JSON Lines file that grows as they are made, so that a run that was
     stopped goes on there. The settings that they were made with are in a .json file beside it;
@@ -277,19 +266,22 @@ class Journal:
         self.path = path
         self.items: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        same = read_settings(path) == settings
+        try:
+            text = path.with_suffix(".json").read_text(encoding="utf-8")
+            same = json.loads(text)["settings"] == settings
+        except (OSError, ValueError, KeyError, TypeError):
+            same = False
         if same:
             self.items = {item["id"]: item for item in data.read_lines(path)}
             print(f"{visible(path)}: {len(self.items)} items are there already")
         elif path.exists() and path.stat().st_size:
-            suffixes = (".jsonl", ".json", ".html")
             number = 1
-            while any(path.with_suffix(f".old{number}{suffix}").exists() for suffix in suffixes):
+            while path.with_suffix(f".old{number}.jsonl").exists():
                 number += 1
-            for suffix in suffixes:
-                if path.with_suffix(suffix).exists():
-                    os.replace(path.with_suffix(suffix), path.with_suffix(f".old{number}{suffix}"))
             aside = path.with_suffix(f".old{number}.jsonl")
+            for suffix in (".jsonl", ".json", ".html"):
+                if path.with_suffix(suffix).exists():
+                    os.replace(path.with_suffix(suffix), aside.with_suffix(suffix))
             print(visible(f"{path}: held items of other settings, now in {aside.name}"))
         # What a kill left of a line is not kept.
         data.write_text(path, "".join(map(json_line, self.items.values())))
@@ -407,17 +399,6 @@ def run_settings(ckpt: Path, source: str, args: argparse.Namespace) -> dict:
     return settings
 
 
-def result_path(out: Path, manifest: Path, ckpt: Path, settings: dict) -> Path:
-    """The first of test-ift.jsonl, test-ift-2.jsonl and so on that is free or of the same paths,
-    whatever was there."""
-    for number in count(1):
-        more = f"-{number}" if number > 1 else ""
-        path = out / f"{manifest.stem}-{ckpt.stem}{more}.jsonl"
-        before = settings | read_settings(path)
-        if all(before[name][0] == settings[name][0] for name in ("checkpoint", "source")):
-            return path
-
-
 def evaluate(args: argparse.Namespace) -> None:
     """Answers and scores a manifest, and leaves items, summary and report in a directory."""
     device = pick_device()
@@ -439,7 +420,7 @@ def evaluate(args: argparse.Namespace) -> None:
         return data.load_audio(path, example["start"], example["duration"])
 
     settings = run_settings(ckpt, args.manifest, args)
-    path = result_path(Path(args.out), manifest.path, ckpt, settings)
+    path = Path(args.out) / f"{manifest.path.stem}-{ckpt.stem}.jsonl"
     journal = Journal(path, settings)
     inputs = model, tokenizer, checkpoint, list(examples.values()), load_wave, journal
     answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=fast_step())

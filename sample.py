@@ -4,16 +4,12 @@ In reading order: the LLM's cache, generation (greedy, sampling, beams), answers
 about recordings of any length, the command, which prints an answer as it is made.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
-
 import argparse
 import json
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +22,8 @@ from typing import NamedTuple
 # Idle threads spin only briefly, see tests/bench/README.md. It counts only before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
 
 import torch
 from tokenizers import Tokenizer

@@ -4,12 +4,8 @@ python train.py --phase ift --init out/align.pt
 One config, one table of phases, one loop. python train.py --help lists every option.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
-
 import argparse
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,12 +13,13 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import sysconfig
 import time
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -35,6 +32,8 @@ from typing import NamedTuple
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
 
 import numpy as np
 import torch
@@ -191,16 +190,6 @@ PHASES = {  # for LLMs of this width and above; the last is for those of demo/
 # Every other option must stay for a run to be resumed. Models and manifests are known by content.
 MAY_CHANGE = "resume dry_run show_batch out device workers fsdp checkpointing".split()
 MAY_CHANGE += ["init", "encoder", "llm", "data", "dev"]
-CURVES = [  # panels of the picture
-    {"loss": "gray", "dev_loss": "royalblue", "shuffled_loss": "chocolate"},
-    {
-        "wer": "green",
-        "exact_match": "royalblue",
-        "refusals": "purple",
-        "false_refusals": "chocolate",
-    },
-    {"bleu": "royalblue"},
-]
 
 
 def parse(argv: list[str] | None) -> TrainConfig:
@@ -332,10 +321,11 @@ def recompute_layer(call: Callable, layer: nn.Module, *inputs) -> Tensor:
     return call(layer, *inputs)
 
 
-def build(cfg: TrainConfig, rates: dict[str, float], path: str | Path, checkpoint: dict | None):
+def build(cfg: TrainConfig, rates: dict[str, float], adapter: dict, path="", checkpoint=None):
     """The model, as it is in the checkpoint of this path, if there is one; the fingerprints of its
     two base models; and the parts that differ from these by more than low-rank updates. Trained
-    parts have float32 weights, frozen parts the compute dtype's. Raises UserError."""
+    parts have float32 weights, frozen parts the compute dtype's. adapter: fields of AdapterConfig.
+    Raises UserError."""
     bases = {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
     compute = fast_dtype(fetch(cfg.llm), cfg.device)
     if cfg.precision != "auto":
@@ -344,7 +334,6 @@ def build(cfg: TrainConfig, rates: dict[str, float], path: str | Path, checkpoin
     float32 = tuple(part for part in rates if not has_updates(part, cfg))
     compiled = cfg.device == "cuda" and not cfg.fsdp and can_compile()
     kernels = training_kernels(cfg.device, cfg.checkpointing, compiled)
-    adapter = checkpoint["adapter"] if checkpoint else new_adapter(cfg)
     model = SpeechLM.from_parts(
         cfg.encoder, cfg.llm, compute, compute, cfg.device, float32, kernels, **adapter
     )
@@ -355,15 +344,6 @@ def build(cfg: TrainConfig, rates: dict[str, float], path: str | Path, checkpoin
     if cfg.lora_rank and any(map(is_update, checkpoint["model"])) and alpha != cfg.lora_alpha:
         raise UserError(f"{path}: has updates of --lora-alpha {alpha:g}; give the same")
     return model, bases, restore(model, checkpoint, bases, path)
-
-
-def new_adapter(cfg: TrainConfig) -> dict:
-    """The fields of AdapterConfig that are options."""
-    return {
-        "num_adapter_layers": cfg.adapter_layers,
-        "adapter_kernel_size": cfg.adapter_kernel,
-        "adapter_stride": cfg.adapter_stride,
-    }
 
 
 def freeze(model: SpeechLM, rates: dict[str, float], cfg: TrainConfig) -> None:
@@ -660,8 +640,9 @@ class Stop:
             signal.signal(each, signal.SIG_DFL)
         if not self.waits:
             raise KeyboardInterrupt
-        # print must not be entered twice.
-        os.write(2, b"\ntrain.py: stopping after this step; a second signal stops at once\n")
+        # print must not be entered twice, and nobody may be there to read it.
+        with suppress(OSError):
+            os.write(2, b"\ntrain.py: stopping after this step; a second signal stops at once\n")
 
 
 def ignore_signals(_) -> None:
@@ -741,14 +722,20 @@ def open_run(cfg: TrainConfig) -> Run:
     resumed = gather(cfg.resume and path.exists())[0]
     if cfg.resume and not resumed:
         print(f"{path}: not there, so the run starts from its beginning")
+    adapter = {
+        "num_adapter_layers": cfg.adapter_layers,
+        "adapter_kernel_size": cfg.adapter_kernel,
+        "adapter_stride": cfg.adapter_stride,
+    }
     if resumed or cfg.init:
         path = path if resumed else cfg.init
         checkpoint = load_checkpoint(path)
+        adapter = checkpoint["adapter"]
     tokenizer = load_tokenizer(fetch(cfg.llm))
-    mixture = open_data(cfg, tasks, tokenizer, checkpoint)
+    mixture = open_data(cfg, tasks, tokenizer, AdapterConfig(**adapter))
     if resumed:
         cfg = resumed_config(cfg, path, checkpoint, mixture.contents)
-    model, bases, changed = build(cfg, rates, path, checkpoint)
+    model, bases, changed = build(cfg, rates, adapter, path, checkpoint)
     for name, part in model.named_children():
         millions = sum(p.numel() for p in part.parameters()) / 1e6
         how = f"lr {rates[name]:g}" if name in rates else "frozen"
@@ -768,9 +755,8 @@ def open_run(cfg: TrainConfig) -> Run:
     return run
 
 
-def open_data(cfg: TrainConfig, tasks: tuple[str, ...], tokenizer: Tokenizer, checkpoint):
+def open_data(cfg: TrainConfig, tasks: tuple[str, ...], tokenizer: Tokenizer, adapter):
     """The Mixture of a run. Raises UserError."""
-    adapter = AdapterConfig(**(checkpoint["adapter"] if checkpoint else new_adapter(cfg)))
     room = min(cfg.batch_tokens, LLM.read_config(fetch(cfg.llm)).max_position_embeddings)
 
     def excess(example: dict, seconds: float) -> str | None:
@@ -782,17 +768,16 @@ def open_data(cfg: TrainConfig, tasks: tuple[str, ...], tokenizer: Tokenizer, ch
 
 def lock_directory(path: str) -> typing.IO | None:
     """Makes the out directory. Returns a file that keeps other runs from it while it is open, on
-    rank 0. Raises UserError if another run has it."""
+    rank 0 and where the file system has locks. Raises UserError if another run has it."""
     Path(path).mkdir(parents=True, exist_ok=True)
     if rank() > 0:
         return None
     lock = open(Path(path) / ".lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{path}: another run writes there; give another --out") from None
-    except OSError:
-        pass  # this file system has no locks
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(f"{path}: another run writes there; give another --out") from None
     return lock
 
 
@@ -1225,7 +1210,7 @@ def report(run: Run) -> None:
     except ImportError:
         draw_curves = None
     if draw_curves and rank() == 0:
-        data.write_text(run.path(".svg"), draw_curves(lines, CURVES))
+        data.write_text(run.path(".svg"), draw_curves(lines))
         print(f"{run.path('.svg')}: the curves")
     for where, why in run.state.bad.items():
         print(visible(f"left out: {where}: {why}"))

@@ -5,9 +5,19 @@ from html import escape
 WIDTH, HEIGHT = 720, 300  # of a panel, in pixels
 LEFT, TOP, BETWEEN = 60, 30, 60  # margins, and the room between two panels
 FONT = 'font-family="sans-serif" font-size="12"'
+PANELS = [
+    {"loss": "gray", "dev_loss": "royalblue", "shuffled_loss": "chocolate"},
+    {
+        "wer": "green",
+        "exact_match": "royalblue",
+        "refusals": "purple",
+        "false_refusals": "chocolate",
+    },
+    {"bleu": "royalblue"},
+]
 
 
-def draw_curves(lines: list[dict], panels: list[dict[str, str]]) -> str:
+def draw_curves(lines: list[dict], panels: list[dict[str, str]] = PANELS) -> str:
     """One SVG of a training log. lines: its dicts, each with a step. panels: {name of a curve: its
     colour} each, drawn one below the other over the steps, all curves of a panel in its scale from
     0 up. Curves without a point are left out, and panels without a curve."""

@@ -374,38 +374,33 @@ def test_other_settings_are_another_run(folder, capsys, tmp_path):
     assert path.with_suffix(".old1.jsonl").read_text() == before
 
 
-def test_results_of_other_paths_are_beside_each_other(folder, capsys, tmp_path, monkeypatch):
-    """Also after the files of the first one changed: what it had is moved aside, the summary and
-    the report too."""
+def test_results_of_other_paths_are_moved_aside(folder, capsys, tmp_path, monkeypatch):
+    """Manifests or checkpoints of one name, or of changed content: the items that were there, the
+    summary and the report."""
     lines, paths = (folder / "all.jsonl").read_text().splitlines(), []
     for name in "ab":
         paths.append(tmp_path / name / "test.jsonl")
         paths[-1].parent.mkdir()
         paths[-1].write_text(lines["ab".index(name)])
-    ckpt = write_checkpoint(folder, tmp_path / "b" / "ift.pt")
-    out = tmp_path / "out"
+    ckpt, out = write_checkpoint(folder, tmp_path / "b" / "ift.pt"), tmp_path / "out"
+    endings = ("html", "json", "jsonl")
     runs = [(paths[0], folder / "ift.pt"), (paths[1], folder / "ift.pt"), (paths[1], ckpt)]
-    for manifest, checkpoint in runs:
+    for number, (manifest, checkpoint) in enumerate(runs):
+        before = [(out / f"test-ift.{ending}") for ending in endings if number]
+        before = [path.read_bytes() for path in before]
         run(eval, capsys, manifest, "--ckpt", checkpoint, "--out", out)
-    stems = ["test-ift", "test-ift-2", "test-ift-3"]
-    names = {f"{stem}.{suffix}" for stem in stems for suffix in ("html", "json", "jsonl")}
-    assert {path.name for path in out.iterdir()} == names
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert b'"id": "1"' in before["test-ift.jsonl"] != before["test-ift-2.jsonl"]
+        aside = [out / f"test-ift.old{number}.{ending}" for ending in endings if number]
+        assert [path.read_bytes() for path in aside] == before
+    assert len(list(out.iterdir())) == 9
 
     # The same paths by another spelling go on.
     monkeypatch.chdir(tmp_path / "a")
-    printed, _ = run(eval, capsys, "../b/test.jsonl", "--ckpt", folder / "ift.pt", "--out", out)
-    assert "test-ift-2.jsonl: 1 items are there already" in printed
-    paths[0].write_text("\n".join(lines[:2]))
-    for number in (1, 2):
-        run(eval, capsys, paths[0], "--ckpt", folder / "ift.pt", "--out", out)
-        for suffix in ("html", "json", "jsonl"):
-            aside = out / f"test-ift.old{number}.{suffix}"
-            assert aside.read_bytes() == before[f"test-ift.{suffix}"]
-        paths[0].write_text(lines[number + 1])
-        before |= {path.name: path.read_bytes() for path in out.iterdir()}
-        (out / f"test-ift.old{number}.jsonl").unlink()  # the others are not overwritten
+    printed, _ = run(eval, capsys, "../b/test.jsonl", "--ckpt", "../b/ift.pt", "--out", out)
+    assert "test-ift.jsonl: 1 items are there already" in printed
+    summary = (out / "test-ift.json").read_bytes()
+    paths[1].write_text("\n".join(lines[:2]))
+    run(eval, capsys, paths[1], "--ckpt", ckpt, "--out", out)
+    assert (out / "test-ift.old3.json").read_bytes() == summary
 
 
 def test_the_bar_moves_with_every_batch(folder, capsys, tmp_path, monkeypatch):

@@ -228,7 +228,7 @@ def test_low_rank_updates_in_either_phase_and_part():
 
 def build(cfg, rates):
     """A model of the base models, and its tokenizer."""
-    model, _, changed = train.build(cfg, rates, "", None)
+    model, _, changed = train.build(cfg, rates, {})
     assert changed == set()
     return model, load_tokenizer(cfg.llm)
 
@@ -621,8 +621,9 @@ def test_the_mean_of_the_last_checkpoints(aligned, tiny_project, tmp_path):
 def test_epochs_are_passes_over_the_data(capsys, tiny_project, tmp_path):
     options = {"steps": False, "epochs": 2, "eval_every": 1000}
     train.main(arguments(tiny_project, tmp_path, **options))
-    steps = int(re.search("(\d+) steps are 2 passes", capsys.readouterr().out)[1])
-    rows = re.search("(\d+) rows drawn", capsys.readouterr().out or "80 rows drawn")[1]
+    output = capsys.readouterr().out
+    steps = int(re.search(r"(\d+) steps are 2 passes", output)[1])
+    rows = re.search(r"(\d+) rows drawn", output)[1]
     assert log(tmp_path)[-1]["step"] == steps and 60 <= int(rows) <= 100
     train.main(arguments(tiny_project, tmp_path, resume=True, **options))
     assert f"all {steps} steps are done" in capsys.readouterr().out
