@@ -509,7 +509,7 @@ def wordings(task: str) -> Iterator[tuple[str, str]]:
 
 # What people type before a known wording, and in it instead of what stands there.
 COURTESY = r"(?:(?:please|bitte|per\s+favore),?\s+|请)?"
-SPELLINGS = {"\\ ": r"\s+", "'": "['’]", "ß": "(?:ß|ss)", "：": "[:：]", "，": "[,，]"}
+SPELLINGS = {"\\ ": r"\s+", "'": "['’]", "ß": "(?:ß|ss)"}
 
 
 @lru_cache
@@ -521,30 +521,27 @@ def wording_patterns() -> dict[str, tuple[re.Pattern, str]]:
         for language, wording in wordings(task):
             for forms in INSTRUCTIONS["targets"][language].values():
                 text = wording.format(**forms, question="{question}")
-                pattern = COURTESY + re.escape(text.rstrip(".。?？"))
-                for typed, variants in SPELLINGS.items():
-                    pattern = pattern.replace(typed, variants)
-                if text != "{question}":  # which anything would match
-                    pattern = (
-                        pattern.replace("\\{question\\}", "(?P<question>.*\\S)") + "[.。!！?？]*"
-                    )
-                    patterns[text] = re.compile(pattern, re.IGNORECASE | re.DOTALL), task
+                pattern = re.escape(text.rstrip(".。?？"))
+                for usual, variants in SPELLINGS.items():
+                    pattern = pattern.replace(usual, variants)
+                pattern = pattern.replace("\\{question\\}", r"(?P<question>.*\S)")
+                pattern = f"{COURTESY}{pattern}[.。!！?？]*"
+                patterns[text] = re.compile(pattern, re.IGNORECASE | re.DOTALL), task
+    del patterns["{question}"]  # which anything would match
     return patterns
 
 
 def recognise(instruction: str) -> tuple[str | None, str]:
-    """The task and the text of an instruction. That of a known wording, in any spelling, in quotes
-    or not, is what training has, around a question as it was typed. The task of others is sqa for
-    a question mark, or None, answered as asr is."""
-    instruction = re.sub("[\ud800-\udfff]", "\ufffd", instruction)  # bytes that are no text
-    text = unicodedata.normalize("NFC", instruction).strip()
-    quoted = re.fullmatch("[\"'“„‘«「](.+)[\"'“”’»」]", text, re.DOTALL)
-    text = quoted[1].strip() if quoted else text
+    """The task and the text of an instruction. A known wording, in any case, is spelled as in
+    training, around a question as it was typed. The task of others is sqa for a question mark, or
+    None, answered as asr is."""
+    text = re.sub("[\ud800-\udfff]", "\ufffd", instruction)  # bytes that are no text
+    text = unicodedata.normalize("NFC", text).strip()
     for wording, (pattern, task) in wording_patterns().items():
         match = pattern.fullmatch(text)
         if match:
             return task, wording.format(**match.groupdict())
-    return "sqa" if re.search("[?？]", instruction) else None, instruction
+    return "sqa" if re.search("[?？]", text) else None, text
 
 
 def task_of(instruction: str) -> str | None:
@@ -747,20 +744,18 @@ def set_languages(example: dict, refuse: Callable) -> None:
             code = language_code(str(example[name]))
             example[name] = code or refuse(name, "a code such as en, de or zh")
     source, target = example.get("source_language"), example.get("target_language")
-    task = example.get("task")
-    if task is None and "question" in example:
-        task = "sqa"
-    elif task is None:
-        task = "asr" if target in (None, source or "en") else "st"
+    if "task" not in example:
+        translated = target not in (None, source or "en")
+        example["task"] = "sqa" if "question" in example else "st" if translated else "asr"
 
     # A transcript is in the language that is spoken, whichever of the two fields says so.
-    spoken = target if task == "asr" else None
+    task, spoken = example["task"], target if example["task"] == "asr" else None
     source = source or spoken or "en"
-    example |= {"task": task, "source_language": source, "target_language": target or source}
-    if task == "asr" and example["target_language"] != source:
-        refuse("target_language", f"{source!r}, the source_language of a transcript")
-    if task == "st" and example["target_language"] == source:
-        refuse("target_language", f"another language than {source!r}, the source_language")
+    target = target or source
+    example |= {"source_language": source, "target_language": target}
+    if task in ("asr", "st") and (task == "asr") != (source == target):
+        other = "" if task == "asr" else "another than "
+        refuse("target_language", f"{other}{source!r}, the source_language, for the task {task}")
 
 
 def is_text(value: object) -> bool:

@@ -91,8 +91,11 @@ def test_examples_of_a_manifest(tmp_path):
         (GOOD | {"duration": True}, "duration is True"),
         (GOOD | {"target_language": ["de"]}, "target_language is ..de.., expected a code such as"),
         (GOOD | {"source_language": "German"}, "source_language is 'German', expected a code su"),
-        (GOOD | {"lang": "de", "target_lang": "en"}, "target_language is 'en', expected 'de', the"),
-        (GOOD | {"task": "st"}, "target_language is 'en', expected another language than 'en'"),
+        (
+            GOOD | {"lang": "de", "target_lang": "en"},
+            "target_language is 'en', expected 'de', the source_language",
+        ),
+        (GOOD | {"task": "st"}, "target_language is 'en', expected another than 'en', the so"),
         (GOOD | {"instruction": 5}, "instruction is 5, expected text"),
         (GOOD | {"style": "shouted"}, "style is 'shouted', expected written or bare"),
         (GOOD | {"sources": ["CC0-1.0"]}, "sources is .*, expected a list of .corpus, licence."),

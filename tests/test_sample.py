@@ -300,8 +300,7 @@ SPELLINGS = {
     "upper case": str.upper,
     "no last mark": lambda text: text.rstrip(".。?？"),
     "blanks": lambda text: f"  {text}\n".replace(" ", "  "),
-    "quotes": lambda text: f"“{text}”",
-    "marks of another keyboard": lambda text: text.replace("'", "’").replace("：", ":"),
+    "a phone's apostrophe": lambda text: text.replace("'", "’"),
     "decomposed": lambda text: unicodedata.normalize("NFD", text),
     "politely": lambda text: f"please {text.lower()}",
 }
@@ -319,7 +318,7 @@ def test_a_known_wording_in_another_spelling(spelling):
 
 def test_other_instructions_stay_as_they_are():
     for text in ("hum  IT", '"Who IS it?" ', "Translate to Klingon", "transcribe it backwards", ""):
-        assert data.recognise(text)[1] == text
+        assert data.recognise(text)[1] == text.strip()
     assert data.recognise("\udcdc it") == (None, "\ufffd it")  # bytes that are no text
 
 

@@ -177,7 +177,7 @@ def test_help_explains_every_option(capsys):
         ("--batch-frames many", "invalid frames_or_auto value: 'many'"),
         ("--batch-frames auto --device cpu", "--batch-frames auto is for CUDA without --fsdp"),
         ("--epochs 2 --steps 9", "--epochs and --steps exclude each other"),
-        ("--lora-rank 4 --lora-targets q_prj", "--lora-targets q_prj, expected of "),
+        ("--lora-rank 4 --lora-targets q_prj", "--lora-targets q_prj, expected some of q_proj"),
         ("--fsdp", "--fsdp is for several ranks: torchrun"),
     ],
 )
