@@ -15,7 +15,7 @@ RUNTIME = {"torch", "safetensors", "tokenizers", "numpy", "soundfile", "tqdm", "
 OPTIONAL = {"pyarrow"}  # imported inside the one function that needs it
 SCORERS = {"sacrebleu", "jiwer", "whisper_normalizer"}
 NEVER = {"found", "some", "own", "kept", "told", "heard", "said", "whole"}  # as last words of names
-LINES = 4700  # of the five files together
+LINES = 5000  # of the five files together
 README = (170, 1700)  # lines, words
 NEVER_IMPORTED = {"transformers", "torchaudio", "librosa", "datasets"}  # but by tests
 
