@@ -37,7 +37,6 @@ KINDS = {  # kind: (share of the rows above which it is serious, fault, remedy)
     "duration": (FEW, "are under 0.1 s or over 30 s", "cut them or see --max-seconds"),
     "speed": (MANY, "have an impossible speed", "give text and seconds of the same speech"),
     "language": (MANY, "are not in their target_language", "correct it or the text"),
-    "languages": (MANY, "have languages unfit for the task", "correct them or the task"),
     "refusal": (FEW, "refuse otherwise than training does", "use the words of data.REFUSALS"),
     "duplicate": (MANY, "repeat an earlier one", "leave them out"),
     "two texts": (MANY, "contradict an earlier one", "decide for one text"),
@@ -166,7 +165,7 @@ def listen(examples: list[dict], sample: float) -> dict[Recording, Sound]:
 def check_example(example: dict, sound: Sound, licences: list, hashes: frozenset, context: tuple):
     """Yields the kind and reason of each finding that an example shows by itself. licences, hashes:
     as check_licence takes them; context: an LLM's tokenizer and its positions, each of 80 ms."""
-    task, source, target = (example[key] for key in GROUP[1:])
+    task, target = example["task"], example["target_language"]
     text = example["text"].strip()
     try:
         data.check_licence(example, tuple(licences), hashes)
@@ -175,8 +174,6 @@ def check_example(example: dict, sound: Sound, licences: list, hashes: frozenset
     for part in [text] + [example.get("question")] * (task == "sqa"):
         if not looks_like(part, target):
             yield "language", f"{target}: {part[:40]!r}"
-    if task != "sqa" and (task == "asr") != (source == target):
-        yield "languages", f"{task} from {source} to {target}"
     if task == "sqa" and refuses_otherwise(text, target):
         yield "refusal", repr(text[:40])
     positions = sound.seconds / 0.08 + len(data.render(example, 0, context[0], 0)[0])

@@ -101,8 +101,8 @@ FAULTS = [
     (GERMAN, dict(text=SENTENCES["zh"][0]), "language", "de: '老太太"),
     (GERMAN, dict(text=SENTENCES["en"][0]), "language", "de: 'The old woman"),
     (SQA, dict(question="桌子上有几个瓶子？"), "language", "en: '桌子上"),
-    (ASR, dict(source_language="de"), "languages", "asr from de to en"),
-    (ASR, dict(task="st"), "languages", "st from en to en"),
+    (ASR, dict(source_language="de"), "example", "target_language is 'en', expected 'de'"),
+    (ASR, dict(task="st"), "example", "target_language is 'en', expected another than 'en'"),
     (SQA, dict(text="This question cannot be answered."), "refusal", "'This question cannot"),
     (SQA, dict(text=REFUSALS["de"]), "refusal", REFUSALS["de"]),
     (GERMAN, dict(audio="./0.wav"), "duplicate", "train.jsonl line 3"),
@@ -121,9 +121,9 @@ def test_faults_of_rows(examine, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert code == 1 and all(finding["text"] in printed for finding in findings.values())
     text = findings["example"]["text"]
-    assert text.startswith("serious: example: 4 rows cannot be trained on: ")
+    assert text.startswith("serious: example: 6 rows cannot be trained on: ")
     assert "train.jsonl line 9 (task is 'tts'" in text and text.endswith("; correct or delete them")
-    assert findings["languages"]["level"] == "serious", "2 of 30 are over 5 %"
+    assert findings["refusal"]["level"] == "serious", "2 of 30 are over 1 %"
     assert findings["two texts"]["level"] == "note", "1 of 30 is not"
 
 
@@ -288,8 +288,8 @@ def test_output_that_nobody_reads():
 def test_stopped_while_it_is_imported(module):
     run = start("-X", "importtime", "-m", "prepare.corpora")
     code, text = stop_after(f" {module}\n", run)
-    lines = [line for line in text.splitlines() if not line.startswith("import time:")]
-    assert (code, lines[-1]) == (130, "stopped") and "Traceback" not in text
+    # In some places of these imports, a signal ends a process by itself.
+    assert code in (130, -signal.SIGINT) and "Traceback" not in text
 
 
 def test_stopped_while_it_works(tmp_path):
