@@ -541,13 +541,10 @@ def distribute(model: SpeechLM, cfg: TrainConfig) -> nn.Module:
     if not dist.is_initialized():
         return model
     if not cfg.fsdp:
-        devices = None if cfg.device != "cuda" else [torch.cuda.current_device()]
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(
-        param_dtype=model.llm.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(model.llm.compute_dtype, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(cfg.device, (world(),))
     for module in list(model.modules()):
         if isinstance(module, ConformerLayer | DecoderLayer):
@@ -568,30 +565,22 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         module.reshard()
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded. Every rank must take part."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def complete(tensor: Tensor) -> Tensor | None:
+    """All of a tensor: itself, or one of a sharded tensor's in CPU memory, on rank 0 alone. Every
+    rank must take part."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.cpu() if rank() == 0 else None
 
 
-def to_save(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All of each tensor. Sharded ones are in CPU memory, and on rank 0 alone."""
-    complete = {}
-    for name, tensor in tensors.items():
-        value = full_tensor(tensor)
-        if value is not tensor:
-            value = value.cpu() if rank() == 0 else None
-        complete[name] = value
-    return complete
-
-
-def like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """This rank's share of a tensor that all ranks have, split as the parameter is."""
-    if not hasattr(parameter, "full_tensor") or tensor.ndim == 0:
+def like(p: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's share of a tensor that all ranks have, split as the parameter p is."""
+    if not hasattr(p, "full_tensor") or tensor.ndim == 0:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def seed_for(seed: int, position: dict) -> None:
@@ -794,7 +783,10 @@ def start(run: Run, resumed: dict | None) -> None:
     groups = parameter_groups(run.model, run.rates, cfg.weight_decay)
     run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=cfg.device != "mps")
     if resumed:
-        load_optimizer(run, resumed["optimizer"])
+        for name, p in run.model.named_parameters():
+            for key, tensor in resumed["optimizer"].get(name, {}).items():
+                run.optimizer.state[p][key] = like(p, tensor)
+        run.optimizer.load_state_dict(run.optimizer.state_dict())  # puts each on its device
     if run.lock:
         start_files(run, bool(resumed))
 
@@ -858,23 +850,20 @@ def open_loader(run: Run) -> Iterator[dict]:
 def save(run: Run, **thresholds) -> None:
     """Writes the checkpoint and what the run can be resumed from. Every rank must take part. A run
     that was stopped before its first validation leaves the result of an earlier one."""
-    model, optimizer = run.model, run.optimizer
-    names = {p: name for name, p in model.named_parameters()}
-    moments = {names[p]: to_save(state) for p, state in optimizer.state.items()}
     # Parts that are still those of the base models have at most low-rank updates to be saved.
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        part = name.split(".")[0]
-        trained = part in run.rates and not has_updates(part, run.cfg)
-        if trained or part in run.changed or is_update(name):
-            weights[name] = tensor
-    weights = to_save(weights)
+    changed = run.changed | {part for part in run.rates if not has_updates(part, run.cfg)}
+    weights, moments = {}, {}
+    for name, p in run.model.named_parameters():
+        if name.split(".")[0] in changed or is_update(name):
+            weights[name] = complete(p.detach())
+        if p in run.optimizer.state:
+            moments[name] = {key: complete(x) for key, x in run.optimizer.state[p].items()}
     if rank() > 0:
         return
     checkpoint = {
         "model": weights,
         "config": asdict(run.cfg),
-        "adapter": asdict(model.adapter.config),
+        "adapter": asdict(run.model.adapter.config),
         "bases": run.bases,
         "data": run.hours,
         "contents": run.mixture.contents,
@@ -925,17 +914,6 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
                 f"and other content; {SAME}"
             )
     return cfg
-
-
-def load_optimizer(run: Run, moments: dict[str, dict]) -> None:
-    """Puts saved moments into the optimizer, whatever the ranks were then and are now."""
-    names = {p: name for name, p in run.model.named_parameters()}
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    state = {}
-    for i, p in enumerate(parameters):
-        if names[p] in moments:
-            state[i] = {key: like(p, tensor) for key, tensor in moments[names[p]].items()}
-    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
 
 
 # --- Validation
@@ -1071,7 +1049,7 @@ def backward(run: Run, batches: list[dict], tokens: int) -> tuple[float, float]:
             (part * world() / tokens).backward()
         loss += part.item()
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    norm = full_tensor(nn.utils.clip_grad_norm_(parameters, run.cfg.clip)).item()
+    norm = nn.utils.clip_grad_norm_(parameters, run.cfg.clip).item()
     return sum(gather(loss)) / tokens, norm
 
 
@@ -1097,6 +1075,7 @@ def validate_and_save(run: Run, stop: Stop) -> bool:
     a validation, and --resume makes up for it."""
     cfg, state = run.cfg, run.state
     threshold = {}
+    state.averaged = gather(state.averaged)[0]  # what rank 0 has saved
     if state.step == cfg.steps and state.averaged:
         average_checkpoints(run)
     with unsharded(run.model):
@@ -1129,13 +1108,13 @@ def validate_and_save(run: Run, stop: Stop) -> bool:
 @torch.no_grad()
 def average_checkpoints(run: Run) -> None:
     """Makes the weights the mean of themselves and of those of the last validated checkpoints."""
-    steps, parameters = run.state.averaged, dict(run.model.named_parameters())
+    steps = run.state.averaged
     states = [load_checkpoint(run.path(f".{step}.pt"))["model"] for step in steps]
     print(f"step {run.state.step}: its weights are averaged with those of steps {steps}")
-    for name in states[0]:
-        p = parameters[name]
-        total = p + sum(like(p, state[name].to(p.device)) for state in states)
-        p.copy_(total / (1 + len(states)))
+    for name, p in run.model.named_parameters():
+        if p.requires_grad:
+            p.add_(sum(like(p, state[name].to(p.device)) for state in states))
+            p.div_(1 + len(states))
     run.state.averaged = []  # so that it is done once
 
 

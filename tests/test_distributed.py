@@ -39,6 +39,7 @@ def job(project, work, name, origin=None, at=None, sent=None, **options):
         "eval_rows": 2,
         "eval_clips": 0,
         "batch_frames": 100,
+        "average": 2,
         **EVERYTHING,
     }
     argv = arguments(project, work / name, resume=bool(origin), **common | options)
