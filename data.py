@@ -21,7 +21,7 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -33,14 +33,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import (
-    AUDIO,
-    UserError,
-    adapter_length,
-    is_number,
-    one_line_errors,
-    visible,
-)
+from model import AUDIO, UserError, adapter_length, is_number, one_line_errors, visible
 
 
 class AudioError(UserError):
@@ -75,10 +68,8 @@ def read_lines(path: Path) -> list[dict]:
     """The objects of a JSON Lines file, if it is there, but for half a line that a kill left."""
     objects = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        try:
+        with suppress(ValueError):
             objects.append(json.loads(line))
-        except ValueError:
-            continue
     return objects
 
 
@@ -482,21 +473,18 @@ def instruction_of(example: dict, random=None) -> str:
             f"{target!r}; add it there, or give the row an instruction of its own"
         )
 
-    # A question is put in its own language, everything else in any.
-    language = "en"
-    if task == "sqa":
-        language = target
-    elif random:
-        language = languages[int(random.random() * len(languages))]
+    def draw(choices: list[str]) -> str:
+        return choices[int(random.random() * len(choices)) if random else 0]
 
+    # A question is put in its own language, everything else in any.
+    language = target if task == "sqa" else draw(languages)
     choices = INSTRUCTIONS[task][language]
     if task == "asr" and example.get("style") == "bare":
         choices = INSTRUCTIONS["asr bare"][language]
     elif example["source_language"] == "en":
         choices = choices + INSTRUCTIONS[f"{task} of English"][language]
-    wording = choices[int(random.random() * len(choices)) if random else 0]
     forms = INSTRUCTIONS["targets"][language].get(target, {})
-    return wording.format(**forms, question=example.get("question", ""))
+    return draw(choices).format(**forms, question=example.get("question", ""))
 
 
 def wordings(task: str) -> Iterator[tuple[str, str]]:
@@ -613,20 +601,20 @@ def refused_licences(example: dict, allowed: tuple[str, ...]) -> dict[str, str]:
     return refused
 
 
-def licence_error(refused: dict[str, str]) -> UserError:
-    return UserError(
-        f"{', '.join(refused.values())}, expected CC0-1.0, public domain, CC-BY, MIT or "
-        "Apache-2.0; leave such rows out or, if you may use them, give --allow-licence "
-        f"{' '.join(map(repr, refused))}"
-    )
+def expect_none(refused: dict[str, str]) -> None:
+    """Raises UserError with all the refused_licences, if there are any."""
+    if refused:
+        raise UserError(
+            f"{', '.join(refused.values())}, expected CC0-1.0, public domain, CC-BY, MIT or "
+            "Apache-2.0; leave such rows out or, if you may use them, give --allow-licence "
+            f"{' '.join(map(repr, refused))}"
+        )
 
 
 def check_licence(example: dict, allowed: tuple[str, ...], hashes: frozenset[str]) -> None:
     """Raises UserError if an example must not be trained on: a licence of its is refused, or
     check_test_only raises."""
-    refused = refused_licences(example, allowed)
-    if refused:
-        raise licence_error(refused)
+    expect_none(refused_licences(example, allowed))
     check_test_only(example, hashes)
 
 
@@ -664,10 +652,9 @@ def notice(data: list) -> str:
     lines = ["This model was trained on the following data.", ""]
     for (corpus, licence), shares in hours.items():
         credit = "no attribution is on record here; whoever made the manifest knows it"
-        if corpus in ATTRIBUTIONS:
-            credit = ATTRIBUTIONS[corpus]
-        elif NO_CREDIT_NEEDED.fullmatch(licence):
+        if NO_CREDIT_NEEDED.fullmatch(licence):
             credit = "needs no attribution"
+        credit = ATTRIBUTIONS.get(corpus, credit)
         lines += [f"{corpus}, {licence}: {', '.join(shares)}", f"  {credit}"]
     return "\n".join(lines) + "\n"
 
@@ -723,7 +710,8 @@ def parse_example(line: str | bytes, where: str) -> dict:
         refuse("style", "written or bare")
     optional = {"question": example["task"] == "sqa", "instruction": "instruction" in stated}
     for name in TEXT_FIELDS + [name for name, is_needed in optional.items() if is_needed]:
-        if not is_text(example.get(name)):
+        value = example.get(name)
+        if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
             refuse(name, "text")
     for name in ("start", "duration"):
         value = example[name]
@@ -758,12 +746,6 @@ def set_languages(example: dict, refuse: Callable) -> None:
         refuse("target_language", f"{other}{source!r}, the source_language, for the task {task}")
 
 
-def is_text(value: object) -> bool:
-    return (
-        isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
-    )
-
-
 class Manifest:
     """The examples of a JSON Lines file. Only their places in the file are kept; a line is parsed
     when it is asked for.
@@ -780,15 +762,13 @@ class Manifest:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        ends, size, digest = [np.zeros(1, np.int64)], 0, hashlib.sha256()
+        bounds, digest = array("q", [0]), hashlib.sha256()
         with one_line_errors(path, "give the path of a manifest"), open(path, "rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
-                newlines = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
-                ends.append(newlines + size + 1)
-                size += len(block)
+            for text in file:
+                digest.update(text)
+                bounds.append(bounds[-1] + len(text))
         # Where each line begins, and the file's end; and which lines are not empty.
-        self.bounds = np.concatenate(ends + [np.array([size])])
+        self.bounds = np.array(bounds)
         self.lines = np.flatnonzero(np.diff(self.bounds) > 2)
         self.content = len(self.lines), digest.hexdigest()
         if not len(self.lines):
@@ -798,18 +778,13 @@ class Manifest:
         return len(self.lines)
 
     def __getitem__(self, i: int) -> dict:
-        line = self.lines[i]
-        with open(self.path, "rb") as file:
-            file.seek(self.bounds[line])
-            text = file.read(self.bounds[line + 1] - self.bounds[line])
-        return parse_example(text, f"{self.path} line {line + 1}")
+        return next(iter(self.select([i])))
 
     def __iter__(self) -> Iterator[dict]:
-        wanted = set(self.lines.tolist())
         with open(self.path, "rb") as file:
-            for line, text in enumerate(file):
-                if line in wanted:
-                    yield parse_example(text, f"{self.path} line {line + 1}")
+            for line in self.lines.tolist():
+                file.seek(self.bounds[line])
+                yield parse_example(file.readline(), f"{self.path} line {line + 1}")
 
     def select(self, rows: Iterable[int]) -> "Manifest":
         """Those rows of this manifest, by their numbers in it, in the file's order."""
@@ -868,9 +843,9 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
         instruction_of(example)  # raises if its language has no wordings
         return excess(example, seconds) if excess else None
 
-    manifests, weights, seconds, longest = [], [], Counter(), 0.0
+    manifests, groups, weights = [], [], []
     sizes = Counter()  # of each task and language over all files, weighted
-    groups, contents = [], []
+    seconds, longest, contents = Counter(), 0.0, []
     for path, weight in weighted:
         manifest = Manifest(path)
         contents.append((path, *manifest.content))
@@ -881,19 +856,18 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
             groups.append(group)
             manifests.append(manifest.select(rows[group]))
             weights.append(weight * len(rows[group]))
-            sizes[group] += weight * len(rows[group])
+            sizes[group] += weights[-1]
     dev = Manifest(dev)
     contents.append((str(dev.path), *dev.content))
     rows, _, _ = read_groups(dev, tasks, check, least=2)
     dev = dev.select(itertools.chain(*rows.values()))
-    if refused:
-        raise licence_error(refused)
+    expect_none(refused)
 
-    pairs = list(zip(weights, groups, strict=True))
-    weights = [weight * sizes[group] ** (1 / temperature - 1) for weight, group in pairs]
-    for group in sorted(sizes):
-        drawn = sum(weight for weight, other in zip(weights, groups, strict=True) if other == group)
-        share = f"{sizes[group]:.0f} rows, {100 * drawn / sum(weights):.1f} % of those drawn"
+    scales = {group: size ** (1 / temperature - 1) for group, size in sizes.items()}
+    weights = [weight * scales[group] for weight, group in zip(weights, groups, strict=True)]
+    for group, size in sorted(sizes.items()):
+        drawn = 100 * size * scales[group] / sum(weights)
+        share = f"{size:.0f} rows, {drawn:.1f} % of those drawn"
         print(visible(f"data: {group[0]} into {group[1]}: {share}"))
     hours = [[*key, round(total)] for key, total in sorted(seconds.items())]
     for corpus, licence, language, total in hours:
@@ -988,10 +962,8 @@ def collate(sequences: list[tuple[list[int], int, Tensor]]) -> dict:
     batch for SpeechLM.forward, without padding: features and ids of all end to end, how long those
     of each are, and the places of the targets in ids."""
     ids, answers, frames = zip(*sequences, strict=True)
-    targets, end = [], 0
-    for sequence, answer in zip(ids, answers, strict=True):
-        end += len(sequence)
-        targets.append(torch.arange(end - answer, end))
+    ends = itertools.accumulate(map(len, ids))
+    targets = [torch.arange(end - size, end) for end, size in zip(ends, answers, strict=True)]
     return {
         "features": torch.cat(frames),
         "lengths": [len(x) for x in frames],
@@ -1099,12 +1071,10 @@ class Examples(torch.utils.data.Dataset):
         for m, i, turn in batch:
             example = self.example(m, i, turn)
             try:
-                frames = self.frames(m, example)
+                sequences.append(self.sequence(example, self.frames(m, example)))
+                examples.append(example)
             except AudioError as error:
                 bad.append((example["where"], str(error)))
-                continue
-            sequences.append(self.sequence(example, frames))
-            examples.append(example)
         if not sequences:
             silence = torch.zeros(1, self.adapter.hidden_size if self.states else 160)
             placeholders = [AUDIO] * adapter_length(1, self.adapter)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from functools import lru_cache
+from itertools import chain, count
 from pathlib import Path
 
 # Idle threads spin only briefly, see tests/bench/README.md. It counts only before torch is loaded.
@@ -185,11 +186,10 @@ def summarise(items: list[dict], least: int = 100) -> tuple[list[dict], dict]:
                 continue
             scores, marks = corpus_scores(group)
             signatures |= marks
-            rounded = {}
             for key, values in scores.items():
-                rounded[key] = [None if x is None else round(float(x), 4) for x in values]
+                scores[key] = [round(float(x), 4) for x in values]
             line = {"task": task, "language": language, "group": name, "items": len(group)}
-            table.append(line | {"scores": rounded})
+            table.append(line | {"scores": scores})
     return table, signatures
 
 
@@ -219,15 +219,10 @@ def validation_scores(pairs: list[tuple[dict, str]]) -> dict[str, float]:
     """Figures of (example, answer) pairs for a validation: each score's mean over languages."""
     by_kind = {}
     for example, text in pairs:
-        task, language = example["task"], example["target_language"]
-        item = {
-            "task": task,
-            "target_language": language,
-            "reference": example["text"],
-            "hypothesis": text,
-            "scores": item_scores(task, language, example["text"], text),
-        }
-        by_kind.setdefault((task, language), []).append(item)
+        kind = example["task"], example["target_language"]
+        scores = item_scores(*kind, example["text"], text)
+        item = example | {"reference": example["text"], "hypothesis": text, "scores": scores}
+        by_kind.setdefault(kind, []).append(item)
     values = {}
     for kind in sorted(by_kind):
         for name, (value, *_) in corpus_scores(by_kind[kind], draws=0)[0].items():
@@ -240,14 +235,11 @@ def refusal_threshold(examples: list[dict], answers: list[Answer | data.AudioErr
     """The margin above which to refuse: the lowest at which no more than FALSE_REFUSALS of the
     answerable questions are refused, {"refuse_above": margin}; {} if there is no such question, or
     none that is to be refused."""
-    answerable, refusable = [], 0
+    answerable, refusable = [], []
     for example, answer in zip(examples, answers, strict=True):
-        if isinstance(answer, data.AudioError):
-            continue
-        if example["text"] in data.REFUSALS.values():
-            refusable += 1
-        else:
-            answerable.append(answer.margin)
+        if isinstance(answer, Answer):
+            margins = refusable if example["text"] in data.REFUSALS.values() else answerable
+            margins.append(answer.margin)
     if not answerable or not refusable:
         return {}
     allowed = int(FALSE_REFUSALS * len(answerable))
@@ -275,10 +267,8 @@ class Journal:
             self.items = {item["id"]: item for item in data.read_lines(path)}
             print(f"{visible(path)}: {len(self.items)} items are there already")
         elif path.exists() and path.stat().st_size:
-            number = 1
-            while path.with_suffix(f".old{number}.jsonl").exists():
-                number += 1
-            aside = path.with_suffix(f".old{number}.jsonl")
+            names = (path.with_suffix(f".old{number}.jsonl") for number in count(1))
+            aside = next(name for name in names if not name.exists())
             for suffix in (".jsonl", ".json", ".html"):
                 if path.with_suffix(suffix).exists():
                     os.replace(path.with_suffix(suffix), aside.with_suffix(suffix))
@@ -355,16 +345,10 @@ def group_recordings(examples: list[dict]) -> list[list[dict]]:
     recordings = {}
     for example in examples:
         recordings.setdefault(recording_key(example), []).append(example)
-    groups, seconds = [], 0.0
-    for about_one in sorted(recordings.values(), key=lambda group: -group[0]["seconds"]):
-        length = about_one[0]["seconds"]
-        seconds += length
-        full = groups and len(groups[-1]) + len(about_one) > GROUP_ROWS
-        if not groups or full or seconds > GROUP_SECONDS:
-            groups.append([])
-            seconds = length
-        groups[-1] += about_one
-    return groups
+    longest_first = sorted(recordings.values(), key=lambda group: -group[0]["seconds"])
+    sizes = [(group[0]["seconds"], len(group), group) for group in longest_first]
+    groups = data.cut_batches(sizes, GROUP_SECONDS, GROUP_ROWS)
+    return [list(chain(*group)) for group in groups]
 
 
 ITEM_FIELDS = "id audio start task source_language target_language corpus speaker".split()
@@ -408,8 +392,7 @@ def evaluate(args: argparse.Namespace) -> None:
     examples = {}
     for i, example in enumerate(manifest, 1):
         if example["task"] in args.tasks:
-            extra = {"id": str(i), "seconds": manifest.seconds(example)}
-            examples[str(i)] = example | extra
+            examples[str(i)] = example | {"id": str(i), "seconds": manifest.seconds(example)}
     if not examples:
         tasks = ", ".join(args.tasks)
         raise UserError(f"{args.manifest}: no row of the tasks {tasks}; give others with --tasks")
@@ -447,7 +430,7 @@ def print_scores(table: list[dict]) -> None:
         scores = []
         for name, (value, low, high) in line["scores"].items():
             scale, unit = (1, "") if name in ("BLEU", "chrF2") else (100, " %")
-            spread = f"{scale * low:.1f}-{scale * high:.1f}" if low is not None else "-"
+            spread = f"{scale * low:.1f}-{scale * high:.1f}"
             scores.append(f"{name} {scale * value:.1f}{unit} ({spread})")
         group = f"{line['task']} {line['language']}, {line['group']}, {line['items']}"
         print(visible(f"{group}: {', '.join(scores)}"))

@@ -101,7 +101,7 @@ def manifest(args) -> None:
         seconds, peak = time.perf_counter() - start, memory("VmHWM") / 2**20
         print(f"opened {count:,} rows in {seconds:.2f} s, peak {peak:.0f} MB")
         start = time.perf_counter()
-        read_groups(rows, ("asr",), 30.0, lambda row: None, 1)
+        read_groups(rows, ("asr",), lambda example, seconds: None, 1)
         seconds, peak = time.perf_counter() - start, memory("VmHWM") / 2**20
         print(f"read and checked in {seconds:.2f} s, peak {peak:.0f} MB")
 
