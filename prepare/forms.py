@@ -130,4 +130,9 @@ def chat(source, dropped, language=("en",), licence="unknown"):
                 continue
             fields |= dict(task=task, instruction=instruction, question=instruction)
             fields["target_language"] = language_code(language[0 if task == "asr" else -1])
+            if task == "st" and len(set(language)) == 1:
+                dropped["translation, of which --language en de does not say the target"].append(
+                    where
+                )
+                continue
             yield dict(fields, where=where, audio=audio, text=text)

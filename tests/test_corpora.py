@@ -532,8 +532,10 @@ def test_conversations(run, tmp_path):
     instructions = [example.get("instruction") for example in examples]
     assert instructions == ["Who is it?", "Write it down.", "Translate to German.", None]
     assert "5 left out (50.0%), not one recording, one instruction and one answer" in printed
-    assert run("chat", source="chat/data/rows.jsonl")[0][0]["corpus"] == "rows.jsonl"
     assert f"{path} line 6" in printed and "1 left out (10.0%), audio missing" in printed
+    examples, printed = run("chat", source="chat/data/rows.jsonl")
+    assert examples[0]["corpus"] == "rows.jsonl" and len(examples) == 3
+    assert "1 left out (10.0%), translation, of which --language en de does not say" in printed
 
 
 def test_parquet(run, tmp_path):
