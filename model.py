@@ -1318,15 +1318,8 @@ def save_weights(directory, config: dict, state: dict[str, Tensor], end_ids=None
 
 # --- Checkpoints of this project: one file with the parts that were trained, see train.py
 
-CHECKPOINT_PARTS = {
-    "model": dict,
-    "adapter": dict,
-    "bases": dict,
-    "config": dict,
-    "data": list,
-    "window": int | float,
-    "step": int,
-}
+CHECKPOINT_PARTS = dict.fromkeys(("model", "adapter", "bases", "config"), dict)
+CHECKPOINT_PARTS |= {"data": list, "window": int | float, "step": int}
 
 
 def load_checkpoint(path: str | Path) -> dict:

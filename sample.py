@@ -501,15 +501,13 @@ def make_requests(model, tokenizer, examples, recordings):
 def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options) -> list[Answer]:
     """The answers to a batch of requests. Audio is read once for all requests about it."""
     llm, device = model.llm, next(model.adapter.parameters()).device
-    places, audios, prefix_ids, prefix_rows, instructions = {}, [], [], [], []
+    beginnings, instructions = {}, []
     for request in batch:
         first = len(request.ids) - request.ids[::-1].index(AUDIO)  # where the instruction begins
-        if id(request.audio) not in places:
-            places[id(request.audio)] = len(places)
-            audios.append(request.audio)
-            prefix_ids.append(request.ids[:first])
-        prefix_rows.append(places[id(request.audio)])
+        beginnings[id(request.audio)] = (request.audio, request.ids[:first])
         instructions.append(request.ids[first:])
+    audios, prefix_ids = zip(*beginnings.values(), strict=True)
+    prefix_rows = [list(beginnings).index(id(request.audio)) for request in batch]
     ids, lengths = pack(prefix_ids, device)
     prefix = read_prefix(llm, model.embed(ids, torch.cat(audios)), lengths)
 
