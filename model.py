@@ -49,11 +49,7 @@ HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 def visible(text: object, keep: str = "") -> str:
     """A text of unknown origin as it may be printed: a character that a terminal would obey instead
     of print, unless it is in `keep`, appears as \\u001b and so on."""
-
-    def escape(match: re.Match) -> str:
-        return match[0] if match[0] in keep else f"\\u{ord(match[0]):04x}"
-
-    return HIDDEN.sub(escape, str(text))
+    return HIDDEN.sub(lambda m: m[0] if m[0] in keep else f"\\u{ord(m[0]):04x}", str(text))
 
 
 class UserError(ValueError):
@@ -104,11 +100,9 @@ def one_line_errors(
         yield
     except (UserError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise error_type(f"{where}: {reason}; {remedy}") from error
     except BaseException as error:  # tokenizers panics with something that is no Exception
-        raise error_type(f"{where}: {first_line(error)}; {remedy}") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise error_type(f"{where}: {reason}; {remedy}") from error
 
 
 # --- Configurations: field names and defaults are those of the checkpoints' config.json
@@ -138,27 +132,23 @@ def has_type(value: object, kind: type) -> bool:
     return kind not in (bool, str) or type(value) is kind
 
 
-def known_fields(cls: type, raw: dict, where: object) -> dict:
+def known_fields(cls: type, raw: dict) -> dict:
     """The fields of the dataclass cls that raw has. Null counts as absent; only fields with a
-    default may be absent. Raises UserError."""
+    default may be absent. Raises ValueError."""
     values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
     for f in fields(cls):
-        if f.name not in values and f.default is f.default_factory is MISSING:
-            raise UserError(f"{where}: no field {f.name}; {COPY_CONFIG}")
-        if f.name in values and not has_type(values[f.name], f.type):
-            value = reprlib.repr(values[f.name])
-            raise UserError(
-                f"{where}: {f.name} is {value}, expected {f.type.__name__}; {COPY_CONFIG}"
-            )
+        value = values.get(f.name)
+        if value is None and f.default is f.default_factory is MISSING:
+            raise ValueError(f"no field {f.name}")
+        if value is not None and not has_type(value, f.type):
+            raise ValueError(f"{f.name} is {reprlib.repr(value)}, expected {f.type.__name__}")
     return values
 
 
-def check_divides(where: object, config: object, multiple: str, divisor: str) -> None:
+def check_divides(config: object, multiple: str, divisor: str) -> None:
     total, part = getattr(config, multiple), getattr(config, divisor)
     if part == 0 or total % part:
-        raise UserError(
-            f"{where}: {multiple} {total} is no multiple of {divisor} {part}; {COPY_CONFIG}"
-        )
+        raise ValueError(f"{multiple} {total} is no multiple of {divisor} {part}")
 
 
 @dataclass
@@ -187,15 +177,17 @@ class EncoderConfig:
     mask_feature_length: int = 10  # channels
     mask_feature_min_masks: int = 0
 
+    def __post_init__(self):
+        check_divides(self, "hidden_size", "num_attention_heads")
+
     @classmethod
     def from_dict(cls, raw: dict, where: object = "config.json") -> "EncoderConfig":
         """The configuration in a parsed config.json. Raises UserError."""
         expect({"model_type": "", **raw}, where, model_type=["wav2vec2-bert"])
         expect(raw, where, position_embeddings_type=["relative_key"])
         expect(raw, where, feature_projection_input_dim=[160], hidden_act=list(ACTIVATIONS))
-        config = cls(**known_fields(cls, raw, where))
-        check_divides(where, config, "hidden_size", "num_attention_heads")
-        return config
+        with one_line_errors(where, COPY_CONFIG):
+            return cls(**known_fields(cls, raw))
 
 
 @dataclass
@@ -215,7 +207,8 @@ class AdapterConfig(EncoderConfig):
         `adapter`, its other fields, says."""
         raw = adapter | asdict(encoder) | {"output_size": llm.hidden_size}
         expect(raw, "the adapter", adapter_act=list(ACTIVATIONS))
-        return cls(**known_fields(cls, raw, "the adapter"))
+        with one_line_errors("the adapter", COPY_CONFIG):
+            return cls(**known_fields(cls, raw))
 
 
 @dataclass
@@ -239,6 +232,7 @@ class LLMConfig:
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        check_divides(self, "num_attention_heads", "num_key_value_heads")
         usual_head_dim = self.hidden_size // self.num_attention_heads
         if self.model_type == "qwen3":
             usual_head_dim = 128
@@ -252,15 +246,13 @@ class LLMConfig:
         expect(raw, where, hidden_act=["silu"], mlp_bias=[False], partial_rotary_factor=[1.0])
         expect(raw, where, num_experts=[0], num_local_experts=[0], quantization_config=[])
         expect(raw, where, use_sliding_window=[False])
-        for kind in raw.get("layer_types") or []:
-            expect({"layer_types": kind}, where, layer_types=["full_attention"])
         end_ids = (generation or {}).get("eos_token_id", raw.get("eos_token_id"))
-        overrides = rope_fields(raw, where) | {"eos_token_id": end_ids}
-        values = known_fields(cls, raw | overrides, where)
-        values["eos_token_id"] = check_end_ids(end_ids, values["vocab_size"], where)
-        config = cls(**values)
-        check_divides(where, config, "num_attention_heads", "num_key_value_heads")
-        return config
+        with one_line_errors(where, COPY_CONFIG):
+            for kind in raw.get("layer_types") or []:
+                expect({"layer_types": kind}, where, layer_types=["full_attention"])
+            values = known_fields(cls, raw | rope_fields(raw, where) | {"eos_token_id": end_ids})
+            values["eos_token_id"] = check_end_ids(end_ids, values["vocab_size"])
+            return cls(**values)
 
 
 LLAMA3_FIELDS = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
@@ -277,23 +269,18 @@ def rope_fields(raw: dict, where: object) -> dict:
         numbers |= {name: scaling.get(name) for name in LLAMA3_FIELDS}
     for name, value in numbers.items():
         if not is_number(value) or not 0 < float(value) < float("inf"):
-            shown = reprlib.repr(value)
-            raise UserError(
-                f"{where}: {name} is {shown}, expected a positive number; {COPY_CONFIG}"
-            )
+            raise ValueError(f"{name} is {reprlib.repr(value)}, expected a positive number")
     llama3 = {**scaling, "rope_type": kind} if kind == "llama3" else None
     return {"rope_theta": numbers["rope_theta"], "rope_scaling": llama3}
 
 
-def check_end_ids(end_ids: object, vocab_size: int, where: object) -> list[int]:
-    """The end tokens as a list. Raises UserError if there is none, or one beyond the vocabulary."""
+def check_end_ids(end_ids: object, vocab_size: int) -> list[int]:
+    """The end tokens as a list. Raises ValueError if there is none or one beyond the vocabulary."""
     ids = end_ids if isinstance(end_ids, list) else [end_ids]
     for token in ids or [None]:
         if type(token) is not int or not 0 <= token < vocab_size:
-            raise UserError(
-                f"{where}: eos_token_id is {reprlib.repr(end_ids)}, expected integers below "
-                f"{vocab_size}, the vocab_size; {COPY_CONFIG}"
-            )
+            expected = f"integers below {vocab_size}, the vocab_size"
+            raise ValueError(f"eos_token_id is {reprlib.repr(end_ids)}, expected {expected}")
     return ids
 
 
@@ -387,8 +374,7 @@ class Pretrained(nn.Module):
         if {dtype, compute_dtype} - {torch.float32, torch.bfloat16}:
             raise ValueError(f"found {dtype}, {compute_dtype}, expected torch.float32 or bfloat16")
         directory = fetch(path_or_hub_id)
-        with one_line_errors(directory / "config.json", COPY_CONFIG):
-            config = cls.read_config(directory)
+        config = cls.read_config(directory)
         state = read_state(directory, partial(cls.module_key, config), dtype, device)
         with one_line_errors(directory, "the weights and config.json are of different models"):
             if config.num_hidden_layers > len(state):  # before so many layers are built
@@ -707,18 +693,14 @@ class SpeechEncoder(Pretrained):
         arXiv 1904.08779): x (N, D) -> (N, D)."""
         c = self.config
         if c.mask_time_prob > 0:
-            longest = max(rows.lengths)
-            frames = span_mask(
-                rows.count, longest, c.mask_time_prob, c.mask_time_length, c.mask_time_min_masks
-            )
+            spans = c.mask_time_prob, c.mask_time_length, c.mask_time_min_masks
+            frames = span_mask(rows.count, max(rows.lengths), *spans)
             masked = frames[rows.row, rows.offset, None]  # (N, 1)
             x = torch.where(masked, self.masked_spec_embed.to(x.dtype), x)
         if c.mask_feature_prob > 0:
             D = x.shape[1]
-            widths = torch.full_like(rows.count, D)
-            channels = span_mask(
-                widths, D, c.mask_feature_prob, c.mask_feature_length, c.mask_feature_min_masks
-            )
+            spans = c.mask_feature_prob, c.mask_feature_length, c.mask_feature_min_masks
+            channels = span_mask(torch.full_like(rows.count, D), D, *spans)
             x = x.masked_fill(channels[rows.row], 0)
         return x
 
@@ -975,9 +957,8 @@ class LLM(Pretrained):
             mask = torch.arange(cache.size, device=x.device) <= last[..., None]  # (B, n, S)
         cos, sin = rope(rows.position, self.config)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        layers = self.model.layers
-        for i, layer in enumerate(layers):
-            chosen = wanted if i == len(layers) - 1 else None
+        for i, layer in enumerate(self.model.layers):
+            chosen = wanted if i == self.config.num_hidden_layers - 1 else None
             update = None if cache is None else partial(cache.update, i)
             x = self.kernels.call_layer(layer, x, chosen, rows, cos, sin, update, mask)
         return self.model.norm(x)
@@ -985,8 +966,7 @@ class LLM(Pretrained):
     @property
     def head(self) -> Tensor:
         """The output layer's matrix (V, D)."""
-        tied = self.config.tie_word_embeddings
-        return (self.model.embed_tokens if tied else self.lm_head).weight
+        return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def logits(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, V)
         if hasattr(self, "lm_head"):
@@ -1129,15 +1109,12 @@ class SpeechLM(nn.Module):
         AdapterConfig. Raises UserError."""
         parts = ("encoder", "adapter", "llm")
         dtypes = {part: torch.float32 if part in float32 else dtype for part in parts}
-        compute = compute_dtype or dtype
-        kernels = kernels or default_kernels(device)
-        encoder = SpeechEncoder.from_pretrained(
-            encoder, dtypes["encoder"], compute, device, kernels
-        )
-        llm = LLM.from_pretrained(llm, dtypes["llm"], compute, device, kernels)
+        shared = (compute_dtype or dtype, device, kernels or default_kernels(device))
+        encoder = SpeechEncoder.from_pretrained(encoder, dtypes["encoder"], *shared)
+        llm = LLM.from_pretrained(llm, dtypes["llm"], *shared)
         config = AdapterConfig.between(encoder.config, llm.config, **adapter)
-        join = LengthAdapter(config, compute, kernels).to(device, dtypes["adapter"])
-        return cls(encoder, join, llm).eval()
+        join = LengthAdapter(config, llm.compute_dtype, llm.kernels)
+        return cls(encoder, join.to(device, dtypes["adapter"]), llm).eval()
 
 
 # --- Low-rank updates (LoRA, arXiv 2106.09685)
@@ -1148,13 +1125,12 @@ def add_lora(module: nn.Module, rank: int, alpha: float, targets: list[str]) -> 
     adds alpha / rank * B A x to its output, with A (rank, in) random and B (out, rank) zero."""
     module.requires_grad_(False)
     for name, linear in module.named_modules():
-        if not isinstance(linear, Linear) or name.split(".")[-1] not in targets:
-            continue
-        device = linear.weight.device
-        linear.lora_scale = alpha / rank
-        linear.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
-        linear.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(linear.lora_a, 5**0.5)
+        if isinstance(linear, Linear) and name.split(".")[-1] in targets:
+            device = linear.weight.device
+            linear.lora_scale = alpha / rank
+            linear.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+            linear.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+            nn.init.kaiming_uniform_(linear.lora_a, 5**0.5)
 
 
 def is_update(name: str) -> bool:
@@ -1251,9 +1227,8 @@ def check_tied(directory: Path) -> None:
     pair = {}
     for path in weight_files(directory):
         with one_line_errors(path, DOWNLOAD_AGAIN), safe_open(path, framework="pt") as file:
-            for key in ("lm_head.weight", "model.embed_tokens.weight"):
-                if key in file.keys():
-                    pair[key] = file.get_tensor(key)
+            for key in {"lm_head.weight", "model.embed_tokens.weight"}.intersection(file.keys()):
+                pair[key] = file.get_tensor(key)
     if len(pair) == 2 and not torch.equal(*pair.values()):
         raise UserError(
             f"{directory}: tie_word_embeddings is true in config.json, but lm_head.weight differs "
@@ -1343,15 +1318,8 @@ def save_weights(directory, config: dict, state: dict[str, Tensor], end_ids=None
 
 # --- Checkpoints of this project: one file with the parts that were trained, see train.py
 
-CHECKPOINT_PARTS = {
-    "model": dict,
-    "adapter": dict,
-    "bases": dict,
-    "config": dict,
-    "data": list,
-    "window": int | float,
-    "step": int,
-}
+CHECKPOINT_PARTS = dict.fromkeys(("model", "adapter", "bases", "config"), dict)
+CHECKPOINT_PARTS |= {"data": list, "window": int | float, "step": int}
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -1387,10 +1355,8 @@ def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) ->
         if updates != {name: shapes[name] for name in filter(is_update, shapes)}:
             state = merged_state(model, state, checkpoint["config"]["lora_alpha"])
         saved = {name: tensor.shape for name, tensor in state.items()}
-        for name in shapes:
-            if name.split(".")[0] in complete and not is_update(name):
-                saved.setdefault(name, None)
-        misfits = [name for name, shape in saved.items() if shapes.get(name) != shape]
+        needed = {n for n in shapes if n.split(".")[0] in complete and not is_update(n)}
+        misfits = [name for name in needed | set(saved) if saved.get(name) != shapes.get(name)]
         if misfits:
             raise ValueError(f"{len(misfits)} tensors do not fit, {min(misfits)} first")
         # The parts that it does not hold are the base models'.

@@ -67,11 +67,10 @@ class KVCache:
         config = llm.config
         size = max(256, 1 << (size - 1).bit_length())
         shape = (batch, config.num_key_value_heads, size, config.head_dim)
-        options = {"dtype": llm.compute_dtype, "device": llm.model.norm.weight.device}
+        device = llm.model.norm.weight.device
+        zeros = partial(torch.zeros, shape, dtype=llm.compute_dtype, device=device)
         layers = range(config.num_hidden_layers)
-        keys = [torch.zeros(shape, **options) for _ in layers]
-        values = [torch.zeros(shape, **options) for _ in layers]
-        return cls(keys, values)
+        return cls([zeros() for _ in layers], [zeros() for _ in layers])
 
     @property
     def size(self) -> int:
@@ -85,8 +84,7 @@ class KVCache:
 
     def view(self, size: int) -> "KVCache":
         """Its first positions, in the same memory."""
-        keys = [x[:, :, :size] for x in self.keys]
-        return KVCache(keys, [x[:, :, :size] for x in self.values])
+        return KVCache([x[:, :, :size] for x in self.keys], [x[:, :, :size] for x in self.values])
 
     def select(self, sequences: list[int] | Tensor) -> "KVCache":
         """A new cache of these sequences of it."""
@@ -94,9 +92,9 @@ class KVCache:
 
     def copy_from(self, other: "KVCache", sequences: list[int] | Tensor, size: int) -> None:
         """Writes the first positions of these sequences of another cache, or of itself."""
-        for stores, sources in ((self.keys, other.keys), (self.values, other.values)):
-            for store, source in zip(stores, sources, strict=True):
-                store[:, :, :size] = source[sequences, :, :size]
+        sources = other.keys + other.values
+        for store, source in zip(self.keys + self.values, sources, strict=True):
+            store[:, :, :size] = source[sequences, :, :size]
 
 
 class Prefix(NamedTuple):
@@ -193,8 +191,6 @@ def generate(
     totals = list(lengths)
     if prefix is not None:
         prefix_rows = range(len(prefix.lengths)) if prefix_rows is None else prefix_rows
-        if len(prefix_rows) != len(lengths):
-            raise ValueError(f"{len(prefix_rows)} rows of a prefix for {len(lengths)} sequences")
         totals = [n + prefix.lengths[r] for n, r in zip(lengths, prefix_rows, strict=True)]
     needed, context = max(totals) + max_new_tokens, llm.config.max_position_embeddings
     if needed > context:
@@ -213,8 +209,8 @@ def generate(
     step = partial(step, llm)
     end_ids = set(llm.config.eos_token_id)
     if num_beams > 1:
-        search = partial(Beams, num_beams, length_penalty, end_ids)
-        answers = beam_search(search, logits, totals, cache, max_new_tokens, step)
+        searches = [Beams(num_beams, length_penalty, end_ids) for _ in lengths]
+        answers = beam_search(searches, logits, totals, cache, max_new_tokens, step)
         return [ids[: len(ids) - loop_size(ids)] if stop_loops else ids for ids in answers]
     draw = partial(draw_token, temperature=temperature, top_p=top_p, generator=generator)
     answers = [Continuation(row, end_ids, on_token, stop_loops) for row in range(len(lengths))]
@@ -325,11 +321,10 @@ class Beams:
         return going_on
 
 
-def beam_search(new_search, logits, totals, cache, max_new_tokens, step) -> list[list[int]]:
+def beam_search(searches, logits, totals, cache, max_new_tokens, step) -> list[list[int]]:
     """The best answer to each sequence. logits (B, V) and cache as prefill leaves them; totals: how
     many positions each sequence fills."""
     (B, V), device = logits.shape, logits.device
-    searches = [new_search() for _ in range(B)]
     K = searches[0].num_beams
     # Every sequence becomes K rows, of which only the first counts at the beginning.
     rows = torch.arange(B, device=device).repeat_interleave(K)
@@ -349,11 +344,10 @@ def beam_search(new_search, logits, totals, cache, max_new_tokens, step) -> list
             chosen += [(score, b * K + parent, token) for score, parent, token in going_on]
         if all(search.done for search in searches) or length == max_new_tokens:
             break
-        new_scores, new_rows, new_ids = zip(*chosen, strict=True)
-        scores = torch.tensor(new_scores, device=device)
+        columns = zip(*chosen, strict=True)
+        scores, rows, ids = (torch.tensor(column, device=device) for column in columns)
         filled = max(totals) + length
-        cache.copy_from(cache, torch.tensor(new_rows, device=device), filled - 1)
-        ids = torch.tensor(new_ids, device=device)
+        cache.copy_from(cache, rows, filled - 1)
         logits = step(ids, positions + length - 1, cache, filled)
     return [search.finished[0][1] for search in searches]
 
@@ -363,10 +357,8 @@ def score(llm, ids, lengths, answer_lengths, prefix, prefix_rows) -> Tensor:
     """log p of the last answer_lengths ids of each sequence, which continue rows of a prefix:
     (B,), float32. ids (N,), sequence after sequence of these lengths."""
     start, cache = continue_prefix(llm, prefix, prefix_rows, max(lengths))
-    targets = []
-    for end, answer in zip(accumulate(lengths), answer_lengths, strict=True):
-        targets.append(torch.arange(end - answer, end, device=ids.device))
-    targets = torch.cat(targets)
+    ends = zip(accumulate(lengths), answer_lengths, strict=True)
+    targets = torch.cat([torch.arange(end - n, end, device=ids.device) for end, n in ends])
     hidden = llm.hidden(llm.embed(ids), lengths, cache, start, wanted=targets - 1)
     log_p = llm.logits(hidden).log_softmax(-1).gather(1, ids[targets, None])[:, 0]
     return torch.stack([part.sum() for part in log_p.split(answer_lengths)])
@@ -509,15 +501,13 @@ def make_requests(model, tokenizer, examples, recordings):
 def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options) -> list[Answer]:
     """The answers to a batch of requests. Audio is read once for all requests about it."""
     llm, device = model.llm, next(model.adapter.parameters()).device
-    places, audios, prefix_ids, prefix_rows, instructions = {}, [], [], [], []
+    beginnings, instructions = {}, []
     for request in batch:
         first = len(request.ids) - request.ids[::-1].index(AUDIO)  # where the instruction begins
-        if id(request.audio) not in places:
-            places[id(request.audio)] = len(places)
-            audios.append(request.audio)
-            prefix_ids.append(request.ids[:first])
-        prefix_rows.append(places[id(request.audio)])
+        beginnings[id(request.audio)] = (request.audio, request.ids[:first])
         instructions.append(request.ids[first:])
+    audios, prefix_ids = zip(*beginnings.values(), strict=True)
+    prefix_rows = [list(beginnings).index(id(request.audio)) for request in batch]
     ids, lengths = pack(prefix_ids, device)
     prefix = read_prefix(llm, model.embed(ids, torch.cat(audios)), lengths)
 
