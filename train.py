@@ -38,7 +38,6 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
@@ -286,10 +285,10 @@ def training_kernels(device: str, checkpointing: bool = False, compiled: bool = 
     kernels = default_kernels(device)
     call = call_layer
     if compiled:
-        import torch._dynamo
+        from torch._dynamo import config
 
-        torch._dynamo.config.optimize_ddp = False  # which would cut the layers to pieces
-        torch._dynamo.config.recompile_limit = 256
+        config.optimize_ddp = False  # which would cut the layers to pieces
+        config.recompile_limit = 256
         call = torch.compile(call_layer, dynamic=True)
         # These are not traced: PyTorch's convolution would be compiled for every size.
         attend = torch.compiler.disable(kernels.attend)
@@ -675,7 +674,7 @@ def open_run(cfg: TrainConfig) -> Run:
     lock = lock_directory(cfg.out) if leaves_files else None
 
     # A run begins with what it saved, with another run's result, or with the base models.
-    path, checkpoint = Path(cfg.out) / f"{cfg.phase}.resume.pt", None
+    path = Path(cfg.out) / f"{cfg.phase}.resume.pt"
     resumed = gather(cfg.resume and path.exists())[0]
     if cfg.resume and not resumed:
         print(f"{path}: not there, so the run starts from its beginning")
@@ -684,12 +683,17 @@ def open_run(cfg: TrainConfig) -> Run:
         "adapter_kernel_size": cfg.adapter_kernel,
         "adapter_stride": cfg.adapter_stride,
     }
-    if resumed or cfg.init:
-        path = path if resumed else cfg.init
-        checkpoint = load_checkpoint(path)
+    path = path if resumed else cfg.init
+    checkpoint = load_checkpoint(path) if path else None
+    if checkpoint:
         adapter = checkpoint["adapter"]
+
     tokenizer = load_tokenizer(fetch(cfg.llm))
-    mixture = open_data(cfg, tasks, tokenizer, AdapterConfig(**adapter))
+    room = min(cfg.batch_tokens, LLM.read_config(fetch(cfg.llm)).max_position_embeddings)
+    limits = {"adapter": AdapterConfig(**adapter), "max_seconds": cfg.max_seconds, "room": room}
+    excess = partial(data.find_excess, tokenizer=tokenizer, **limits)
+    allowed = tuple(cfg.allow_licence)
+    mixture = data.open_mixture(cfg.data, cfg.dev, tasks, allowed, cfg.temperature, excess)
     if resumed:
         cfg = resumed_config(cfg, path, checkpoint, mixture.contents)
     model, bases, changed = build(cfg, rates, adapter, path, checkpoint)
@@ -710,17 +714,6 @@ def open_run(cfg: TrainConfig) -> Run:
     run = Run(cfg, rates, tasks, mixture, model, bases, changed, examples, hours, size, lock)
     start(run, checkpoint if resumed else None)
     return run
-
-
-def open_data(cfg: TrainConfig, tasks: tuple[str, ...], tokenizer: Tokenizer, adapter):
-    """The Mixture of a run. Raises UserError."""
-    room = min(cfg.batch_tokens, LLM.read_config(fetch(cfg.llm)).max_position_embeddings)
-
-    def excess(example: dict, seconds: float) -> str | None:
-        return data.find_excess(example, seconds, tokenizer, adapter, cfg.max_seconds, room)
-
-    allowed = tuple(cfg.allow_licence)
-    return data.open_mixture(cfg.data, cfg.dev, tasks, allowed, cfg.temperature, excess)
 
 
 def lock_directory(path: str) -> typing.IO | None:
