@@ -79,7 +79,6 @@ LINEAR = {  # layers that low-rank updates can be added to, by part
     "llm": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
     "encoder": "linear_q linear_k linear_v linear_out intermediate_dense output_dense".split(),
 }
-SAME = "give the same, or start anew without --resume"
 RESUME = "what was saved is intact: mend this and start again with --resume"
 
 # --- The configuration, and the phases
@@ -199,11 +198,10 @@ def parse(argv: list[str] | None) -> TrainConfig:
         elif f.type == list[str]:
             more = {"nargs": "+"}
         default = f.default_factory()
-        name = "--" + f.name.replace("_", "-")
         text = f.metadata["help"]
         if default or default is None:
             text += f" Default: {'of the phase' if default is None else default}."
-        group.add_argument(name, default=default, help=text, **more)
+        group.add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **more)
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
     problem = misuse(cfg)
     if problem:
@@ -864,6 +862,11 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
     of other than its number of batches a step over all ranks."""
     if "state" not in resumed or "contents" not in resumed:
         raise UserError(f"{path}: is of an older version; start anew without --resume")
+
+    def refuse(before: str, now: object):
+        remedy = "give the same, or start anew without --resume"
+        raise UserError(f"{path}: was trained with {before}, found {now}; {remedy}")
+
     automatic = cfg.batch_frames == "auto"
     names = ["steps"] * bool(cfg.epochs) + ["batch_frames", "batch_tokens"] * automatic
     cfg = replace(cfg, **{name: resumed["config"][name] for name in names})
@@ -871,21 +874,13 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
     for name, value in resumed["config"].items():
         free = name in MAY_CHANGE or (name == "accumulate" and batches == resumed["batches_a_step"])
         if not free and config.get(name) != value:
-            raise UserError(
-                f"{path}: was trained with {name} {value!r}, found {config.get(name)!r}; {SAME}"
-            )
+            refuse(f"{name} {value!r}", repr(config.get(name)))
     if batches != resumed["batches_a_step"]:
-        raise UserError(
-            f"{path}: was trained with {resumed['batches_a_step']} batches a step over all ranks, "
-            f"found {batches}; {SAME}"
-        )
+        refuse(f"{resumed['batches_a_step']} batches a step over all ranks", batches)
     pairs = zip_longest(resumed["contents"], contents, fillvalue=("no manifest", 0, ""))
     for (before, rows, content), (now, rows_now, content_now) in pairs:
         if content != content_now:
-            raise UserError(
-                f"{path}: was trained with {before} of {rows} rows, found {now} of {rows_now} rows "
-                f"and other content; {SAME}"
-            )
+            refuse(f"{before} of {rows} rows", f"{now} of {rows_now} rows and other content")
     return cfg
 
 
@@ -951,7 +946,7 @@ def mean_loss(run: Run, rows: list[dict], frames: list[Tensor]) -> float:
         loss, tokens = run.model(**on_device(data.collate(batch), run.cfg.device))
         total += loss.item()
         count += tokens
-    return total / max(1, count)
+    return total / count
 
 
 def find_refusal_threshold(run: Run) -> dict[str, float]:
@@ -1145,13 +1140,12 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
 def report(run: Run) -> None:
     """The picture of the curves, if extras/ is there, and what was left out."""
     lines = data.read_lines(run.path(".jsonl"))
-    try:
-        from extras.curves import draw_curves
-    except ImportError:
-        draw_curves = None
-    if draw_curves and rank() == 0:
-        data.write_text(run.path(".svg"), draw_curves(lines))
-        print(f"{run.path('.svg')}: the curves")
+    if rank() == 0:
+        with suppress(ImportError):
+            from extras.curves import draw_curves
+
+            data.write_text(run.path(".svg"), draw_curves(lines))
+            print(f"{run.path('.svg')}: the curves")
     for where, why in run.state.bad.items():
         print(visible(f"left out: {where}: {why}"))
     skipped = sum("skipped" in line for line in lines)
