@@ -38,7 +38,6 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
@@ -80,8 +79,6 @@ LINEAR = {  # layers that low-rank updates can be added to, by part
     "llm": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
     "encoder": "linear_q linear_k linear_v linear_out intermediate_dense output_dense".split(),
 }
-DEVICES = ("cuda", "mps", "cpu")
-SAME = "give the same, or start anew without --resume"
 RESUME = "what was saved is intact: mend this and start again with --resume"
 
 # --- The configuration, and the phases
@@ -90,9 +87,7 @@ RESUME = "what was saved is intact: mend this and start again with --resume"
 def option(default, help: str, low: float = 0, high: float = math.inf, choices=None):
     """A field of TrainConfig with its help text and the values that it may have."""
     metadata = {"help": help, "low": low, "high": high, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default_factory=lambda: default, metadata=metadata)
 
 
 @dataclass
@@ -145,7 +140,7 @@ class TrainConfig:
     cache_gb: float = option(2.0, "Keep a frozen encoder's outputs on disk if they fit; 0: never.")
     fsdp: bool = option(False, "Split weights and optimizer among the ranks of torchrun.")
     workers: int = option(2, "Processes that read audio and compute features.")
-    device: str = option(pick_device(), "Where to compute.", choices=DEVICES)
+    device: str = option(pick_device(), "Where to compute.", choices=("cuda", "mps", "cpu"))
 
     eval_every: int = option(500, "Steps between validations, each of which also saves.", low=1)
     eval_rows: int = option(200, "Rows for the validation loss.", low=2)
@@ -202,12 +197,11 @@ def parse(argv: list[str] | None) -> TrainConfig:
             more = {"action": "store_true"}
         elif f.type == list[str]:
             more = {"nargs": "+"}
-        default = f.default_factory() if f.type == list[str] else f.default
-        name = "--" + f.name.replace("_", "-")
+        default = f.default_factory()
         text = f.metadata["help"]
         if default or default is None:
             text += f" Default: {'of the phase' if default is None else default}."
-        group.add_argument(name, default=default, help=text, **more)
+        group.add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **more)
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
     problem = misuse(cfg)
     if problem:
@@ -252,11 +246,10 @@ def resolve_phase(cfg: TrainConfig) -> tuple[TrainConfig, dict[str, float], tupl
     rates = {part: rate for part, rate in rates.items() if rate > 0}
     if not rates:
         raise UserError("every learning rate is 0, so nothing would be trained; leave one above 0")
-    defaults = {}
+    cfg = replace(cfg)
     for name in ("steps", "warmup", "batch_frames"):
         if getattr(cfg, name) is None:
-            defaults[name] = getattr(phase, name)
-    cfg = replace(cfg, **defaults)
+            setattr(cfg, name, getattr(phase, name))
     numbers = f"{cfg.steps} steps, warmup {cfg.warmup}, batches of {cfg.batch_frames} frames"
     print(f"preset for LLMs of width {least} and above: {numbers}")
     return cfg, rates, phase.tasks
@@ -290,29 +283,22 @@ def training_kernels(device: str, checkpointing: bool = False, compiled: bool = 
     kernels = default_kernels(device)
     call = call_layer
     if compiled:
-        import torch._dynamo
+        from torch._dynamo import config
 
-        torch._dynamo.config.optimize_ddp = False  # which would cut the layers to pieces
-        torch._dynamo.config.recompile_limit = 256
-        compiled_layer = torch.compile(call_layer, dynamic=True)
-
-        def call(layer: nn.Module, *inputs) -> Tensor:
-            # Answers have shapes of their own and would wait for the compiler.
-            run = compiled_layer if torch.is_grad_enabled() else call_layer
-            return run(layer, *inputs)
-
+        config.optimize_ddp = False  # which would cut the layers to pieces
+        config.recompile_limit = 256
+        call = torch.compile(call_layer, dynamic=True)
         # These are not traced: PyTorch's convolution would be compiled for every size.
         attend = torch.compiler.disable(kernels.attend)
         kernels = Kernels(attend, torch.compiler.disable(kernels.depthwise))
     if checkpointing:
-        return replace(kernels, call_layer=partial(recompute_layer, call))
-    return replace(kernels, call_layer=call)
+        call = partial(recompute, call, use_reentrant=False)
 
+    def call_in_training(layer: nn.Module, *inputs) -> Tensor:
+        # Answers have shapes of their own and would wait for the compiler.
+        return (call if torch.is_grad_enabled() else call_layer)(layer, *inputs)
 
-def recompute_layer(call: Callable, layer: nn.Module, *inputs) -> Tensor:
-    if torch.is_grad_enabled():
-        return recompute(call, layer, *inputs, use_reentrant=False)
-    return call(layer, *inputs)
+    return replace(kernels, call_layer=call_in_training)
 
 
 def build(cfg: TrainConfig, rates: dict[str, float], adapter: dict, path="", checkpoint=None):
@@ -363,9 +349,6 @@ def parameter_groups(model: SpeechLM, rates: dict[str, float], weight_decay: flo
         vectors = [p for p in trained if p.ndim <= 1]
         groups.append({"params": matrices, "rate": rate, "weight_decay": weight_decay})
         groups.append({"params": vectors, "rate": rate, "weight_decay": 0.0})
-    grouped = [id(p) for group in groups for p in group["params"]]
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(grouped) == len(set(grouped)) and set(grouped) == trained
     return groups
 
 
@@ -383,16 +366,6 @@ def on_device(batch: dict, device: str) -> dict:
     for name in ("features", "ids", "targets"):
         inputs[name] = batch[name].to(device, non_blocking=True)
     return inputs
-
-
-@torch.no_grad()
-def scale_projection(model: SpeechLM, batch: dict) -> None:
-    """Scales a new adapter's projection so that its output spreads like the LLM's embeddings."""
-    audio, _ = model.encode(batch["features"], batch["lengths"])
-    embeddings = model.llm.model.embed_tokens.weight
-    factor = embeddings.float().std() / audio.float().std()
-    for p in model.adapter.enc_to_dec_proj.parameters():
-        p.mul_(factor)
 
 
 # --- The outputs of a frozen encoder, computed once and kept on disk
@@ -415,9 +388,7 @@ def encoder_states(
     files of the out directory, which later runs find again if encoder, clips and audio files are
     the same. Returns a function from a clip to its states (F, D), which raises AudioError for one
     that cannot be used; or None if they would not fit on the disk or in cache_gb."""
-    clips = set()
-    for manifest in manifests:
-        clips.update(manifest.clip(example) for example in manifest)
+    clips = {manifest.clip(example) for manifest in manifests for example in manifest}
     sizes = sorted((data.feature_length(clip[2]), 0, clip) for clip in clips)
     frames = sum(size[0] for size in sizes)
     size_gb = frames * encoder.config.hidden_size * encoder.compute_dtype.itemsize / 1e9
@@ -453,7 +424,7 @@ def encoder_states(
 def file_stamp(path: str) -> tuple:
     """What tells whether the file, or the tar, of a clip is still the same."""
     shard, tar, _ = path.partition(".tar/")
-    name = shard + ".tar" if tar else path
+    name = shard + tar.rstrip("/")
     status = os.stat(name) if os.path.exists(name) else None
     return name, status and status.st_size, status and status.st_mtime_ns
 
@@ -701,7 +672,7 @@ def open_run(cfg: TrainConfig) -> Run:
     lock = lock_directory(cfg.out) if leaves_files else None
 
     # A run begins with what it saved, with another run's result, or with the base models.
-    path, checkpoint = Path(cfg.out) / f"{cfg.phase}.resume.pt", None
+    path = Path(cfg.out) / f"{cfg.phase}.resume.pt"
     resumed = gather(cfg.resume and path.exists())[0]
     if cfg.resume and not resumed:
         print(f"{path}: not there, so the run starts from its beginning")
@@ -710,12 +681,17 @@ def open_run(cfg: TrainConfig) -> Run:
         "adapter_kernel_size": cfg.adapter_kernel,
         "adapter_stride": cfg.adapter_stride,
     }
-    if resumed or cfg.init:
-        path = path if resumed else cfg.init
-        checkpoint = load_checkpoint(path)
+    path = path if resumed else cfg.init
+    checkpoint = load_checkpoint(path) if path else None
+    if checkpoint:
         adapter = checkpoint["adapter"]
+
     tokenizer = load_tokenizer(fetch(cfg.llm))
-    mixture = open_data(cfg, tasks, tokenizer, AdapterConfig(**adapter))
+    room = min(cfg.batch_tokens, LLM.read_config(fetch(cfg.llm)).max_position_embeddings)
+    limits = {"adapter": AdapterConfig(**adapter), "max_seconds": cfg.max_seconds, "room": room}
+    excess = partial(data.find_excess, tokenizer=tokenizer, **limits)
+    allowed = tuple(cfg.allow_licence)
+    mixture = data.open_mixture(cfg.data, cfg.dev, tasks, allowed, cfg.temperature, excess)
     if resumed:
         cfg = resumed_config(cfg, path, checkpoint, mixture.contents)
     model, bases, changed = build(cfg, rates, adapter, path, checkpoint)
@@ -736,17 +712,6 @@ def open_run(cfg: TrainConfig) -> Run:
     run = Run(cfg, rates, tasks, mixture, model, bases, changed, examples, hours, size, lock)
     start(run, checkpoint if resumed else None)
     return run
-
-
-def open_data(cfg: TrainConfig, tasks: tuple[str, ...], tokenizer: Tokenizer, adapter):
-    """The Mixture of a run. Raises UserError."""
-    room = min(cfg.batch_tokens, LLM.read_config(fetch(cfg.llm)).max_position_embeddings)
-
-    def excess(example: dict, seconds: float) -> str | None:
-        return data.find_excess(example, seconds, tokenizer, adapter, cfg.max_seconds, room)
-
-    allowed = tuple(cfg.allow_licence)
-    return data.open_mixture(cfg.data, cfg.dev, tasks, allowed, cfg.temperature, excess)
 
 
 def lock_directory(path: str) -> typing.IO | None:
@@ -791,13 +756,19 @@ def start(run: Run, resumed: dict | None) -> None:
         start_files(run, bool(resumed))
 
 
+@torch.no_grad()
 def start_adapter(run: Run) -> None:
-    """Scales a new adapter by the first batch that can be used."""
+    """Scales a new adapter's projection so that its output spreads like the LLM's embeddings, by
+    the first batch that can be used."""
     for scheduled in islice(run_schedule(run), 100):
         batch = run.examples[scheduled]
         if batch["examples"]:
             seed_for(run.cfg.seed, batch["position"])
-            scale_projection(run.model, on_device(batch, run.cfg.device))
+            audio, _ = run.model.encode(batch["features"].to(run.cfg.device), batch["lengths"])
+            embeddings = run.model.llm.model.embed_tokens.weight
+            factor = embeddings.float().std() / audio.float().std()
+            for p in run.model.adapter.enc_to_dec_proj.parameters():
+                p.mul_(factor)
             return
 
 
@@ -891,6 +862,11 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
     of other than its number of batches a step over all ranks."""
     if "state" not in resumed or "contents" not in resumed:
         raise UserError(f"{path}: is of an older version; start anew without --resume")
+
+    def refuse(before: str, now: object):
+        remedy = "give the same, or start anew without --resume"
+        raise UserError(f"{path}: was trained with {before}, found {now}; {remedy}")
+
     automatic = cfg.batch_frames == "auto"
     names = ["steps"] * bool(cfg.epochs) + ["batch_frames", "batch_tokens"] * automatic
     cfg = replace(cfg, **{name: resumed["config"][name] for name in names})
@@ -898,21 +874,13 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
     for name, value in resumed["config"].items():
         free = name in MAY_CHANGE or (name == "accumulate" and batches == resumed["batches_a_step"])
         if not free and config.get(name) != value:
-            raise UserError(
-                f"{path}: was trained with {name} {value!r}, found {config.get(name)!r}; {SAME}"
-            )
+            refuse(f"{name} {value!r}", repr(config.get(name)))
     if batches != resumed["batches_a_step"]:
-        raise UserError(
-            f"{path}: was trained with {resumed['batches_a_step']} batches a step over all ranks, "
-            f"found {batches}; {SAME}"
-        )
+        refuse(f"{resumed['batches_a_step']} batches a step over all ranks", batches)
     pairs = zip_longest(resumed["contents"], contents, fillvalue=("no manifest", 0, ""))
     for (before, rows, content), (now, rows_now, content_now) in pairs:
         if content != content_now:
-            raise UserError(
-                f"{path}: was trained with {before} of {rows} rows, found {now} of {rows_now} rows "
-                f"and other content; {SAME}"
-            )
+            refuse(f"{before} of {rows} rows", f"{now} of {rows_now} rows and other content")
     return cfg
 
 
@@ -920,15 +888,14 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
 
 
 @torch.no_grad()
-def validate(run: Run) -> tuple[dict[str, float], list[tuple[str, str]]]:
+def validate(run: Run) -> tuple[dict[str, float], list[tuple[dict, str]]]:
     """Loss on some rows of the dev manifest, the loss when every row hears another row's audio, and
-    the scores of answering the first rows of each task. Returns figures, and (reference,
-    hypothesis) pairs. Raises UserError."""
+    the scores of answering the first rows of each task. Returns figures, and (example, answer)
+    pairs. Raises UserError."""
     cfg, model, examples = run.cfg, run.model, run.examples
     rows, frames = dev_examples(run, run.tasks, cfg.eval_rows)
     if len(rows) < 2:
         raise UserError(f"{cfg.dev}: {len(rows)} recordings can be used, expected 2; mend them")
-    modes = {name: part.training for name, part in model.named_children()}
     model.eval()
     figures = {
         "dev_loss": mean_loss(run, rows, frames),
@@ -946,9 +913,8 @@ def validate(run: Run) -> tuple[dict[str, float], list[tuple[str, str]]]:
         if not isinstance(answer, data.AudioError):
             pairs.append((example, answer.text))
     for name, part in model.named_children():
-        part.train(modes[name])
-    texts = [(example["text"], text) for example, text in pairs]
-    return figures | validation_scores(pairs), texts
+        part.train(name in run.rates)
+    return figures | validation_scores(pairs), pairs
 
 
 def dev_examples(run: Run, tasks: tuple[str, ...], count: int) -> tuple[list[dict], list[Tensor]]:
@@ -980,7 +946,7 @@ def mean_loss(run: Run, rows: list[dict], frames: list[Tensor]) -> float:
         loss, tokens = run.model(**on_device(data.collate(batch), run.cfg.device))
         total += loss.item()
         count += tokens
-    return total / max(1, count)
+    return total / count
 
 
 def find_refusal_threshold(run: Run) -> dict[str, float]:
@@ -1003,18 +969,18 @@ def next_step(run: Run, loader: Iterator[dict]) -> tuple[list[dict], int, float]
     """This rank's batches of the next step, and over all ranks the target tokens and the seconds of
     audio; batches without a usable row are passed over. Raises UserError if too many recordings
     cannot be used."""
-    state, tries = run.state, 0
-    while True:
-        tries += 1
+    state, rows = run.state, sum(map(len, run.mixture.manifests))
+    for _ in range(100):
         batches = [next_batch(loader) for _ in range(run.cfg.accumulate)]
         tokens, audio = reduce_step(state, batches)
-        met = min(state.seen, sum(map(len, run.mixture.manifests)))  # different recordings
-        if len(state.bad) > BAD_SHARE * max(met, 300) or (not tokens and tries == 100):
-            reasons = [f"{where}: {why}" for where, why in list(state.bad.items())[-3:]]
-            count = f"{len(state.bad)} of {met} recordings could not be used, more than 1 %"
-            raise UserError(f"{count}: {'; '.join(reasons)}")
+        met = min(state.seen, rows)  # different recordings
+        if len(state.bad) > BAD_SHARE * max(met, 300):
+            break
         if tokens:
             return batches, tokens, audio
+    reasons = [f"{where}: {why}" for where, why in list(state.bad.items())[-3:]]
+    count = f"{len(state.bad)} of {met} recordings could not be used, more than 1 %"
+    raise UserError(f"{count}: {'; '.join(reasons)}")
 
 
 def reduce_step(state: RunState, batches: list[dict]) -> tuple[int, float]:
@@ -1025,10 +991,9 @@ def reduce_step(state: RunState, batches: list[dict]) -> tuple[int, float]:
         rows = len(batch["examples"]) + len(batch["bad"])
         drawn.append((batch["position"], rows, batch["bad"], len(batch["targets"]), frames))
     drawn = list(chain(*gather(drawn)))
-    positions = [position for position, *_ in drawn]
-    state.position = max(positions, key=lambda place: (place["pool"], place["batch"]))
-    state.seen += sum(rows for _, rows, *_ in drawn)
-    for _, _, bad, *_ in drawn:
+    state.position = drawn[-1][0]  # the ranks take turns, so that the last one is the furthest
+    for _, rows, bad, *_ in drawn:
+        state.seen += rows
         state.bad |= dict(bad)
     return sum(tokens for *_, tokens, _ in drawn), sum(frames for *_, frames in drawn) / 50
 
@@ -1070,25 +1035,23 @@ def leave_out(run: Run, batches: list[dict], loss: float, norm: float) -> dict:
     return figures
 
 
-def validate_and_save(run: Run, stop: Stop) -> bool:
-    """Once in a while: validates, shows some answers, saves. Returns whether it did: a signal ends
-    a validation, and --resume makes up for it."""
+def validate_and_save(run: Run, stop: Stop) -> None:
+    """Once in a while: validates, saves, shows some answers. A signal ends a validation, and
+    --resume makes up for it."""
     cfg, state = run.cfg, run.state
     threshold = {}
     state.averaged = gather(state.averaged)[0]  # what rank 0 has saved
     if state.step == cfg.steps and state.averaged:
         average_checkpoints(run)
     with unsharded(run.model):
-        try:
+        with suppress(KeyboardInterrupt):
             stop.waits = False
             figures, pairs = validate(run)
             if state.step == cfg.steps and "sqa" in run.tasks:
                 threshold = find_refusal_threshold(run)
-        except KeyboardInterrupt:
-            pass
         stop.waits = True
     if any(gather(stop.signal)):
-        return False
+        return
     if not math.isfinite(figures["dev_loss"]):
         raise UserError(f"step {state.step}: dev_loss {figures['dev_loss']}; {LOWER_RATE}")
     state.validated = state.step
@@ -1098,11 +1061,10 @@ def validate_and_save(run: Run, stop: Stop) -> bool:
         texts = [f"{name} {value:.3f}" for name, value in figures.items()]
         tqdm.write(f"step {state.step}: {', '.join(texts)}")
         shown = pairs[:: max(1, len(pairs) // 4)][:4] if len(run.tasks) > 1 else pairs[:2]
-        for reference, hypothesis in shown:
-            tqdm.write(f"  said: {visible(reference)}\n  read: {visible(hypothesis)}")
+        for example, answer in shown:
+            tqdm.write(f"  said: {visible(example['text'])}\n  read: {visible(answer)}")
         if figures["shuffled_loss"] < 1.05 * figures["dev_loss"]:
             tqdm.write("the model is not listening yet: other recordings serve it as well")
-    return True
 
 
 @torch.no_grad()
@@ -1134,14 +1096,14 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
     )
     while True:
         # Once in a while, validate and save. A signal is answered here, between two steps.
-        stop.waits, saved = True, False
+        stop.waits = True
         due = state.step % cfg.eval_every == 0 or state.step == cfg.steps
         due = due and (state.step > 0 or bool(cfg.init))  # without --init there is nothing to see
         if due and state.step > state.validated and not any(gather(stop.signal)):
-            saved = validate_and_save(run, stop)
+            validate_and_save(run, stop)
         if any(gather(stop.signal)):
             # Weights that give no finite gradient are not worth an older checkpoint.
-            if not (saved or state.skipped or state.step == 0):
+            if state.step > max(0, state.validated) and not state.skipped:
                 save(run)
             gather("saved")  # torchrun ends the others when one ends
             raise KeyboardInterrupt
@@ -1178,13 +1140,12 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
 def report(run: Run) -> None:
     """The picture of the curves, if extras/ is there, and what was left out."""
     lines = data.read_lines(run.path(".jsonl"))
-    try:
-        from extras.curves import draw_curves
-    except ImportError:
-        draw_curves = None
-    if draw_curves and rank() == 0:
-        data.write_text(run.path(".svg"), draw_curves(lines))
-        print(f"{run.path('.svg')}: the curves")
+    if rank() == 0:
+        with suppress(ImportError):
+            from extras.curves import draw_curves
+
+            data.write_text(run.path(".svg"), draw_curves(lines))
+            print(f"{run.path('.svg')}: the curves")
     for where, why in run.state.bad.items():
         print(visible(f"left out: {where}: {why}"))
     skipped = sum("skipped" in line for line in lines)
@@ -1213,30 +1174,29 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             print("train.py: stopped; what was saved is intact, --resume goes on", file=sys.stderr)
             sys.exit(128 + (stop.signal or signal.SIGINT))
-        except OSError as error:
-            place = f"{error.filename or cfg.out}: {error.strerror}"
-            sys.exit(visible(f"train.py: {place}; {RESUME}"))
-        except (UserError, RuntimeError) as error:
-            sys.exit(f"train.py: {explain(error)}")
+        except (UserError, OSError, RuntimeError) as error:
+            sys.exit(f"train.py: {explain(error, cfg.out)}")
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, out: str) -> str:
     """The line about an error that a user can do something about; others are raised again."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)  # torchrun ends the other ranks when one ends, and rank 0 is to speak first
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"a batch does not fit into memory: lower --batch-frames and --batch-tokens; {RESUME}"
-        )
     reason = first_line(error)
-    if isinstance(error, dist.DistError) or "gloo/" in reason:
-        return visible(f"lost another rank, whose own message says why ({reason}); {RESUME}")
-    if "DataLoader" in reason:
-        return visible(f"the loader failed ({reason}); {RESUME}")
-    raise error
+    if isinstance(error, OSError):
+        reason = f"{error.filename or out}: {error.strerror}"
+    elif isinstance(error, torch.OutOfMemoryError):
+        reason = "a batch does not fit into memory: lower --batch-frames and --batch-tokens"
+    elif isinstance(error, dist.DistError) or "gloo/" in reason:
+        reason = f"lost another rank, whose own message says why ({reason})"
+    elif "DataLoader" in reason:
+        reason = f"the loader failed ({reason})"
+    else:
+        raise error
+    return visible(f"{reason}; {RESUME}")
 
 
 if __name__ == "__main__":
