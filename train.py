@@ -698,6 +698,7 @@ def open_run(cfg: TrainConfig) -> Run:
     for name, part in model.named_children():
         millions = sum(p.numel() for p in part.parameters()) / 1e6
         how = f"lr {rates[name]:g}" if name in rates else "frozen"
+        how += " but for low-rank updates" if has_updates(name, cfg) else ""
         dtype = next(part.parameters()).dtype
         print(f"{name}: {millions:.2f} M parameters, {how}, {dtype} weights")
     manifests, states = [*mixture.manifests, mixture.dev], None
@@ -1062,7 +1063,8 @@ def validate_and_save(run: Run, stop: Stop) -> None:
         tqdm.write(f"step {state.step}: {', '.join(texts)}")
         shown = pairs[:: max(1, len(pairs) // 4)][:4] if len(run.tasks) > 1 else pairs[:2]
         for example, answer in shown:
-            tqdm.write(f"  said: {visible(example['text'])}\n  read: {visible(answer)}")
+            said, read = visible(example["text"]), visible(answer)
+            tqdm.write(f"  said: {said[:300]}\n  read: {read[:300]}")
         if figures["shuffled_loss"] < 1.05 * figures["dev_loss"]:
             tqdm.write("the model is not listening yet: other recordings serve it as well")
 
