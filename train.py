@@ -697,8 +697,8 @@ def open_run(cfg: TrainConfig) -> Run:
     model, bases, changed = build(cfg, rates, adapter, path, checkpoint)
     for name, part in model.named_children():
         millions = sum(p.numel() for p in part.parameters()) / 1e6
-        how = f"lr {rates[name]:g}" if name in rates else "frozen"
-        how += " but for low-rank updates" if has_updates(name, cfg) else ""
+        updates = " for low-rank updates" if has_updates(name, cfg) else ""
+        how = f"lr {rates[name]:g}{updates}" if name in rates else "frozen"
         dtype = next(part.parameters()).dtype
         print(f"{name}: {millions:.2f} M parameters, {how}, {dtype} weights")
     manifests, states = [*mixture.manifests, mixture.dev], None
