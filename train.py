@@ -1063,8 +1063,8 @@ def validate_and_save(run: Run, stop: Stop) -> None:
         tqdm.write(f"step {state.step}: {', '.join(texts)}")
         shown = pairs[:: max(1, len(pairs) // 4)][:4] if len(run.tasks) > 1 else pairs[:2]
         for example, answer in shown:
-            said, read = visible(example["text"]), visible(answer)
-            tqdm.write(f"  said: {said[:300]}\n  read: {read[:300]}")
+            for name, text in (("said", example["text"]), ("read", answer)):
+                tqdm.write(f"  {name}: {visible(text)[:300]}")
         if figures["shuffled_loss"] < 1.05 * figures["dev_loss"]:
             tqdm.write("the model is not listening yet: other recordings serve it as well")
 
