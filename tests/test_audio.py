@@ -175,7 +175,7 @@ def test_parts_of_files_and_members_of_tars(tmp_path):
         assert audio_seconds(path) == 2.0
         refuses(path, "a.wav: found no samples, expected at least 35 ms", 3.0)
         refuses(path, "a.wav: found 0.50 s of audio, expected 1.00 s", 1.5, 1.0)
-    refuses(tmp_path / "s.tar" / "link.wav", "s.tar/link.wav: no such member in the tar")
+    refuses(tmp_path / "s.tar" / "link.wav", "s.tar/link.wav: no such file; correct the path")
     assert audio_seconds(tmp_path / "s.tar" / "link.wav") == 0
 
 
@@ -408,7 +408,7 @@ def test_nan_and_inf_are_refused(tmp_path):
     x[4000:4010] = np.nan
     x[9000] = np.inf
     soundfile.write(tmp_path / "x.wav", x, RATE, subtype="FLOAT")
-    refuses(tmp_path / "x.wav", "found NaN or inf at 0.250 s, expected finite samples")
+    refuses(tmp_path / "x.wav", "found NaN or inf, expected finite samples; export it")
 
 
 def test_impossible_rates_are_refused(tmp_path):
