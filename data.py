@@ -108,14 +108,14 @@ def load_audio(path: str | Path, start: float = 0.0, duration: float | None = No
         seconds = promised_seconds(path) - start if duration is None else duration
         wave = read_samples(sound, path, round(start * rate), round(seconds * rate))
     wave = wave if rate == SAMPLE_RATE else resample(wave, rate)
-    if len(wave) < MIN_SAMPLES:
-        length = f"{len(wave) / 16:.1f} ms of audio" if len(wave) else "no samples"
-        raise AudioError(f"{path}: found {length}, expected at least 35 ms; leave the file out")
     if seconds * SAMPLE_RATE - len(wave) > SAMPLE_RATE // 10:
         raise AudioError(
             f"{path}: found {len(wave) / SAMPLE_RATE:.2f} s of audio, expected {seconds:.2f} s by "
             "its header or the manifest; the file is cut or damaged: copy or download it again"
         )
+    if len(wave) < MIN_SAMPLES:
+        length = f"{len(wave) / 16:.1f} ms of audio" if len(wave) else "no samples"
+        raise AudioError(f"{path}: found {length}, expected at least 35 ms; leave the file out")
     if not wave.isfinite().all():
         raise AudioError(f"{path}: found NaN or inf, expected finite samples; export it again")
     return wave
@@ -217,17 +217,17 @@ class Endless(io.BytesIO):  # bytes that keep their number to themselves
 def promised_seconds(path: str | Path) -> float:
     """A file's length by its header, or decoded if that says none. AudioError if it is longer."""
     with open_sound(path) as (sound, file):
-        frames = sound.frames
+        frames, seekable, log = sound.frames, sound.seekable(), sound.extra_info
         if frames > 2**35:  # so libsndfile says that the header says none
             frames = len(read_samples(sound, path, 0, math.inf))
-        if sound.seekable() and audio_is_left(sound, file, frames):
+        if seekable and audio_is_left(sound, file, frames):
             raise AudioError(f"{path}: found more audio than its header says; convert it to flac")
         # Only libsndfile's log shows the size that a cut file promises. Programs that stream write
         # sizes of 2 GB and more, which promise nothing.
-        cut = re.search(r"(?:data|SSND|Size|riff) *: (\d+) \(should be (\d+)\)", sound.extra_info)
+        cut = re.search(r"(?:data|SSND|[Ss]ize|riff) *: (\d+) \(should be (\d+)\)", log)
         if cut and int(cut[2]) < int(cut[1]) < 2 * 10**9:
             frames = frames * int(cut[1]) // max(1, int(cut[2]))
-        if sound.subtype == "OPUS" and "lacks an end-of-stream" in sound.extra_info:
+        if sound.subtype == "OPUS" and "lacks an end-of-stream" in log:
             frames -= sound.samplerate // 50  # libsndfile refuses the last packet
         return frames / sound.samplerate
 
@@ -246,8 +246,8 @@ def audio_is_left(sound: soundfile.SoundFile, file: io.IOBase, frames: int) -> b
         # Seeking leaves up to 8 frames, and 10 kB of a tag have one header of a frame by chance.
         headers = re.findall(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", rest)
         return len(headers) > 10 + len(rest) // 2048
-    # Chunks with names, as LIST or id3, are no audio, unless they begin another file.
-    is_chunk = re.match(rb"(?!RIFF|FORM|caff)[\w ]{4}", rest)
+    # A chunk of a name and a size under 2^24 is no audio, if it does not begin another file.
+    is_chunk = re.match(rb"(?s)(?!RIFF|RF64|FORM|caff)[\w ]{4}(\0|...\0)", rest)
     return not is_chunk and len(rest) > sound.samplerate // 10 * sound.channels
 
 
