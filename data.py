@@ -209,7 +209,7 @@ def tar_members(shard: str) -> dict[str, tuple[int, int]]:
     return members
 
 
-class Endless(io.BytesIO):  # bytes that keep their number to themselves
+class Endless(io.BytesIO):  # bytes whose number cannot be known by seeking the end
     def seek(self, offset: int, whence: int = 0) -> int:
         return super().seek(0) if whence == os.SEEK_END else super().seek(offset, whence)
 
@@ -243,9 +243,9 @@ def audio_is_left(sound: soundfile.SoundFile, file: io.IOBase, frames: int) -> b
     sound.seek(frames)
     rest = file.read().strip(b"\0")
     if sound.format == "MP3":
-        # Seeking leaves up to 8 frames, and 10 kB of a tag have one header of a frame by chance.
+        # Seeking leaves up to 8 frames, and 10 kB of a tag have one header of layer III by chance.
         headers = re.findall(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", rest)
-        return len(headers) > 10 + len(rest) // 2048
+        return sound.subtype == "MPEG_LAYER_III" and len(headers) > 10 + len(rest) // 2048
     # A chunk of a name and a size under 2^24 is no audio, if it does not begin another file.
     is_chunk = re.match(rb"(?s)(?!RIFF|RF64|FORM|caff)[\w ]{4}(\0|...\0)", rest)
     return not is_chunk and len(rest) > sound.samplerate // 10 * sound.channels
