@@ -78,6 +78,7 @@ def read_lines(path: Path) -> list[dict]:
 SAMPLE_RATE = 16000  # samples a second
 MIN_SAMPLES = 560  # 35 ms: two windows of 25 ms, 10 ms apart, make one 20 ms frame
 MIN_WINDOW = SAMPLE_RATE // 2  # samples; shorter clips get silence behind them
+OUTPUTS = 80  # of the resampler that are computed from one slice of its input
 READ_AGAIN = "copy or download it again, or convert it to flac"
 
 
@@ -89,24 +90,25 @@ def load_audio(path: str | Path, start: float = 0.0, duration: float | None = No
     float32 tensor, full scale at +-1, channels averaged. For n samples at another rate N is
     ceil(n * 16000 / rate), and sample k is the sound at k / 16000 s (no delay).
 
-    Raises AudioError for a file that cannot be opened or decoded, that holds no samples, NaN or
-    inf, that is shorter than 35 ms, that delivers 0.1 s less than asked for or than its header
-    promises, or that is to be read to its end and holds more audio than libsndfile would read."""
+    Raises AudioError for a file that cannot be decoded, holds NaN or inf, is shorter than 35 ms, or
+    gives 0.1 s less than asked for or less or more, up to its end, than its header promises."""
     with open_sound(path) as (sound, _):
         rate = sound.samplerate
         if not 1000 <= rate <= 200000:
             raise AudioError(f"{path}: found {rate} Hz, expected 1000 to 200000 Hz; convert it")
-        first = round(start * rate)
         seconds = promised_seconds(path) - start if duration is None else duration
-        expected = round(seconds * rate)
-        wave = read_samples(sound, path, first, expected)
-    check_wave(wave, rate, expected, path)
-    if rate != SAMPLE_RATE:
-        wave = resample(wave, rate)
-    if len(wave) < MIN_SAMPLES:
+        wave = read_samples(sound, path, round(start * rate), round(seconds * rate))
+    wave = wave if rate == SAMPLE_RATE else resample(wave, rate)
+    if seconds * SAMPLE_RATE - len(wave) > SAMPLE_RATE // 10:
         raise AudioError(
-            f"{path}: found {len(wave) / 16:.1f} ms of audio, expected at least 35 ms; leave it out"
+            f"{path}: found {len(wave) / SAMPLE_RATE:.2f} s of audio, expected {seconds:.2f} s by "
+            "its header or the manifest; the file is cut or damaged: copy or download it again"
         )
+    if len(wave) < MIN_SAMPLES:
+        length = f"{len(wave) / 16:.1f} ms of audio" if len(wave) else "no samples"
+        raise AudioError(f"{path}: found {length}, expected at least 35 ms; leave the file out")
+    if not wave.isfinite().all():
+        raise AudioError(f"{path}: found NaN or inf, expected finite samples; export it again")
     return wave
 
 
@@ -126,27 +128,8 @@ def read_samples(sound: soundfile.SoundFile, path, first: int, count: float) -> 
         wanted = int(min(size, count))
         block = torch.from_numpy(sound.read(wanted, dtype="float32", always_2d=True))
         blocks.append(block.mean(1))  # (n, channels) -> (n,)
-        count -= len(block)
-        if len(block) < wanted:
-            break
+        count = count - wanted if len(block) == wanted else 0
     return torch.cat(blocks)
-
-
-def check_wave(wave: Tensor, rate: int, expected: float, path: str | Path) -> None:
-    """Raises AudioError if a wave (n,) is empty, much shorter than expected, or not finite."""
-    if not len(wave):
-        raise AudioError(f"{path}: found no samples, expected at least 35 ms; leave the file out")
-    if expected - len(wave) > rate // 10:
-        raise AudioError(
-            f"{path}: found {len(wave) / rate:.2f} s of audio, expected {expected / rate:.2f} s by "
-            "its header or the manifest; the file is cut or damaged: copy or download it again"
-        )
-    finite = wave.isfinite()
-    if not finite.all():
-        place = int(finite.int().argmin()) / rate
-        raise AudioError(
-            f"{path}: found NaN or inf at {place:.3f} s, expected finite samples; export it again"
-        )
 
 
 def audio_seconds(path: str | Path) -> float:
@@ -163,10 +146,8 @@ def open_sound(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, io.IOBas
     shard, tar, member = str(path).partition(".tar/")
     name = shard + ".tar" if tar else path
     with one_line_errors(path, "correct the path, or its rights", AudioError):
-        if not os.path.isfile(name):
+        if not os.path.isfile(name) or tar and member not in tar_members(name):
             raise AudioError(f"{path}: no such file; correct the path")
-        if tar and member not in tar_members(name):
-            raise AudioError(f"{path}: no such member in the tar; correct the path")
         file = open(name, "rb", buffering=0)
     with file, one_line_errors(path, READ_AGAIN, AudioError):
         if tar:
@@ -183,9 +164,20 @@ def open_sound(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, io.IOBas
             raise AudioError(
                 f"{path}: found {content}, expected audio such as wav, flac, ogg; {READ_AGAIN}"
             ) from error
-        if sound.format == "MP3" or sound.format in ("WAV", "WAVEX", "RF64") and not sound.frames:
-            file.seek(0)
-            file = without_sizes(file.read())
+        if sound.format == "MP3":
+            # The first frame, behind tags whose sizes are in the log, may count all. Otherwise
+            # libsndfile guesses that from the number of bytes, or counts if it does not know it.
+            tags = re.findall(r"header length\s*:\s*(\d+)", sound.extra_info)
+            file.seek(sum(map(int, tags)))
+            content = file.read()
+            counted = re.search(b"Xing|Info", content[:3000])
+            file = io.BytesIO(content) if counted else Endless(content)
+            sound = soundfile.SoundFile(file)
+        empty_wav = sound.format in ("WAV", "WAVEX", "RF64") and not sound.frames
+        if empty_wav and audio_is_left(sound, file, 0):
+            # It was streamed. With 8 as the size of the whole, libsndfile reads it to its end.
+            file.seek(8)
+            file = io.BytesIO(b"RIFF\x08\0\0\0" + file.read())
             sound = soundfile.SoundFile(file)
         with sound:
             yield sound, file
@@ -202,78 +194,66 @@ def tar_members(shard: str) -> dict[str, tuple[int, int]]:
                     if member.size < 0:  # tarfile would read the same headers for ever
                         raise tarfile.ReadError("found a member of negative size")
                     if member.isreg() and not member.issparse():
-                        name = member.name.removeprefix("./")
-                        members[name] = member.offset_data, member.size
+                        members[member.name.removeprefix("./")] = member.offset_data, member.size
         except MemoryError as error:
             raise tarfile.ReadError("found a name of a forged size") from error
     return members
 
 
-class Unmeasured(io.BytesIO):  # without an end, from which libsndfile guesses how long an mp3 is
+class Endless(io.BytesIO):  # bytes whose number cannot be known by seeking the end
     def seek(self, offset: int, whence: int = 0) -> int:
-        return super().seek(0) if whence == 2 else super().seek(offset, whence)
-
-
-def without_sizes(content: bytes) -> io.BytesIO:
-    """The bytes of an mp3, or of a wav of size 0, whose frames libsndfile counts if need be."""
-    size = rb"\AR(?:IFF|F64)(.{8,9999}?data)(?:\0{4}|\xff{4})(?![A-Za-z]{3})"
-    content = re.sub(size, b"RIFF\\1" + b"\xff" * 4, content, flags=re.DOTALL)
-    while content.startswith(b"ID3"):
-        content = content[10 + int("".join(f"{byte & 127:07b}" for byte in content[6:10]), 2) :]
-    counted = re.match(rb"RIFF|.{,3000}?\0{7}(?:Xing|Info)", content, re.DOTALL)
-    return io.BytesIO(content) if counted else Unmeasured(content)
+        return super().seek(0) if whence == os.SEEK_END else super().seek(offset, whence)
 
 
 def promised_seconds(path: str | Path) -> float:
     """A file's length by its header, or decoded if that says none. AudioError if it is longer."""
     with open_sound(path) as (sound, file):
-        frames, more = sound.frames, False
-        if frames > 2**35:
+        frames, seekable, log = sound.frames, sound.seekable(), sound.extra_info
+        if frames > 2**35:  # so libsndfile says that the header says none
             frames = len(read_samples(sound, path, 0, math.inf))
-        if sound.format in ("OGG", "FLAC"):
-            # A second stream begins as the first one did, with a page of flag 2 or a header.
-            file.seek(0)
-            content = file.read()
-            more = content.find(b"OggS\0\2", content.find(b"OggS\0\0")) > 0
-            more |= content.count(b"fLaC\0\0\0\x22") + content.count(b"fLaC\x80\0\0\x22") > 1
-        elif sound.subtype.startswith(("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW", "MPEG_LAYER_III")):
-            sound.seek(frames)
-            rest = file.read().strip(b"\0")
-            if sound.format == "MP3":
-                # Up to 8 frames are left by libsndfile's way to seek, others look so by chance.
-                headers = re.findall(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", rest)
-                more = len(headers) > 10 + len(rest) // 2048
-            elif not re.match(rb"(?!RIFF|FORM|caff)[\w(][\w) ]{3}|TAG", rest):  # no chunk, no tag
-                more = len(rest) > sound.samplerate // 10 * sound.channels
-        if more:
+        if seekable and audio_is_left(sound, file, frames):
             raise AudioError(f"{path}: found more audio than its header says; convert it to flac")
-        # Only its log shows that a file was cut. Sizes from 2 GB on are those of a stream.
-        cut = re.search(r"(?:data|SSND|Size|riff) *: (\d+) \(should be (\d+)\)", sound.extra_info)
+        # Only libsndfile's log shows the size that a cut file promises. Programs that stream write
+        # sizes of 2 GB and more, which promise nothing.
+        cut = re.search(r"(?:data|SSND|[Ss]ize|riff) *: (\d+) \(should be (\d+)\)", log)
         if cut and int(cut[2]) < int(cut[1]) < 2 * 10**9:
-            frames = frames * int(cut[1]) // int(cut[2])
-        elif sound.subtype == "OPUS" and "lacks an end-of-stream" in sound.extra_info:
+            frames = frames * int(cut[1]) // max(1, int(cut[2]))
+        if sound.subtype == "OPUS" and "lacks an end-of-stream" in log:
             frames -= sound.samplerate // 50  # libsndfile refuses the last packet
         return frames / sound.samplerate
+
+
+def audio_is_left(sound: soundfile.SoundFile, file: io.IOBase, frames: int) -> bool:
+    """Whether a file holds audio behind its frames, those that libsndfile would read."""
+    if sound.format in ("OGG", "FLAC"):
+        # A second stream would begin with the same words as the first one.
+        file.seek(0)
+        content = file.read()
+        flac = len(re.findall(rb"fLaC[\0\x80]\0\0\x22", content))
+        return flac + content.count(b"\x01vorbis") + content.count(b"OpusHead") > 1
+    sound.seek(frames)
+    rest = file.read().strip(b"\0")
+    if sound.format == "MP3":
+        # Seeking leaves up to 8 frames, and 10 kB of a tag have one header of layer III by chance.
+        headers = re.findall(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", rest)
+        return sound.subtype == "MPEG_LAYER_III" and len(headers) > 10 + len(rest) // 2048
+    # A chunk of a name and a size under 2^24 is no audio, if it does not begin another file.
+    is_chunk = re.match(rb"(?s)(?!RIFF|RF64|FORM|caff)[\w ]{4}(\0|...\0)", rest)
+    return not is_chunk and len(rest) > sound.samplerate // 10 * sound.channels
 
 
 def encode_opus(wave: np.ndarray | Tensor, **options) -> bytes:
     """The bytes of an ogg file of a 16 kHz wave (N,); options are soundfile.SoundFile's."""
     buffer = io.BytesIO()
-    file = soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, format="OGG", subtype="OPUS", **options)
-    with file:
+    with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, "OPUS", format="OGG", **options) as file:
         for i in range(0, len(wave), SAMPLE_RATE):  # libsndfile crashes on minutes in one call
             file.write(wave[i : i + SAMPLE_RATE])
     return buffer.getvalue()
 
 
-OUTPUTS = 80  # output samples of the resampler that are computed from one slice of the input
-
-
-@torch.no_grad()
 def resample(wave: Tensor, rate: int) -> Tensor:
     """A wave (n,) to 16 kHz, (ceil(n * 16000 / rate),), by a Kaiser-windowed sinc, flat within
     0.01 dB to 0.92 of the lower Nyquist frequency, aliases and images below -100 dB."""
-    # The filter's phases repeat every `period` outputs.
     kernels, width, period = resampling_kernels(rate)  # (groups, span, 80)
     groups, span, _ = kernels.shape
     step = period * rate // SAMPLE_RATE  # input samples per period
