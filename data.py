@@ -673,10 +673,12 @@ def parse_example(line: str | bytes, where: str) -> dict:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise ValueError(f"found a {type(row).__name__}")
-    stated = {}
+    stated, renamed = {}, {}
     for name, value in row.items():
         if value is not None and not (isinstance(value, str) and not value.strip()):
-            stated.setdefault(FIELD_NAMES.get(name, name), value)
+            fields = renamed if name in FIELD_NAMES else stated
+            fields[FIELD_NAMES.get(name, name)] = value
+    stated = renamed | stated
     example = EXAMPLE | stated | {"where": where}
 
     def refuse(name: str, expected: str):

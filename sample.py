@@ -534,10 +534,7 @@ def weigh_answer(llm, tokenizer, language, instruction, output, refuse_above, op
     """The Answer to a question, of which instruction and output are ids and whose prefix is one of
     the options: what the model answered or, if it refused, the best that it would have answered
     instead, against refusing, in the language of the question if known, else in the likeliest."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
+    encode = partial(data.encode, tokenizer)
     texts = list(data.REFUSALS.values())
     refusals = [data.REFUSALS[language]] if language in data.REFUSALS else texts
     device = llm.model.norm.weight.device

@@ -22,6 +22,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+import data
 from data import MIN_SAMPLES, SAMPLE_RATE, audio_seconds, write_atomically
 from model import UserError, one_line_errors, visible
 
@@ -35,8 +36,9 @@ BETWEEN_CHINESE = re.compile("(?<=[\u3000-\u9fff\uff00-\uffef]) (?=[\u3000-\u9ff
 
 
 def language_code(name: str) -> str:
-    """The code of a language by its name in a corpus: zh-CN, cmn_hans_cn, en_us."""
-    return {"zh-HK": "yue", "cmn_hans_cn": "zh"}.get(name) or re.split("[-_]", name)[0]
+    """The code of a language by its name in a corpus: zh-CN, cmn_hans_cn, en_us. Others stay as
+    they are, and reading the manifest refuses them."""
+    return "yue" if name == "zh-HK" else data.language_code(name) or name
 
 
 def is_hidden(path: Path) -> bool:

@@ -154,6 +154,10 @@ def test_manifests_of_other_people(tmp_path):
         {"audio_filepath": "a.wav", "answer": "Ja", "source_lang": "en", "target_lang": "de"},
         {"file_name": "b/c.flac", "transcription": "hi", "license": "CC-BY-4.0", "speaker": ""},
     ]
+    # Its own names win, wherever they stand.
+    both = {"answer": "no", "text": "hi", "audio": "a.wav", "audio_filepath": "b.wav"}
+    mixed = data.parse_example(json.dumps(both), "m.jsonl line 1")
+    assert (mixed["text"], mixed["audio"]) == ("hi", "a.wav")
     nemo, translated, folder = Manifest(write_rows(tmp_path / "m.json", *rows))
     assert (nemo["audio"], nemo["start"], nemo["duration"]) == ("a.wav", 1.5, 0.5)
     assert nemo["task"] == "asr" and nemo["source_language"] == "en"
