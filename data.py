@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import AUDIO, UserError, adapter_length, is_number, one_line_errors, visible
+from model import AUDIO, UserError, adapter_length, first_line, is_number, one_line_errors, visible
 
 
 class AudioError(UserError):
@@ -114,11 +114,14 @@ def load_audio(path: str | Path, start: float = 0.0, duration: float | None = No
 
 def read_samples(sound: soundfile.SoundFile, path, first: int, count: float) -> Tensor:
     """`count` samples of an open file from the sample `first`, or those up to its end: (n,)."""
-    # libsndfile crashes when it seeks in a Vorbis file that does not begin to sound, and some
-    # codecs cannot seek at all.
-    first = min(first, max(0, sound.frames))
-    if first and not (len(sound.read(1)) and sound.seek(first) == first):
+    # In Vorbis, libsndfile goes to wrong places or crashes, so that it is read from its beginning.
+    # Some codecs cannot seek at all.
+    first, skipped = min(first, max(0, sound.frames)), 0
+    if sound.subtype == "VORBIS":
+        skipped = first
+    elif first and sound.seek(first) != first:
         raise AudioError(f"{path}: found no way to go to sample {first} of it; {READ_AGAIN}")
+    count += skipped
     # Blocks keep the memory near that of the mono result. A short one is the end, or a damaged
     # place, behind which libsndfile would go on at a wrong one.
     size = 2**24 // sound.channels
@@ -129,7 +132,7 @@ def read_samples(sound: soundfile.SoundFile, path, first: int, count: float) -> 
         block = torch.from_numpy(sound.read(wanted, dtype="float32", always_2d=True))
         blocks.append(block.mean(1))  # (n, channels) -> (n,)
         count = count - wanted if len(block) == wanted else 0
-    return torch.cat(blocks)
+    return torch.cat(blocks)[skipped:]
 
 
 def audio_seconds(path: str | Path) -> float:
@@ -161,8 +164,10 @@ def open_sound(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, io.IOBas
             file.seek(0)
             head = file.read(16)
             content = f"content that starts with {head}" if head else "0 bytes"
+            reason = first_line(error).rpartition(": ")[2]  # libsndfile's own
             raise AudioError(
-                f"{path}: found {content}, expected audio such as wav, flac, ogg; {READ_AGAIN}"
+                f"{path}: found {content} ({reason}), expected audio such as wav, flac, ogg; "
+                f"{READ_AGAIN}"
             ) from error
         if sound.format == "MP3":
             # The first frame, behind tags whose sizes are in the log, may count all. Otherwise
@@ -170,7 +175,8 @@ def open_sound(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, io.IOBas
             tags = re.findall(r"header length\s*:\s*(\d+)", sound.extra_info)
             file.seek(sum(map(int, tags)))
             content = file.read()
-            counted = re.search(b"Xing|Info", content[:3000])
+            header = re.search(rb"(?s)(?:Xing|Info)...(.)", content[:3000])
+            counted = header and header[1][0] & 1  # the flag of a count
             file = io.BytesIO(content) if counted else Endless(content)
             sound = soundfile.SoundFile(file)
         empty_wav = sound.format in ("WAV", "WAVEX", "RF64") and not sound.frames
@@ -669,16 +675,11 @@ TEXT_FIELDS = "audio text licence corpus speaker".split()
 def parse_example(line: str | bytes, where: str) -> dict:
     """An example by its line of a manifest, checked, with defaults filled in and `where` naming
     file and line. A field that is null or empty counts as absent. Raises UserError."""
-    with one_line_errors(where, "expected one JSON object a line"):
+    with one_line_errors(where, "expected one JSON object a line, in UTF-8"):
         row = json.loads(line)
         if not isinstance(row, dict):
             raise ValueError(f"found a {type(row).__name__}")
-    stated, renamed = {}, {}
-    for name, value in row.items():
-        if value is not None and not (isinstance(value, str) and not value.strip()):
-            fields = renamed if name in FIELD_NAMES else stated
-            fields[FIELD_NAMES.get(name, name)] = value
-    stated = renamed | stated
+    stated = stated_fields(row, where)
     example = EXAMPLE | stated | {"where": where}
 
     def refuse(name: str, expected: str):
@@ -704,6 +705,18 @@ def parse_example(line: str | bytes, where: str) -> dict:
     if not all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in pairs):
         refuse("sources", "a list of [corpus, licence]")
     return example
+
+
+def stated_fields(row: dict, where: str) -> dict:
+    """The fields of a row that are not empty, by our names. Raises UserError if two differ."""
+    stated = {}
+    for name, value in row.items():
+        if value is None or (isinstance(value, str) and not value.strip()):
+            continue
+        ours = FIELD_NAMES.get(name, name)
+        if stated.setdefault(ours, value) != value:
+            raise UserError(f"{where}: {name} is another {ours} than there is; keep one of them")
+    return stated
 
 
 def set_languages(example: dict, refuse: Callable) -> None:
@@ -744,14 +757,15 @@ class Manifest:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        bounds, digest = array("q", [0]), hashlib.sha256()
+        # Where each line begins, and the file's end; and which lines are not blank.
+        bounds, lines, digest = array("q", [0]), array("q"), hashlib.sha256()
         with one_line_errors(path, "give the path of a manifest"), open(path, "rb") as file:
-            for text in file:
+            for line, text in enumerate(file):
                 digest.update(text)
                 bounds.append(bounds[-1] + len(text))
-        # Where each line begins, and the file's end; and which lines are not empty.
-        self.bounds = np.array(bounds)
-        self.lines = np.flatnonzero(np.diff(self.bounds) > 2)
+                if not text.isspace():
+                    lines.append(line)
+        self.bounds, self.lines = np.array(bounds), np.array(lines)
         self.content = len(self.lines), digest.hexdigest()
         if not len(self.lines):
             raise UserError(f"{path}: found no rows, expected one JSON object a line")
@@ -800,7 +814,7 @@ class Mixture(NamedTuple):
     dev: Manifest
     hours: list  # (corpus, licence, target language, seconds) of the training data
     longest: float  # seconds of the longest training example
-    contents: list[tuple]  # (path, rows, hash) of each file, see Manifest.content
+    contents: list[tuple]  # (path, rows, hash, weight) of each file, see Manifest.content
 
 
 def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) -> Mixture:
@@ -830,7 +844,7 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
     seconds, longest, contents = Counter(), 0.0, []
     for path, weight in weighted:
         manifest = Manifest(path)
-        contents.append((path, *manifest.content))
+        contents.append((path, *manifest.content, weight))
         rows, of_file, longest_of_file = read_groups(manifest, tasks, check, least=1)
         longest = max(longest, longest_of_file)
         seconds += of_file
@@ -840,7 +854,7 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
             weights.append(weight * len(rows[group]))
             sizes[group] += weights[-1]
     dev = Manifest(dev)
-    contents.append((str(dev.path), *dev.content))
+    contents.append((str(dev.path), *dev.content, 1.0))
     rows, _, _ = read_groups(dev, tasks, check, least=2)
     dev = dev.select(itertools.chain(*rows.values()))
     expect_none(refused)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
@@ -55,7 +56,16 @@ DRAWS = 1000  # of the bootstrap
 def normaliser(language: str) -> Callable[[str], str]:
     if language == "en":
         return EnglishTextNormalizer()
-    return BasicTextNormalizer(split_letters=language in data.UNSPACED)
+    basic = BasicTextNormalizer(split_letters=language in data.UNSPACED)
+    basic.clean = remove_symbols
+    return basic
+
+
+def remove_symbols(text: str) -> str:
+    """A text with spaces for symbols and punctuation. Whisper's own replaces combining marks, too,
+    which are vowels and tones in Thai, Hindi or Arabic."""
+    characters = unicodedata.normalize("NFKC", text)
+    return "".join(" " if unicodedata.category(c)[0] in "SP" else c for c in characters)
 
 
 def normalise(text: str, language: str) -> str:

@@ -13,6 +13,7 @@ computed in float32 whichever they are.
 """
 
 import ctypes
+import errno
 import hashlib
 import io
 import json
@@ -66,7 +67,9 @@ class SteadyFile(io.FileIO):
     def write(self, content) -> int:
         try:
             return super().write(content)
-        except OSError:  # its reader is gone, or its disk is full
+        except OSError as error:  # its reader is gone, or its disk is full
+            if error.errno == errno.ENOSPC:
+                os.write(2, b"what is printed from here on is lost: no space left\n")
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return super().write(content)
 

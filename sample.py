@@ -646,6 +646,8 @@ def ask(model, tokenizer, checkpoint, recording, instruction, task=None, **optio
     likely_task, wording = data.recognise(instruction)
     task = task or likely_task
     example = {"instruction": wording, "task": task, "target_language": None}
+    if likely_task is None and " " not in instruction:
+        warn(f"{visible(instruction)!r} is taken for an instruction")
     if checkpoint["config"]["phase"] == "align" and task != "asr":
         warn("this checkpoint was trained on transcribing only (phase align); trying")
     refuse_above = checkpoint.get("refuse_above") if likely_task == "sqa" else None
@@ -663,9 +665,11 @@ def warn(text: str) -> None:
 
 FILE_NAME = re.compile(
     r"\S*[.](?=\d*[a-z])[a-z0-9]{2,5}"  # one word with a suffix
+    r"|(?=.*[0-9_])[a-z0-9_-]+"  # one word with digits
     r"|(?!.*[\s⺀-鿿]).*[/\\].*[^.?!]"  # one word with a slash, but not "and/or?" and no Chinese
-    r"|(~|[.]+)?/.*|.*[.](wave?|flac|mp[1-4]|mpe?g|og[agv]|opus|ai(ff?|fc)|m4[abv]|aac|amr|wm[av]"
-    r"|web[am]|mk[av]|mov|avi|3gp|caf|au)",
+    r"|([a-z]:|~|[.]+)?[/\\].*"
+    r"|.*[.](wave?|flac|mp[1-4]|mpe?g|og[agv]|opus|ai(ff?|fc)|m4[abv]|aac|amr|wm[av]|web[am]"
+    r"|mk[av]|mov|avi|3gp|caf|au)",
     re.IGNORECASE | re.DOTALL,
 )
 

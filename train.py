@@ -66,6 +66,7 @@ from model import (
     keep_freed_memory,
     load_checkpoint,
     load_tokenizer,
+    one_line_errors,
     pick_device,
     read_json,
     restore,
@@ -461,7 +462,9 @@ def encode_clips(cfg: TrainConfig, encoder: SpeechEncoder, sizes: list[tuple]) -
 # --- Several processes, the ranks, which torchrun starts: on a GPU each, or on the CPU. Without
 # torchrun there is one rank and no process group, and every function here does the plain thing.
 
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# By torchrun or Kubernetes, by Slurm's srun, and by kinds of mpirun.
+NUMBERS_OF_PROCESSES = "WORLD_SIZE SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE PMI_SIZE".split()
 RANK_TIMEOUT = timedelta(minutes=30)  # the longest wait is for rank 0 to write a checkpoint
 
 
@@ -476,15 +479,18 @@ def world() -> int:
 def join_ranks(device: str) -> None:
     """Joins the other ranks. Rank 0 alone prints from here on. Raises UserError."""
     missing = [name for name in TORCHRUN if not os.environ.get(name)]
-    alone = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
-    if dist.is_initialized() or (alone == "1" and "LOCAL_RANK" in missing):
+    alone = all(os.environ.get(name) in (None, "", "1") for name in NUMBERS_OF_PROCESSES)
+    if dist.is_initialized() or (alone and "LOCAL_RANK" in missing):
         return
     if missing:
         raise UserError(
             f"the environment is of one of several processes, but has no {', '.join(missing)}; "
             "start by torchrun, one on each machine, or unset WORLD_SIZE and LOCAL_RANK"
         )
-    local = int(os.environ["LOCAL_RANK"])
+    with one_line_errors("the environment of torchrun", "start by torchrun, or unset it"):
+        local, number, size = (int(os.environ[name]) for name in TORCHRUN[:3])
+        if not 0 <= number < size or not 0 < int(os.environ["MASTER_PORT"]) < 2**16:
+            raise ValueError(f"RANK {number} of WORLD_SIZE {size}, or an impossible MASTER_PORT")
     if device == "cuda":
         gpus = torch.cuda.device_count()
         if local >= gpus:
@@ -878,10 +884,11 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
             refuse(f"{name} {value!r}", repr(config.get(name)))
     if batches != resumed["batches_a_step"]:
         refuse(f"{resumed['batches_a_step']} batches a step over all ranks", batches)
-    pairs = zip_longest(resumed["contents"], contents, fillvalue=("no manifest", 0, ""))
-    for (before, rows, content), (now, rows_now, content_now) in pairs:
+    pairs = zip_longest(resumed["contents"], contents, fillvalue=("no manifest", 0, "", 0))
+    for (before, rows, *content), (now, rows_now, *content_now) in pairs:
         if content != content_now:
-            refuse(f"{before} of {rows} rows", f"{now} of {rows_now} rows and other content")
+            what = f"{now} of {rows_now} rows and other content or weight"
+            refuse(f"{before} of {rows} rows", what)
     return cfg
 
 

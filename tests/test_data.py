@@ -154,10 +154,9 @@ def test_manifests_of_other_people(tmp_path):
         {"audio_filepath": "a.wav", "answer": "Ja", "source_lang": "en", "target_lang": "de"},
         {"file_name": "b/c.flac", "transcription": "hi", "license": "CC-BY-4.0", "speaker": ""},
     ]
-    # Its own names win, wherever they stand.
-    both = {"answer": "no", "text": "hi", "audio": "a.wav", "audio_filepath": "b.wav"}
-    mixed = data.parse_example(json.dumps(both), "m.jsonl line 1")
-    assert (mixed["text"], mixed["audio"]) == ("hi", "a.wav")
+    both = {"answer": "no", "text": "hi", "audio": "a.wav"}
+    message = "m.jsonl line 1: text is another text than there is; keep one of them"
+    refused(message, data.parse_example, json.dumps(both), "m.jsonl line 1")
     nemo, translated, folder = Manifest(write_rows(tmp_path / "m.json", *rows))
     assert (nemo["audio"], nemo["start"], nemo["duration"]) == ("a.wav", 1.5, 0.5)
     assert nemo["task"] == "asr" and nemo["source_language"] == "en"
@@ -186,6 +185,14 @@ def test_the_content_of_a_manifest(tmp_path):
         for name, text in (("a.jsonl", "x"), ("b.jsonl", "x"), ("c.jsonl", "y"))
     )
     assert first == same and first[0] == other[0] == 2 and first[1] != other[1]
+
+
+def test_blank_lines_are_passed_over(tmp_path):
+    manifest = Manifest(write_rows(tmp_path / "m.jsonl", "", GOOD, "    ", "\t\r", GOOD))
+    assert [example["where"][-1] for example in manifest] == ["2", "5"]
+    message = "m.jsonl line 1: .*; expected one JSON object a line, in UTF-8"
+    (tmp_path / "m.jsonl").write_bytes(f"{json.dumps(GOOD)}\n{{}}\n".encode("utf-16"))
+    refused(message, lambda: Manifest(tmp_path / "m.jsonl")[0])
 
 
 def test_what_is_no_manifest(tmp_path):
@@ -346,7 +353,10 @@ def test_tasks_and_languages_are_drawn_by_temperature(mixture, capsys):
     assert "data: st into de: 32 rows, 25.0 % of those drawn" in capsys.readouterr().out
     assert [example["task"] for example in opened.dev] == ["st", "asr", "sqa", "st"]
     assert opened.longest == 40 and ["tones", "CC0-1.0", "de", 32] in opened.hours
-    assert opened.contents == [(train, *Manifest(train).content), (dev, *Manifest(dev).content)]
+    assert opened.contents == [
+        (train, *Manifest(train).content, 1.0),
+        (dev, *Manifest(dev).content, 1.0),
+    ]
 
 
 def test_weights_of_manifests(mixture):

@@ -122,6 +122,22 @@ def test_bleu_and_chrf_are_those_of_sacrebleu(language, tokenize, pairs):
     assert f"tok:{tokenize}" in signatures[f"BLEU {language}"]
 
 
+@pytest.mark.parametrize(
+    "language, reference, hypothesis",
+    [
+        ("th", "ดี", "ดุ"),
+        ("lo", "ດີ", "ດຸ"),
+        ("km", "គឺ", "គូ"),
+        ("hi", "किताब", "कुतुब"),
+        ("ar", "كَتَبَ", "كُتِب"),
+    ],
+)
+def test_marks_of_vowels_and_tones_count(language, reference, hypothesis):
+    scores = item_scores("asr", language, reference, hypothesis)
+    assert scores["word_errors"] == 1 == scores["words"] and scores["character_errors"] > 0
+    assert item_scores("asr", language, reference, f"{reference}!")["word_errors"] == 0
+
+
 def test_questions_are_scored_with_their_refusals():
     no = REFUSALS["de"]
     pairs = [("Der Hund.", "der Hund"), ("Im Garten", "im grünen Garten"), ("rot", no)]

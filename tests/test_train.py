@@ -781,6 +781,9 @@ def test_resume_fits_or_is_refused(capsys, aligned, tiny_project, tmp_path):
     data = write_rows(tmp_path / "few.jsonl", with_fewer)
     message = "was trained with .*train.jsonl of 40 rows, found .*few.jsonl of 5 rows and other"
     refused(arguments(tiny_project, **run | {"data": data}), message)
+    twice = f"{tiny_project / 'train.jsonl'}=2"
+    message = "found .*train.jsonl of 40 rows and other content or weight"
+    refused(arguments(tiny_project, **run | {"data": twice}), message)
     older = copy.copy(saved(out, "align.resume.pt"))
     del older["state"]
     torch.save(older, out / "align.resume.pt")
@@ -829,18 +832,26 @@ def test_a_directory_in_use_is_refused(tiny_project, tmp_path):
     train.main(arguments(tiny_project, tmp_path, steps=1))
 
 
+RANKS = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}
+RANKS |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29577"}
+
+
 @pytest.mark.parametrize(
     "environment, message",
     [
         ({"WORLD_SIZE": "2", "RANK": "0"}, "has no LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start by"),
         ({"LOCAL_RANK": "0"}, "has no RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start by torch"),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "one of several processes, but has no RANK, LOCAL_RANK"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "one of several processes, but has no LOCAL_RANK, RANK"),
+        (RANKS | {"RANK": "x"}, "torchrun: invalid literal for int.*; start by torchrun, or unset"),
+        (RANKS | {"RANK": "2"}, "RANK 2 of WORLD_SIZE 2, or an impossible MASTER_PORT; start by"),
+        (RANKS | {"MASTER_PORT": "0"}, "or an impossible MASTER_PORT; start by torchrun, or unset"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "one of several processes, but has no LOCAL_RANK, RANK"),
     ],
 )
 def test_half_an_environment_of_ranks_is_refused(
     monkeypatch, tiny_project, tmp_path, environment, message
 ):
-    for name in train.TORCHRUN:
+    for name in (*train.TORCHRUN, *train.NUMBERS_OF_PROCESSES):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
