@@ -481,28 +481,36 @@ def wordings(task: str) -> Iterator[tuple[str, str]]:
                 yield language, wording
 
 
-# What people type before a known wording, and in it instead of what stands there.
-COURTESY = r"(?:(?:please|bitte|per\s+favore),?\s+|请)?"
-SPELLINGS = {"\\ ": r"\s+", "'": "['’]", "ß": "(?:ß|ss)"}
+COURTESY = r"(?:(?:please|bitte|per\s+favore),?\s+|请)*"  # what people type before a wording
+LAST_MARKS = ".。!！?？"
+
+
+def plain(text: str) -> str:
+    """A text without what people type in another way: case, blanks, last mark, courtesy."""
+    words = " ".join(text.casefold().replace("’", "'").split())
+    return re.sub(f"^{COURTESY}", "", words).rstrip(f" {LAST_MARKS}")
 
 
 @lru_cache
-def wording_patterns() -> dict[str, tuple[re.Pattern, str]]:
-    """{each wording for each target: what it looks like, whatever its case, blanks and last mark,
-    and its task}."""
-    patterns = {}
+def known_wordings() -> tuple[dict[str, tuple], list[tuple]]:
+    """{plain wording: (task, wording)} for every target; and (pattern, task, wording) of those with
+    a question, which only a pattern can tell from it."""
+    known, patterns = {}, []
     for task in TASKS:
         for language, wording in wordings(task):
             for forms in INSTRUCTIONS["targets"][language].values():
                 text = wording.format(**forms, question="{question}")
-                pattern = re.escape(text.rstrip(".。?？"))
-                for usual, variants in SPELLINGS.items():
-                    pattern = pattern.replace(usual, variants)
-                pattern = pattern.replace("\\{question\\}", r"(?P<question>.*\S)")
-                pattern = f"{COURTESY}{pattern}[.。!！?？]*"
-                patterns[text] = re.compile(pattern, re.IGNORECASE | re.DOTALL), task
-    del patterns["{question}"]  # which anything would match
-    return patterns
+                known[plain(text)] = task, text
+    for task, wording in known.values():
+        before, question, after = wording.rstrip(LAST_MARKS).partition("{question}")
+        if question and before + after:
+            before, after = (
+                re.escape(part).replace("\\ ", r"\s+").replace("'", "['’]")
+                for part in (before, after)
+            )
+            pattern = rf"{COURTESY}{before}(.*\S){after}[{LAST_MARKS}]*"
+            patterns.append((re.compile(pattern, re.IGNORECASE | re.DOTALL), task, wording))
+    return known, patterns
 
 
 def recognise(instruction: str) -> tuple[str | None, str]:
@@ -511,10 +519,13 @@ def recognise(instruction: str) -> tuple[str | None, str]:
     None, answered as asr is."""
     text = re.sub("[\ud800-\udfff]", "\ufffd", instruction)  # bytes that are no text
     text = unicodedata.normalize("NFC", text).strip()
-    for wording, (pattern, task) in wording_patterns().items():
+    known, patterns = known_wordings()
+    if plain(text) in known:
+        return known[plain(text)]
+    for pattern, task, wording in patterns:
         match = pattern.fullmatch(text)
         if match:
-            return task, wording.format(**match.groupdict())
+            return task, wording.format(question=match[1])
     return "sqa" if re.search("[?？]", text) else None, text
 
 

@@ -310,7 +310,9 @@ SPELLINGS = {
 def test_a_known_wording_in_another_spelling(spelling):
     """Training has one spelling of each, and that is asked. A question stays as it was typed."""
     question = "Who is  Anna’s Friend?"
-    for wording, (_, task) in data.wording_patterns().items():
+    for task, wording in data.known_wordings()[0].values():
+        if wording == "{question}":  # which anything would match
+            continue
         typed = SPELLINGS[spelling](wording.replace("{question}", "@")).replace("@", question)
         expected = wording.replace("{question}", question)
         assert data.recognise(typed) == (task, expected), typed
