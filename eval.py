@@ -78,6 +78,7 @@ def item_scores(task: str, language: str, reference: str, hypothesis: str) -> di
     if task == "st":
         chrf = sacrebleu.sentence_chrf(hypothesis, [reference]).score
         return {"error": 1 - chrf / 100, "chrf": round(chrf, 1)}
+    language = data.language_code(language) or language
     r, h = normalise(reference, language), normalise(hypothesis, language)
     return transcript_scores(language, r, h) if task == "asr" else question_scores(language, r, h)
 
@@ -138,6 +139,7 @@ RATIOS = {
 def bleu(language: str) -> sacrebleu.BLEU:
     """BLEU with sacrebleu's tokenizer for a language; by characters where that is not installed."""
     tokenizers = {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+    language = data.language_code(language) or language
     usual = "char" if language in data.UNSPACED else "13a"
     try:
         return sacrebleu.BLEU(tokenize=tokenizers.get(language, usual))

@@ -138,6 +138,17 @@ def test_marks_of_vowels_and_tones_count(language, reference, hypothesis):
     assert item_scores("asr", language, reference, f"{reference}!")["word_errors"] == 0
 
 
+def test_codes_of_languages_in_any_spelling():
+    texts = "黄鸟在花园里睡觉。", "黄鸟在花园睡觉"
+    expected = item_scores("asr", "zh", *texts)
+    assert expected["error"] == 1 / 8
+    for code in ("zh-CN", "zh_TW", "ZH", "cmn", "yue", "ja", "ja-JP"):
+        assert item_scores("asr", code, *texts) == expected
+    assert item_scores("asr", "en-US", "Colour", "color!")["error"] == 0
+    tokenizers = [eval.bleu(code).tokenizer.signature() for code in ("zh_CN", "yue", "de-AT")]
+    assert tokenizers == ["zh", "zh", "13a"]
+
+
 def test_questions_are_scored_with_their_refusals():
     no = REFUSALS["de"]
     pairs = [("Der Hund.", "der Hund"), ("Im Garten", "im grünen Garten"), ("rot", no)]
