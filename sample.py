@@ -507,7 +507,8 @@ def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options
         beginnings[id(request.audio)] = (request.audio, request.ids[:first])
         instructions.append(request.ids[first:])
     audios, prefix_ids = zip(*beginnings.values(), strict=True)
-    prefix_rows = [list(beginnings).index(id(request.audio)) for request in batch]
+    rows = {audio: row for row, audio in enumerate(beginnings)}
+    prefix_rows = [rows[id(request.audio)] for request in batch]
     ids, lengths = pack(prefix_ids, device)
     prefix = read_prefix(llm, model.embed(ids, torch.cat(audios)), lengths)
 
@@ -607,7 +608,7 @@ def newest_checkpoint() -> Path:
 
 def locate_base(name: str, base: dict) -> str | Path:
     """Where a base model of a checkpoint is: where it was in training, or else in demo/ beside this
-    file. Raises UserError."""
+    file."""
     for place in (base["path"], data.INSTRUCTIONS_FILE.with_name(name)):
         with suppress(UserError):
             if os.path.isdir(place) and fingerprint(place)["sha256"] == base["sha256"]:

@@ -502,6 +502,11 @@ def join_ranks(device: str) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
+def batches_a_step(cfg: TrainConfig) -> int:
+    """Over all ranks."""
+    return cfg.accumulate * world()
+
+
 def gather(value) -> list:
     """The values of all ranks, in their order. Every rank must take part."""
     if world() == 1:
@@ -659,10 +664,6 @@ class Run:
     def path(self, ending: str) -> Path:
         return Path(self.cfg.out) / f"{self.cfg.phase}{ending}"
 
-    @property
-    def batches_a_step(self) -> int:
-        return self.cfg.accumulate * world()
-
     def record(self, ending: str, *lines: dict) -> None:
         """Appends lines to a log, on rank 0."""
         if rank() == 0:
@@ -692,8 +693,9 @@ def open_run(cfg: TrainConfig) -> Run:
     if checkpoint:
         adapter = checkpoint["adapter"]
 
-    tokenizer = load_tokenizer(fetch(cfg.llm))
-    room = min(cfg.batch_tokens, LLM.read_config(fetch(cfg.llm)).max_position_embeddings)
+    directory = fetch(cfg.llm)
+    tokenizer = load_tokenizer(directory)
+    room = min(cfg.batch_tokens, LLM.read_config(directory).max_position_embeddings)
     limits = {"adapter": AdapterConfig(**adapter), "max_seconds": cfg.max_seconds, "room": room}
     excess = partial(data.find_excess, tokenizer=tokenizer, **limits)
     allowed = tuple(cfg.allow_licence)
@@ -794,7 +796,7 @@ def start_files(run: Run, resumed: bool) -> None:
 def steps_of_a_pass(run: Run) -> float:
     """In how many steps as many examples are drawn as there are, by the first batches."""
     batches = [len(batch) for _, batch in islice(run_schedule(run), 200)]
-    rows = sum(batches) / len(batches) * run.batches_a_step
+    rows = sum(batches) / len(batches) * batches_a_step(run.cfg)
     return sum(map(len, run.mixture.manifests)) / rows
 
 
@@ -859,7 +861,8 @@ def save(run: Run, **thresholds) -> None:
         state.averaged.append(state.step)
         if len(state.averaged) == run.cfg.average:
             run.path(f".{state.averaged.pop(0)}.pt").unlink(missing_ok=True)
-    resume = {"optimizer": moments, "state": asdict(state), "batches_a_step": run.batches_a_step}
+    resume = {"optimizer": moments, "state": asdict(state)}
+    resume["batches_a_step"] = batches_a_step(run.cfg)
     data.write_atomically(run.path(".resume.pt"), partial(torch.save, checkpoint | resume))
 
 
@@ -877,7 +880,7 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
     automatic = cfg.batch_frames == "auto"
     names = ["steps"] * bool(cfg.epochs) + ["batch_frames", "batch_tokens"] * automatic
     cfg = replace(cfg, **{name: resumed["config"][name] for name in names})
-    config, batches = asdict(cfg), cfg.accumulate * world()
+    config, batches = asdict(cfg), batches_a_step(cfg)
     for name, value in resumed["config"].items():
         free = name in MAY_CHANGE or (name == "accumulate" and batches == resumed["batches_a_step"])
         if not free and config.get(name) != value:
