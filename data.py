@@ -33,7 +33,17 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import AUDIO, UserError, adapter_length, first_line, is_number, one_line_errors, visible
+from model import (
+    AUDIO,
+    AdapterConfig,
+    EncoderConfig,
+    UserError,
+    adapter_length,
+    first_line,
+    is_number,
+    one_line_errors,
+    visible,
+)
 
 
 class AudioError(UserError):
@@ -323,7 +333,7 @@ def load_clip(clip: tuple[str, float, float | None]) -> Tensor:
     return cut_windows(load_audio(*clip), math.inf)[0]
 
 
-# --- Features: the Kaldi filterbank of SeamlessM4TFeatureExtractor
+# --- Features: the Kaldi filterbank of w2v-BERT, and Whisper's log-mel spectrogram
 
 WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms windows every 10 ms
 
@@ -410,10 +420,66 @@ def mel_scale(hertz: float) -> float:
     return 1127 * math.log(1 + hertz / 700)
 
 
-def feature_length(seconds: float) -> int:
-    """20 ms frames of a window of this many seconds."""
-    samples = max(MIN_WINDOW, round(seconds * SAMPLE_RATE))
+def fbank_length(samples: int) -> int:
     return (1 + (samples - WINDOW) // HOP) // 2
+
+
+@torch.no_grad()
+def log_mel(waves: list[Tensor], bins: int) -> tuple[Tensor, list[int]]:
+    """Log-mel features of 16 kHz waveforms (N,), as WhisperFeatureExtractor makes them, but of the
+    waves' own length, as if followed by silence. Returns features (F, 2 * bins), each a pair of
+    frames of 10 ms, one wave after another, and how many each has: ceil(N / 320)."""
+    lengths = [log_mel_length(len(wave)) for wave in waves]
+    window, mel = log_mel_constants(waves[0].device, bins)
+    features = []
+    for wave, frames in zip(waves, lengths, strict=True):
+        x = F.pad(wave.float(), (0, 2 * HOP * frames + WINDOW - len(wave)))
+        spectrum = torch.stft(x, WINDOW, HOP, window=window, return_complex=True)
+        power = spectrum[:, : 2 * frames].abs().square()  # (201, 2 F)
+        energies = (mel @ power).clamp(min=1e-10).log10()  # (bins, 2 F)
+        energies = energies.maximum(energies.max() - 8)
+        features.append(((energies + 4) / 4).T.reshape(frames, -1))
+    return torch.cat(features), lengths
+
+
+def log_mel_length(samples: int) -> int:
+    return -(-samples // (2 * HOP))
+
+
+@lru_cache
+def log_mel_constants(device: torch.device, bins: int) -> tuple[Tensor, Tensor]:
+    """The window (400,) and Slaney's mel filters (bins, 201): triangles of equal area in hertz,
+    evenly spaced up to 1 kHz and by the logarithm from there on."""
+    linear, octave = 15.0, math.log(6.4) / 27  # mels at 1 kHz, and the logarithm's step of one
+    highest = linear + math.log(8) / octave  # at 8 kHz
+    mels = torch.linspace(0, highest, bins + 2, dtype=torch.float64)
+    logarithmic = 1000 * torch.exp((mels - linear) * octave)
+    edges = torch.where(mels < linear, mels * 1000 / linear, logarithmic)[:, None]  # hertz
+    bin_hertz = torch.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1, dtype=torch.float64)
+    rise = (bin_hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    fall = (edges[2:] - bin_hertz) / (edges[2:] - edges[1:-1])
+    mel = torch.minimum(rise, fall).clamp(min=0) * 2 / (edges[2:] - edges[:-2])
+    return torch.hann_window(WINDOW, device=device), mel.float().to(device)
+
+
+# By the model_type of an encoder: what makes its features, and samples to frames of 20 ms.
+FEATURES = {
+    "wav2vec2-bert": (lambda waves, bins: fbank(waves), fbank_length),
+    "whisper": (log_mel, log_mel_length),
+}
+
+
+def extract_features(waves: list[Tensor], encoder: EncoderConfig) -> tuple[Tensor, list[int]]:
+    """The features (F, 2 * mel bins) of 16 kHz waveforms that an encoder reads, the frames of one
+    wave after another's, and how many each has. Raises AudioError."""
+    compute, _ = FEATURES[encoder.model_type]
+    return compute(waves, encoder.feature_projection_input_dim // 2)
+
+
+def feature_length(seconds: float, encoder: EncoderConfig) -> int:
+    """20 ms frames of a window of this many seconds, as an encoder reads it."""
+    _, count_frames = FEATURES[encoder.model_type]
+    return count_frames(max(MIN_WINDOW, round(seconds * SAMPLE_RATE)))
 
 
 # --- Instructions in words
@@ -911,17 +977,23 @@ def read_groups(manifest: Manifest, tasks, check: Callable, least: int):
 
 
 def find_excess(
-    example: dict, seconds: float, tokenizer: Tokenizer, adapter, max_seconds: float, room: int
+    example: dict,
+    seconds: float,
+    tokenizer: Tokenizer,
+    prompt: "Prompt",
+    adapter: AdapterConfig,
+    max_seconds: float,
+    room: int,
 ) -> str | None:
     """Why an example is too long to be trained on, or None: it takes more seconds than max_seconds,
-    or more LLM positions than room. adapter: its AdapterConfig."""
+    or more LLM positions than room."""
     if seconds > max_seconds:
         return f"{seconds:.1f} s of audio, expected at most {max_seconds:g} s by --max-seconds"
-    frames = adapter_length(feature_length(seconds), adapter)
+    frames = adapter_length(feature_length(seconds, adapter), adapter)
     # Hardly a tokenizer makes more than two tokens of a byte: most texts need not be tokenized.
     if 2 * len(f"{instruction_of(example)} {example['text']}".encode()) + frames < room:
         return None
-    ids, _ = render(example, frames, tokenizer, 0)
+    ids, _ = render(example, frames, tokenizer, prompt)
     if len(ids) <= room:
         return None
     return f"{len(ids):,} LLM positions, expected at most {room:,} by the LLM and --batch-tokens"
@@ -947,25 +1019,62 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def render(example: dict, audio_frames: int, tokenizer: Tokenizer, end_id: int):
+class Prompt(NamedTuple):
+    """What stands around audio, instruction and answer."""
+
+    kind: str  # plain or chat
+    before: list[int]  # ids in front of the audio
+    text_after: str  # of the instruction
+    after: list[int]  # ids in front of the answer
+    end: int  # the token that ends an answer
+
+
+# How an instruct model writes the user's turn and begins its own, by the token that ends a turn.
+CHATS = {
+    "<|im_end|>": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    "<|eot_id|>": (
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+}
+
+
+def make_prompt(tokenizer: Tokenizer, end_ids: list[int], kind: str = "auto") -> Prompt:
+    """The prompt of a kind: plain, chat, or auto, which is chat if a token that ends a turn is
+    among end_ids, those of the LLM. Raises UserError if the tokenizer has no chat form."""
+    template = tokenizer.encode("a")
+    begin = template.ids[: template.special_tokens_mask.index(0)]
+    for turn_end, forms in CHATS.items():
+        end = tokenizer.token_to_id(turn_end)
+        if end is not None and (kind == "chat" or kind == "auto" and end in end_ids):
+            tokenizer.encode_special_tokens = False
+            user, assistant = (tokenizer.encode(x, add_special_tokens=False).ids for x in forms)
+            return Prompt("chat", begin + user, "", assistant, end)
+    if kind == "chat":
+        raise UserError(f"--prompt chat: the tokenizer has no {' or '.join(CHATS)}; give plain")
+    return Prompt("plain", begin, "\n", [], end_ids[0])
+
+
+def render(example: dict, audio_frames: int, tokenizer: Tokenizer, prompt: Prompt):
     """The ids of a sequence, and how many at its end are the answer: the one place where prompt and
-    loss mask are made.
+    loss mask are made. The plain form and, of chat forms, ChatML:
 
         [begin token, if the tokenizer has one] audio \\n instruction \\n answer end
+        <|im_start|>user\\n audio \\n instruction <|im_end|>\\n
+        <|im_start|>assistant\\n answer <|im_end|>
 
     example: a manifest row; without "text" the ids stop where the answer begins. audio_frames: how
     many AUDIO placeholders, of 80 ms each. Pure: same in, same out."""
-    template = tokenizer.encode("a")
-    begin = template.ids[: template.special_tokens_mask.index(0)]
-    instruction = encode(tokenizer, f"\n{instruction_of(example)}\n")
+    instruction = encode(tokenizer, f"\n{instruction_of(example)}{prompt.text_after}")
     answer = []
     if example.get("text") is not None:
-        answer = encode(tokenizer, example["text"]) + [end_id]
-    return begin + [AUDIO] * audio_frames + instruction + answer, len(answer)
+        answer = encode(tokenizer, example["text"]) + [prompt.end]
+    question = prompt.before + [AUDIO] * audio_frames + instruction + prompt.after
+    return question + answer, len(answer)
 
 
 def collate(sequences: list[tuple[list[int], int, Tensor]]) -> dict:
-    """Packs sequences, each (ids, answer size, frames (F, 160) or encoder states (F, D)), into one
+    """Packs sequences, each (ids, answer size, features (F, D) or encoder states), into one
     batch for SpeechLM.forward, without padding: features and ids of all end to end, how long those
     of each are, and the places of the targets in ids."""
     ids, answers, frames = zip(*sequences, strict=True)
@@ -1044,8 +1153,8 @@ class Examples(torch.utils.data.Dataset):
     "bad" has its (file and line, reason). A batch of which none is left is silence without targets:
     its loss and gradients are 0."""
 
-    def __init__(self, manifests, tokenizer, end_id, adapter, states=None, seed=0):
-        self.manifests, self.tokenizer, self.end_id = manifests, tokenizer, end_id
+    def __init__(self, manifests, tokenizer, prompt, adapter, states=None, seed=0):
+        self.manifests, self.tokenizer, self.prompt = manifests, tokenizer, prompt
         self.adapter, self.states, self.seed = adapter, states, seed
 
     def example(self, m: int, i: int, turn: int) -> dict:
@@ -1057,20 +1166,20 @@ class Examples(torch.utils.data.Dataset):
     def size(self, m: int, i: int, turn: int) -> tuple[int, int]:
         """The 20 ms frames and the LLM positions of an example by its manifest."""
         example = self.example(m, i, turn)
-        frames = feature_length(self.manifests[m].seconds(example))
-        ids, _ = render(example, 0, self.tokenizer, self.end_id)
+        frames = feature_length(self.manifests[m].seconds(example), self.adapter)
+        ids, _ = render(example, 0, self.tokenizer, self.prompt)
         return frames, adapter_length(frames, self.adapter) + len(ids)
 
     def frames(self, m: int, example: dict) -> Tensor:
-        """The features (F, 160) of an example, or encoder states (F, D). Raises AudioError."""
+        """The features of an example, or encoder states (F, D). Raises AudioError."""
         if self.states is not None:
             return self.states(self.manifests[m].clip(example))
-        return fbank([self.manifests[m].audio(example)])[0]
+        return extract_features([self.manifests[m].audio(example)], self.adapter)[0]
 
     def sequence(self, example: dict, frames: Tensor) -> tuple[list[int], int, Tensor]:
         """An example and its frames as collate takes them."""
         audio_frames = adapter_length(len(frames), self.adapter)
-        return *render(example, audio_frames, self.tokenizer, self.end_id), frames
+        return *render(example, audio_frames, self.tokenizer, self.prompt), frames
 
     def __getitem__(self, scheduled: tuple[dict, list]) -> dict:
         position, batch = scheduled
@@ -1083,7 +1192,8 @@ class Examples(torch.utils.data.Dataset):
             except AudioError as error:
                 bad.append((example["where"], str(error)))
         if not sequences:
-            silence = torch.zeros(1, self.adapter.hidden_size if self.states else 160)
-            placeholders = [AUDIO] * adapter_length(1, self.adapter)
-            sequences = [(placeholders + [self.end_id], 0, silence)]
+            config = self.adapter
+            width = config.hidden_size if self.states else config.feature_projection_input_dim
+            placeholders = [AUDIO] * adapter_length(1, config)
+            sequences = [(placeholders + [self.prompt.end], 0, torch.zeros(1, width))]
         return {"position": position, "examples": examples, "bad": bad} | collate(sequences)

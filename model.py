@@ -156,6 +156,7 @@ def check_divides(config: object, multiple: str, divisor: str) -> None:
 
 @dataclass
 class EncoderConfig:
+    model_type: str = "wav2vec2-bert"
     hidden_size: int = 1024
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
@@ -179,6 +180,7 @@ class EncoderConfig:
     mask_feature_prob: float = 0.0
     mask_feature_length: int = 10  # channels
     mask_feature_min_masks: int = 0
+    max_source_positions: int = 0  # frames of the longest window; 0: any
 
     def __post_init__(self):
         check_divides(self, "hidden_size", "num_attention_heads")
@@ -191,6 +193,46 @@ class EncoderConfig:
         expect(raw, where, feature_projection_input_dim=[160], hidden_act=list(ACTIVATIONS))
         with one_line_errors(where, COPY_CONFIG):
             return cls(**known_fields(cls, raw))
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"position_embeddings_type": "relative_key"}
+
+
+WHISPER_NAMES = {  # of the fields in Whisper's config.json
+    "d_model": "hidden_size",
+    "encoder_layers": "num_hidden_layers",
+    "encoder_attention_heads": "num_attention_heads",
+    "encoder_ffn_dim": "intermediate_size",
+    "activation_function": "hidden_act",
+    "dropout": "hidden_dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
+    "max_source_positions": "max_source_positions",
+}
+
+
+@dataclass
+class WhisperConfig(EncoderConfig):
+    """The encoder of a Whisper model. A frame of 20 ms holds two of its frames of 10 ms."""
+
+    model_type: str = "whisper"
+    hidden_act: str = "gelu"
+    max_source_positions: int = 1500
+
+    @classmethod
+    def from_dict(cls, raw: dict, where: object = "config.json") -> "WhisperConfig":
+        expect({"num_mel_bins": 0, **raw}, where, num_mel_bins=[80, 128])
+        expect(raw, where, encoder_layerdrop=[0], apply_spec_augment=[False])
+        expect(raw, where, activation_function=list(ACTIVATIONS))
+        with one_line_errors(where, COPY_CONFIG):
+            ours = {name: raw[theirs] for theirs, name in WHISPER_NAMES.items() if theirs in raw}
+            ours["feature_projection_input_dim"] = 2 * raw["num_mel_bins"]
+            return cls(**known_fields(cls, ours))
+
+    def to_dict(self) -> dict:
+        theirs = {name: getattr(self, ours) for name, ours in WHISPER_NAMES.items()}
+        bins = self.feature_projection_input_dim // 2
+        return {"model_type": "whisper", "num_mel_bins": bins} | theirs
 
 
 @dataclass
@@ -240,6 +282,9 @@ class LLMConfig:
         if self.model_type == "qwen3":
             usual_head_dim = 128
         self.head_dim = self.head_dim or usual_head_dim
+
+    def to_dict(self) -> dict:
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, raw: dict, where: object = "config.json", generation: dict | None = None):
@@ -313,6 +358,22 @@ class Conv1d(nn.Conv1d):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         frames = x.transpose(1, 2).flatten(1)  # (N, D * kernel)
         return F.linear(frames, self.weight.to(x.dtype).flatten(1), bias)
+
+
+def convolved_frames(rows: "Rows", pooled: "Rows", kernel: int, stride: int) -> Tensor:
+    """The frames (N', kernel), of N, that each output of a convolution reads, which pads kernel //
+    2 frames: N for a frame of zeros, which stands for those beyond either end of the sequence.
+    rows, pooled: the sequences before and after it."""
+    N = len(rows.row)
+    tap = torch.arange(kernel, device=rows.row.device) - kernel // 2
+    middle = rows.begin[pooled.row] + stride * pooled.offset  # (N',)
+    frame = middle[:, None] + tap
+    owner = F.pad(rows.row, (0, 1), value=-1)[frame.clamp(-1, N)]
+    return torch.where(owner == pooled.row[:, None], frame, N)
+
+
+def with_zeros(x: Tensor) -> Tensor:  # (N, D) -> (N + 1, D), the last of which is zeros
+    return F.pad(x, (0, 0, 0, 1))
 
 
 class DepthwiseConv1d(nn.Conv1d):
@@ -389,6 +450,10 @@ class Pretrained(nn.Module):
             except RuntimeError as error:
                 raise ValueError(" ".join(str(error).split())[:1500]) from error
         return model.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        end_ids = getattr(self.config, "eos_token_id", None)
+        save_weights(directory, self.config.to_dict(), self.state_dict(), end_ids)
 
 
 # --- Packed sequences, and attention within each of them
@@ -722,15 +787,6 @@ class SpeechEncoder(Pretrained):
             return None
         return key
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        save_weights(directory, encoder_dict(self.config), self.state_dict())
-
-
-def encoder_dict(config: EncoderConfig) -> dict:
-    """The config.json of an encoder."""
-    kind = {"model_type": "wav2vec2-bert", "position_embeddings_type": "relative_key"}
-    return kind | asdict(config)
-
 
 def span_mask(lengths: Tensor, size: int, prob: float, span: int, min_spans: int) -> Tensor:
     """Random spans over at most a share `prob` of each sequence: lengths (B,) -> (B, size) bool.
@@ -750,6 +806,107 @@ def span_mask(lengths: Tensor, size: int, prob: float, span: int, min_spans: int
     # A position is covered if a span began there or less than `span` positions ago.
     begun = starts.cumsum(1)
     return begun > F.pad(begun, (span, 0))[:, :size]
+
+
+# --- Speech encoder: Whisper's (arXiv 2212.04356), a Transformer
+
+
+class WhisperAttention(nn.Module):
+    def __init__(self, config: WhisperConfig, kernels: Kernels):
+        super().__init__()
+        D = config.hidden_size
+        self.q_proj = Linear(D, D)
+        self.k_proj = Linear(D, D, bias=False)
+        self.v_proj = Linear(D, D)
+        self.out_proj = Linear(D, D)
+        self.config, self.kernels = config, kernels
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (N, D) -> (N, D)
+        heads = self.config.num_attention_heads
+        q, k, v = (  # (N, H, d)
+            project(x).view(len(x), heads, -1)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return self.out_proj(self.kernels.attend(q, k, v, rows, dropout=dropout).flatten(1))
+
+
+class WhisperLayer(nn.Module):
+    def __init__(self, config: WhisperConfig, kernels: Kernels):
+        super().__init__()
+        D, eps = config.hidden_size, config.layer_norm_eps
+        self.self_attn_layer_norm = LayerNorm(D, eps)
+        self.self_attn = WhisperAttention(config, kernels)
+        self.final_layer_norm = LayerNorm(D, eps)
+        self.fc1 = Linear(D, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, D)
+        self.config = config
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (N, D) -> (N, D)
+        y = self.self_attn(self.self_attn_layer_norm(x), rows)
+        x = x + F.dropout(y, self.config.hidden_dropout, self.training)
+        y = ACTIVATIONS[self.config.hidden_act](self.fc1(self.final_layer_norm(x)))
+        y = self.fc2(F.dropout(y, self.config.activation_dropout, self.training))
+        return x + F.dropout(y, self.config.hidden_dropout, self.training)
+
+
+class WhisperEncoder(Pretrained):
+    def __init__(
+        self, config: WhisperConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN
+    ):
+        super().__init__()
+        self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
+        D = config.hidden_size
+        self.conv1 = Conv1d(config.feature_projection_input_dim // 2, D, 3)
+        self.conv2 = Conv1d(D, D, 3)
+        self.embed_positions = Embedding(config.max_source_positions, D)
+        layers = [WhisperLayer(config, kernels) for _ in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.layer_norm = LayerNorm(D, config.layer_norm_eps)
+
+    def forward(self, features: Tensor, lengths: list[int]) -> Tensor:
+        """Hidden states of the last layer. features (N, 2 * mel bins): log-mel frames of 20 ms,
+        sequence after sequence; lengths: how many frames each has -> (N, D). Windows have their
+        real length, not 30 s. Raises UserError for a longer window than there are positions.
+
+        Source: WhisperEncoder of transformers."""
+        longest = self.config.max_source_positions
+        if max(lengths) > longest:
+            found = f"a window of {max(lengths) / 50:g} s, expected at most {longest / 50:g} s"
+            raise UserError(f"{found} for this encoder; give shorter windows")
+        rows = Rows(lengths, features.device)
+        rows_of_10_ms = Rows([2 * n for n in lengths], features.device)
+        x = features.to(self.compute_dtype).reshape(2 * len(features), -1)  # (2 N, bins)
+        x = F.gelu(self.conv1(with_zeros(x)[convolved_frames(rows_of_10_ms, rows_of_10_ms, 3, 1)]))
+        x = F.gelu(self.conv2(with_zeros(x)[convolved_frames(rows_of_10_ms, rows, 3, 2)]))  # (N, D)
+        x = x + self.embed_positions.weight.to(x.dtype)[rows.position]
+        x = F.dropout(x, self.config.hidden_dropout, self.training)
+        for layer in self.layers:
+            x = self.kernels.call_layer(layer, x, rows)
+        return self.layer_norm(x)
+
+    @staticmethod
+    def read_config(directory: Path) -> WhisperConfig:
+        where = directory / "config.json"
+        return WhisperConfig.from_dict(read_json(where), where)
+
+    @staticmethod
+    def module_key(config: WhisperConfig, key: str) -> str | None:
+        """Of a whole Whisper model, too, whose decoder is left out."""
+        key = key.removeprefix("model.").removeprefix("encoder.")
+        return None if key.startswith(("decoder.", "proj_out.")) else key
+
+
+# By the model_type of their config.json. What each of them reads is in data.FEATURES.
+ENCODERS = {"wav2vec2-bert": SpeechEncoder, "whisper": WhisperEncoder}
+
+
+def encoder_class(path_or_hub_id: str | Path) -> type[Pretrained]:
+    """The class of an encoder's checkpoint. Raises UserError."""
+    where = fetch(path_or_hub_id) / "config.json"
+    raw = {"model_type": "", **read_json(where)}
+    expect(raw, where, model_type=list(ENCODERS))
+    return ENCODERS[raw["model_type"]]
 
 
 # --- Length adapter: the reference system's (arXiv 2506.17019), 20 ms frames of the encoder's width
@@ -775,8 +932,7 @@ class AdapterLayer(nn.Module):
         N stands for a frame of zeros; rows are those after the stride."""
 
         def pool(norm: nn.Module, conv: nn.Module) -> Tensor:
-            with_zeros = F.pad(norm(x), (0, 0, 0, 1))  # (N + 1, D)
-            return F.glu(conv(with_zeros[reads]))  # (N', D)
+            return F.glu(conv(with_zeros(norm(x))[reads]))  # (N', D)
 
         residual = pool(self.residual_layer_norm, self.residual_conv)
         y = self.self_attn(pool(self.self_attn_layer_norm, self.self_attn_conv), rows)
@@ -806,21 +962,11 @@ class LengthAdapter(nn.Module):
         rows = Rows(lengths, x.device)
         for layer in self.layers:
             pooled = Rows([strided_length(n, self.config) for n in rows.lengths], x.device)
-            reads = self.convolved_frames(rows, pooled)
+            kernel, stride = self.config.adapter_kernel_size, self.config.adapter_stride
+            reads = convolved_frames(rows, pooled, kernel, stride)
             x = self.kernels.call_layer(layer, x, reads, pooled)
             rows = pooled
         return self.enc_to_dec_proj(x), rows.lengths
-
-    def convolved_frames(self, rows: Rows, pooled: Rows) -> Tensor:
-        """The frames (N', kernel), of N, that each output of a layer convolves; N for a frame of
-        zeros, which stands for those beyond either end of the sequence."""
-        kernel, stride = self.config.adapter_kernel_size, self.config.adapter_stride
-        N = len(rows.row)
-        tap = torch.arange(kernel, device=rows.row.device) - kernel // 2
-        middle = rows.begin[pooled.row] + stride * pooled.offset  # (N',)
-        frame = middle[:, None] + tap
-        owner = F.pad(rows.row, (0, 1), value=-1)[frame.clamp(-1, N)]
-        return torch.where(owner == pooled.row[:, None], frame, N)
 
 
 def strided_length(frames: int, config: AdapterConfig) -> int:
@@ -991,9 +1137,6 @@ class LLM(Pretrained):
         tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
         return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        save_weights(directory, asdict(self.config), self.state_dict(), self.config.eos_token_id)
-
 
 # --- SpeechLM: the join, and its loss
 
@@ -1053,13 +1196,14 @@ class SpeechLM(nn.Module):
     how many frames a recording gives. Lengths, in frames or in ids, are lists of Python integers.
     """
 
-    def __init__(self, encoder: nn.Module, adapter: LengthAdapter, llm: LLM):
+    def __init__(self, encoder: nn.Module, adapter: LengthAdapter, llm: LLM, prompt: str = "plain"):
         super().__init__()
         self.encoder, self.adapter, self.llm = encoder, adapter, llm
+        self.prompt = prompt  # the form of its prompts, see data.make_prompt
 
     def encode(self, features: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
-        """features (N, 160) of 20 ms, lengths of the recordings -> audio embeddings (N', D) of
-        80 ms, their lengths."""
+        """features (N, 2 * mel bins) of 20 ms, lengths of the recordings -> audio embeddings
+        (N', D) of 80 ms, their lengths."""
         return self.adapter(self.encoder(features, lengths), lengths)
 
     def embed(self, ids: Tensor, audio: Tensor | None = None) -> Tensor:
@@ -1087,7 +1231,7 @@ class SpeechLM(nn.Module):
     ) -> tuple[Tensor, int]:
         """Summed cross-entropy of the answers, and the number of their tokens.
 
-        features (N, 160) and lengths as in encode; ids (N',) int64 and ids_lengths, with as many
+        features and lengths as in encode; ids (N',) int64 and ids_lengths, with as many
         placeholders in a sequence as adapter_length says; targets: the places in ids of every
         supervised token (the answer from its first token to its end token), none of them a
         sequence's first. Divide by the count over all batches of a step, not by each batch's."""
@@ -1105,6 +1249,7 @@ class SpeechLM(nn.Module):
         device: str = "cpu",
         float32: tuple[str, ...] = (),
         kernels: Kernels | None = None,
+        prompt: str = "plain",
         **adapter,
     ) -> "SpeechLM":
         """Joins two pretrained checkpoints (directories or Hub ids) by a new adapter. float32: the
@@ -1113,11 +1258,11 @@ class SpeechLM(nn.Module):
         parts = ("encoder", "adapter", "llm")
         dtypes = {part: torch.float32 if part in float32 else dtype for part in parts}
         shared = (compute_dtype or dtype, device, kernels or default_kernels(device))
-        encoder = SpeechEncoder.from_pretrained(encoder, dtypes["encoder"], *shared)
+        encoder = encoder_class(encoder).from_pretrained(encoder, dtypes["encoder"], *shared)
         llm = LLM.from_pretrained(llm, dtypes["llm"], *shared)
         config = AdapterConfig.between(encoder.config, llm.config, **adapter)
         join = LengthAdapter(config, llm.compute_dtype, llm.kernels)
-        return cls(encoder, join.to(device, dtypes["adapter"]), llm).eval()
+        return cls(encoder, join.to(device, dtypes["adapter"]), llm, prompt).eval()
 
 
 # --- Low-rank updates (LoRA, arXiv 2106.09685)

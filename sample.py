@@ -396,7 +396,8 @@ def encode_waves(model: SpeechLM, waves: list[Tensor], longest: float) -> list[l
     recordings = []
     for wave in waves:
         place = "cpu" if device.type == "mps" else device  # fbank needs float64
-        features, lengths = data.fbank(data.cut_windows(wave.to(place), longest))
+        windows = data.cut_windows(wave.to(place), longest)
+        features, lengths = data.extract_features(windows, model.adapter.config)
         recordings.append(list(features.split(lengths)))
     return encode_recordings(model, recordings)
 
@@ -474,6 +475,7 @@ def answer_examples(
 def make_requests(model, tokenizer, examples, recordings):
     """The requests of examples, and {number: AudioError} of those too long for the LLM."""
     config = model.llm.config
+    prompt = data.make_prompt(tokenizer, config.eos_token_id, model.prompt)
     requests, failures = [], {}
     joined = {}  # windows of one recording that are heard at once, made once for all its questions
     for i, (example, recording) in enumerate(zip(examples, recordings, strict=True)):
@@ -485,7 +487,7 @@ def make_requests(model, tokenizer, examples, recordings):
         own_requests = []
         for w, audio in enumerate(windows):
             unanswered = {**example, "text": None}
-            ids, _ = data.render(unanswered, len(audio), tokenizer, config.eos_token_id[0])
+            ids, _ = data.render(unanswered, len(audio), tokenizer, prompt)
             own_requests.append(Request(i, w, audio, ids))
             if len(ids) + 32 > config.max_position_embeddings:
                 failures[i] = data.AudioError(
@@ -518,6 +520,7 @@ def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options
     outputs = generate(
         llm, llm.embed(ids), lengths, prefix=prefix, prefix_rows=prefix_rows, **options
     )
+    end = data.make_prompt(tokenizer, llm.config.eos_token_id, model.prompt).end
     answers = []
     for b, request in enumerate(batch):
         example, output = examples[request.example], outputs[b]
@@ -525,16 +528,19 @@ def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options
         answer = Answer(tokenizer.decode(output).strip(), cut=cut)
         if weigh and example["task"] == "sqa":
             about = {"prefix": prefix, "prefix_rows": [prefix_rows[b]], "on_token": None}
-            inputs = example["target_language"], instructions[b], output, refuse_above
+            inputs = example["target_language"], instructions[b], output, end, refuse_above
             answer = weigh_answer(llm, tokenizer, *inputs, options | about)._replace(cut=cut)
         answers.append(answer)
     return answers
 
 
-def weigh_answer(llm, tokenizer, language, instruction, output, refuse_above, options) -> Answer:
-    """The Answer to a question, of which instruction and output are ids and whose prefix is one of
-    the options: what the model answered or, if it refused, the best that it would have answered
-    instead, against refusing, in the language of the question if known, else in the likeliest."""
+def weigh_answer(
+    llm, tokenizer, language, instruction, output, end, refuse_above, options
+) -> Answer:
+    """The Answer to a question, of which instruction, output and end are ids and whose prefix is
+    one of the options: what the model answered or, if it refused, the best that it would have
+    answered instead, against refusing, in the language of the question if known, else in the
+    likeliest."""
     encode = partial(data.encode, tokenizer)
     texts = list(data.REFUSALS.values())
     refusals = [data.REFUSALS[language]] if language in data.REFUSALS else texts
@@ -544,8 +550,7 @@ def weigh_answer(llm, tokenizer, language, instruction, output, refuse_above, op
         first_ids = tuple({encode(refusal)[0] for refusal in texts})
         ids, lengths = pack([instruction], device)
         (output,) = generate(llm, llm.embed(ids), lengths, never_first=first_ids, **options)
-    end = [llm.config.eos_token_id[0]]
-    candidates = [output + end] + [encode(refusal) + end for refusal in refusals]
+    candidates = [output + [end]] + [encode(refusal) + [end] for refusal in refusals]
     ids, lengths = pack([instruction + candidate for candidate in candidates], device)
     answer_lengths = [len(candidate) for candidate in candidates]
     rows = options["prefix_rows"] * len(candidates)
@@ -628,7 +633,9 @@ def load_model(
     llm = llm or locate_base("llm", checkpoint["bases"]["llm"])
     directory = fetch(llm)
     dtype = fast_dtype(directory, device)
-    model = SpeechLM.from_parts(encoder, llm, dtype, device=device, **checkpoint["adapter"])
+    prompt = checkpoint["config"].get("prompt", "plain")  # older checkpoints knew no other
+    more = {"device": device, "prompt": prompt, **checkpoint["adapter"]}
+    model = SpeechLM.from_parts(encoder, llm, dtype, **more)
     restore(model, checkpoint, {"encoder": fingerprint(encoder), "llm": fingerprint(llm)}, path)
     del checkpoint["model"]
     if int8:

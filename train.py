@@ -48,15 +48,14 @@ from eval import json_line, refusal_threshold, validation_scores
 from model import (
     LLM,
     AdapterConfig,
-    ConformerLayer,
-    DecoderLayer,
     Kernels,
-    SpeechEncoder,
+    Pretrained,
     SpeechLM,
     UserError,
     add_lora,
     call_layer,
     default_kernels,
+    encoder_class,
     fast_dtype,
     fetch,
     fingerprint,
@@ -78,7 +77,10 @@ from sample import answer_examples, encode_recordings
 DEMO = Path(__file__).resolve().parent / "demo"
 LINEAR = {  # layers that low-rank updates can be added to, by part
     "llm": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
-    "encoder": "linear_q linear_k linear_v linear_out intermediate_dense output_dense".split(),
+    # Of Whisper's, those that are not called as the LLM's.
+    "encoder": (
+        "linear_q linear_k linear_v linear_out intermediate_dense output_dense out_proj fc1 fc2"
+    ).split(),
 }
 RESUME = "what was saved is intact: mend this and start again with --resume"
 
@@ -103,8 +105,13 @@ class TrainConfig:
     show_batch: bool = option(False, "Print the first batch as it is read; leave nothing.")
     seed: int = option(0, "Seed of everything random.")
 
-    encoder: str = option(str(DEMO / "encoder"), "w2v-BERT 2.0 checkpoint, directory or Hub id.")
+    encoder: str = option(
+        str(DEMO / "encoder"), "w2v-BERT 2.0 or Whisper checkpoint, directory or Hub id."
+    )
     llm: str = option(str(DEMO / "llm"), "Qwen2.5, Qwen3 or Llama checkpoint, directory or Hub id.")
+    prompt: str = option(
+        "auto", "auto is chat for instruct models.", choices=("auto", "plain", "chat")
+    )
     adapter_layers: int = option(2, "Layers of the adapter; each divides the frame rate.", low=1)
     adapter_kernel: int = option(3, "Frames that its convolutions read.", low=1)
     adapter_stride: int = option(2, "By what each layer divides the frame rate.", low=1)
@@ -315,9 +322,8 @@ def build(cfg: TrainConfig, rates: dict[str, float], adapter: dict, path="", che
     float32 = tuple(part for part in rates if not has_updates(part, cfg))
     compiled = cfg.device == "cuda" and not cfg.fsdp and can_compile()
     kernels = training_kernels(cfg.device, cfg.checkpointing, compiled)
-    model = SpeechLM.from_parts(
-        cfg.encoder, cfg.llm, compute, compute, cfg.device, float32, kernels, **adapter
-    )
+    shared = (compute, compute, cfg.device, float32, kernels, cfg.prompt)
+    model = SpeechLM.from_parts(cfg.encoder, cfg.llm, *shared, **adapter)
     freeze(model, rates, cfg)
     if not checkpoint:
         return model, bases, set()
@@ -383,14 +389,14 @@ class CachedEncoder(nn.Module):
 
 
 def encoder_states(
-    cfg: TrainConfig, encoder: SpeechEncoder, manifests: list[data.Manifest], base: dict
+    cfg: TrainConfig, encoder: Pretrained, manifests: list[data.Manifest], base: dict
 ):
     """Runs the frozen encoder once over the clips of the manifests, each rank over a share, into
     files of the out directory, which later runs find again if encoder, clips and audio files are
     the same. Returns a function from a clip to its states (F, D), which raises AudioError for one
     that cannot be used; or None if they would not fit on the disk or in cache_gb."""
     clips = {manifest.clip(example) for manifest in manifests for example in manifest}
-    sizes = sorted((data.feature_length(clip[2]), 0, clip) for clip in clips)
+    sizes = sorted((data.feature_length(clip[2], encoder.config), 0, clip) for clip in clips)
     frames = sum(size[0] for size in sizes)
     size_gb = frames * encoder.config.hidden_size * encoder.compute_dtype.itemsize / 1e9
     free_gb = gather(shutil.disk_usage(cfg.out).free)[0] / 1e9
@@ -439,7 +445,7 @@ def load_states(path: Path) -> dict | None:
 
 
 @torch.no_grad()
-def encode_clips(cfg: TrainConfig, encoder: SpeechEncoder, sizes: list[tuple]) -> dict:
+def encode_clips(cfg: TrainConfig, encoder: Pretrained, sizes: list[tuple]) -> dict:
     """The encoder's states (F, D) of this rank's share of the clips, or why there are none. sizes:
     (frames, 0, clip), the shortest first."""
     states = {}
@@ -452,7 +458,7 @@ def encode_clips(cfg: TrainConfig, encoder: SpeechEncoder, sizes: list[tuple]) -
             except data.AudioError as error:
                 states[clip] = str(error)
         if waves:
-            features, lengths = data.fbank(list(waves.values()))
+            features, lengths = data.extract_features(list(waves.values()), encoder.config)
             outputs = encoder(features.to(cfg.device), lengths).split(lengths)
             for clip, output in zip(waves, outputs, strict=True):
                 states[clip] = output.cpu().clone()
@@ -528,9 +534,9 @@ def distribute(model: SpeechLM, cfg: TrainConfig) -> nn.Module:
 
     policy = MixedPrecisionPolicy(model.llm.compute_dtype, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(cfg.device, (world(),))
-    for module in list(model.modules()):
-        if isinstance(module, ConformerLayer | DecoderLayer):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
@@ -693,11 +699,22 @@ def open_run(cfg: TrainConfig) -> Run:
     if checkpoint:
         adapter = checkpoint["adapter"]
 
+    encoder_config = encoder_class(cfg.encoder).read_config(fetch(cfg.encoder))
+    longest = encoder_config.max_source_positions / 50 or math.inf
+    if cfg.max_seconds > longest:
+        raise UserError(f"--max-seconds {cfg.max_seconds:g}: the encoder takes up to {longest:g} s")
     directory = fetch(cfg.llm)
-    tokenizer = load_tokenizer(directory)
-    room = min(cfg.batch_tokens, LLM.read_config(directory).max_position_embeddings)
-    limits = {"adapter": AdapterConfig(**adapter), "max_seconds": cfg.max_seconds, "room": room}
-    excess = partial(data.find_excess, tokenizer=tokenizer, **limits)
+    tokenizer, llm_config = load_tokenizer(directory), LLM.read_config(directory)
+    if cfg.prompt == "auto" and checkpoint:
+        cfg.prompt = checkpoint["config"].get("prompt", "plain")
+    prompt = data.make_prompt(tokenizer, llm_config.eos_token_id, cfg.prompt)
+    cfg.prompt = prompt.kind
+    limits = {
+        "adapter": AdapterConfig.between(encoder_config, llm_config, **adapter),
+        "max_seconds": cfg.max_seconds,
+        "room": min(cfg.batch_tokens, llm_config.max_position_embeddings),
+    }
+    excess = partial(data.find_excess, tokenizer=tokenizer, prompt=prompt, **limits)
     allowed = tuple(cfg.allow_licence)
     mixture = data.open_mixture(cfg.data, cfg.dev, tasks, allowed, cfg.temperature, excess)
     if resumed:
@@ -713,9 +730,9 @@ def open_run(cfg: TrainConfig) -> Run:
     if "encoder" not in rates.keys() | changed and cfg.cache_gb and leaves_files:
         states = encoder_states(cfg, model.encoder, manifests, bases["encoder"])
     if states is not None:
-        model = SpeechLM(CachedEncoder(), model.adapter, model.llm)
-    end_id, adapter = model.llm.config.eos_token_id[0], model.adapter.config
-    examples = data.Examples(manifests, tokenizer, end_id, adapter, states, cfg.seed)
+        model = SpeechLM(CachedEncoder(), model.adapter, model.llm, model.prompt)
+    adapter = model.adapter.config
+    examples = data.Examples(manifests, tokenizer, prompt, adapter, states, cfg.seed)
     hours = data.merge_hours(checkpoint["data"] if checkpoint else [], mixture.hours)
     size = lru_cache(2 * data.POOL)(examples.size)
     run = Run(cfg, rates, tasks, mixture, model, bases, changed, examples, hours, size, lock)
@@ -811,7 +828,8 @@ def open_loader(run: Run) -> Iterator[dict]:
     """This rank's batches, made by worker processes."""
     workers = 0 if run.examples.states else run.cfg.workers
     # What worker processes send, two batches each, stands there, and containers have little of it.
-    needed = 2 * workers * run.cfg.batch_frames * 160 * 4 * 2  # bytes, twice of what it is
+    width = run.model.adapter.config.feature_projection_input_dim
+    needed = 2 * workers * run.cfg.batch_frames * width * 4 * 2  # bytes, twice of what it is
     if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
         size = f"{needed / 1e6:.0f} MB for {workers} workers"
         raise UserError(f"/dev/shm has no {size}; docker run --shm-size=1g, or give --workers 0")

@@ -164,7 +164,8 @@ def listen(examples: list[dict], sample: float) -> dict[Recording, Sound]:
 
 def check_example(example: dict, sound: Sound, licences: list, hashes: frozenset, context: tuple):
     """Yields the kind and reason of each finding that an example shows by itself. licences, hashes:
-    as check_licence takes them; context: an LLM's tokenizer and its positions, each of 80 ms."""
+    as check_licence takes them; context: an LLM's tokenizer, prompt and
+    positions, each of 80 ms."""
     task, target = example["task"], example["target_language"]
     text = example["text"].strip()
     try:
@@ -176,9 +177,9 @@ def check_example(example: dict, sound: Sound, licences: list, hashes: frozenset
             yield "language", f"{target}: {part[:40]!r}"
     if task == "sqa" and refuses_otherwise(text, target):
         yield "refusal", repr(text[:40])
-    positions = sound.seconds / 0.08 + len(data.render(example, 0, context[0], 0)[0])
-    if positions > context[1]:
-        yield "context", f"{positions:,.0f} of {context[1]:,} positions"
+    positions = sound.seconds / 0.08 + len(data.render(example, 0, *context[:2])[0])
+    if positions > context[2]:
+        yield "context", f"{positions:,.0f} of {context[2]:,} positions"
 
     # What the recording shows.
     if sound.error:
@@ -237,7 +238,9 @@ def look_over(args: argparse.Namespace) -> dict:
     """The report. Raises UserError."""
     directory = model.fetch(args.tokenizer)
     config = model.LLMConfig.from_dict(model.read_json(directory / "config.json"), directory)
-    context = (model.load_tokenizer(directory), config.max_position_embeddings)
+    tokenizer = model.load_tokenizer(directory)
+    prompt = data.make_prompt(tokenizer, config.eos_token_id)
+    context = (tokenizer, prompt, config.max_position_embeddings)
     hashes = data.protected_hashes(args.manifests)
     findings = {kind: {} for kind in KINDS}
     examples = read_examples(args.manifests, findings["example"])

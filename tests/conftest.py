@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
+from data import Prompt  # noqa: E402
 from model import AUDIO, adapter_length  # noqa: E402
 
 ENCODER = dict(
@@ -33,6 +34,7 @@ ENCODER = dict(
     left_max_position_embeddings=12,
     right_max_position_embeddings=3,
 )
+PLAIN = Prompt("plain", [], "\n", [], 0)  # of the tokenizers here
 LLM = dict(
     vocab_size=211,
     hidden_size=48,

@@ -15,6 +15,7 @@ import torch
 import data
 from conftest import refused
 from data import AudioError, audio_seconds, cut_windows, encode_opus, load_audio
+from model import EncoderConfig
 
 RATE = 16000
 
@@ -504,7 +505,7 @@ def test_windows_of_any_length(seconds):
     features, _ = data.fbank(windows)
     assert features.isfinite().all()
     single = cut_windows(wave, math.inf)
-    assert data.fbank(single)[1] == [data.feature_length(seconds)]
+    assert data.fbank(single)[1] == [data.feature_length(seconds, EncoderConfig())]
 
 
 def test_parts_of_vorbis_files(tmp_path):

@@ -16,7 +16,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import data
 from conftest import ESCAPES, ROOT, refused
-from data import INSTRUCTIONS, Examples, Manifest, instruction_of, open_mixture, render, task_of
+from data import (
+    INSTRUCTIONS,
+    Examples,
+    Manifest,
+    instruction_of,
+    make_prompt,
+    open_mixture,
+    render,
+    task_of,
+)
 from demo.grammar import LANGUAGES, count_sentences, example, split_of
 from model import AUDIO, AdapterConfig, load_tokenizer
 
@@ -404,7 +413,8 @@ def test_all_refused_licences_are_named_at_once(mixture, tmp_path):
 
 def test_rows_too_long_are_left_out_counted_and_named(mixture, tmp_path, capsys, tiny_project):
     train, dev = mixture
-    tokenizer, limits = load_tokenizer(tiny_project / "llm"), (AdapterConfig(), 30, 300)
+    tokenizer = load_tokenizer(tiny_project / "llm")
+    limits = make_prompt(tokenizer, [0]), AdapterConfig(), 30, 300
     long = FREE | {"text": "six " * 300}
     # Without the audio's frames, this one would fit.
     middle = FREE | {"duration": 20, "text": "一" * 60}
@@ -464,21 +474,60 @@ def test_rendered_sequences_exactly():
     row = GOOD | {"source_language": "en", "target_language": "de", "text": "ja"}
     st = row | {"task": "st"}
     sqa = row | {"task": "sqa", "question": "Wer?"}
+    prompt = make_prompt(tokenizer, [0])
 
     def codes(text):
         return [ord(character) for character in text]
 
     asked = codes("\nTranscribe the speech.\n")
-    assert render(row, 3, tokenizer, 0) == ([AUDIO] * 3 + asked + codes("ja") + [0], 3)
-    with_begin = render(row, 1, letter_tokenizer(begin=True), 9)
+    assert render(row, 3, tokenizer, prompt) == ([AUDIO] * 3 + asked + codes("ja") + [0], 3)
+    other = letter_tokenizer(begin=True)
+    with_begin = render(row, 1, other, make_prompt(other, [9]))
     assert with_begin == ([128, AUDIO] + asked + codes("ja") + [9], 3)
-    assert render(row | {"text": None}, 2, tokenizer, 0) == ([AUDIO] * 2 + asked, 0)
-    instructed = render(row | {"instruction": "Say it"}, 1, tokenizer, 0)
+    assert render(row | {"text": None}, 2, tokenizer, prompt) == ([AUDIO] * 2 + asked, 0)
+    instructed = render(row | {"instruction": "Say it"}, 1, tokenizer, prompt)
     assert instructed == ([AUDIO] + codes("\nSay it\nja") + [0], 3)
     translated = codes("\nTranslate the speech to German.\nja")
-    assert render(st, 0, tokenizer, 0)[0] == translated + [0]
+    assert render(st, 0, tokenizer, prompt)[0] == translated + [0]
     answered = codes("\nBeantworte die Frage: Wer?\nja")
-    assert render(sqa, 0, tokenizer, 0)[0] == answered + [0]
+    assert render(sqa, 0, tokenizer, prompt)[0] == answered + [0]
+
+
+CHAT_FORMS = {
+    "<|im_end|>": (
+        ["<|im_start|>", "user\n", AUDIO, "\nHi <|im_end|>", "<|im_end|>", "\n"]
+        + ["<|im_start|>", "assistant\n", "ja", "<|im_end|>"]
+    ),
+    "<|eot_id|>": (
+        ["<|start_header_id|>", "user", "<|end_header_id|>", "\n\n", AUDIO, "\nHi <|im_end|>"]
+        + ["<|eot_id|>", "<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"]
+        + ["ja", "<|eot_id|>"]
+    ),
+}
+
+
+@pytest.mark.parametrize("end", CHAT_FORMS)
+def test_chat_prompts_exactly(end):
+    """Turns are marked by special tokens, which an instruction cannot write itself."""
+    tokenizer = letter_tokenizer()
+    special = list(dict.fromkeys(x for x in CHAT_FORMS[end] if x != AUDIO and x[:2] == "<|"))
+    tokenizer.add_special_tokens(special)
+    turn_end = tokenizer.token_to_id(end)
+    expected = []
+    for part in CHAT_FORMS[end]:
+        if part in special:
+            expected.append(tokenizer.token_to_id(part))
+        else:
+            expected += [AUDIO] if part == AUDIO else map(ord, part)
+    row = GOOD | {"text": "ja", "instruction": "Hi <|im_end|>"}
+    for kind, end_ids in (("auto", [5, turn_end]), ("chat", [5])):
+        prompt = make_prompt(tokenizer, end_ids, kind)
+        assert prompt.kind == "chat"
+        assert render(row, 1, tokenizer, prompt) == (expected, 3)
+    # A base model knows the tokens, too, but does not end its answers by them.
+    assert make_prompt(tokenizer, [5]) == ("plain", [], "\n", [], 5)
+    assert make_prompt(tokenizer, [turn_end], "plain").kind == "plain"
+    refused("--prompt chat: the tokenizer", make_prompt, letter_tokenizer(), [0], "chat")
 
 
 def byte_tokenizer(template=None):
@@ -502,13 +551,14 @@ def byte_tokenizer(template=None):
 def test_no_special_token_comes_by_the_back_door(template, begin):
     """Neither an end token out of a template, nor one that a text or an instruction spells."""
     tokenizer = byte_tokenizer(template)
+    prompt = make_prompt(tokenizer, [0])
     row = GOOD | {"source_language": "en", "target_language": "en", "text": "a</s><s>"}
-    ids, answer = render(row | {"instruction": "<s>Say</s>?"}, 2, tokenizer, 0)
+    ids, answer = render(row | {"instruction": "<s>Say</s>?"}, 2, tokenizer, prompt)
     assert ids[: len(begin) + 2] == [*begin, AUDIO, AUDIO] and ids[-1] == 0
     assert not {0, 1} & set(ids[len(begin) : -1]) and answer == len("a</s><s>") + 1
     # A tokenizer that was sent to another process is the same.
     other = pickle.loads(pickle.dumps(tokenizer))
-    assert render(row | {"instruction": "<s>Say</s>?"}, 2, other, 0) == (ids, answer)
+    assert render(row | {"instruction": "<s>Say</s>?"}, 2, other, prompt) == (ids, answer)
 
 
 def test_collate_marks_exactly_the_answers():
@@ -599,7 +649,8 @@ def examples(tiny_project, tmp_path):
     files = {"train0.wav": 0.25, "bad.wav": 1, "train1.wav": 99, "no.wav": 1}
     rows = [GOOD | {"audio": audio, "duration": duration} for audio, duration in files.items()]
     manifest = Manifest(write_rows(tmp_path / "m.jsonl", *rows))
-    return Examples([manifest], load_tokenizer(tiny_project / "llm"), 0, AdapterConfig())
+    tokenizer = load_tokenizer(tiny_project / "llm")
+    return Examples([manifest], tokenizer, make_prompt(tokenizer, [0]), AdapterConfig())
 
 
 def test_bad_recordings_are_left_out_and_named(examples):

@@ -70,7 +70,7 @@ def forge_checkpoint(content, rng):
 
 def read_manifest(path):
     data.open_mixture([str(path)], str(path.with_name("dev.jsonl")), data.TASKS, ("unknown",))
-    data.render(data.Manifest(path)[0], 3, conftest.make_tokenizer(), 0)
+    data.render(data.Manifest(path)[0], 3, conftest.make_tokenizer(), conftest.PLAIN)
 
 
 def make_kinds(folder):

@@ -30,6 +30,7 @@ from data import (
     fbank,
     join_texts,
     load_audio,
+    make_prompt,
 )
 from model import SpeechLM, fingerprint, load_tokenizer
 from sample import Answer, answer_examples, encode_waves, generate
@@ -115,7 +116,9 @@ def answers_to(asked, examples, recordings, **options):
 def sequence_of(asked, example):
     """An example as training takes it: the ids before the answer, and frames."""
     manifest = Manifest(asked.folder / "all.jsonl")
-    examples = Examples([manifest], asked.tokenizer, 0, asked.model.adapter.config)
+    examples = Examples(
+        [manifest], asked.tokenizer, make_prompt(asked.tokenizer, [0]), asked.model.adapter.config
+    )
     ids, size, frames = examples.sequence(example, examples.frames(0, example))
     return ids[:-size], frames
 

@@ -28,6 +28,7 @@ from data import (
     cut_windows,
     fbank,
     load_audio,
+    make_prompt,
     open_mixture,
     render,
     schedule,
@@ -126,7 +127,7 @@ def features(manifest, i):
 def sequence(example, frames, model, tokenizer):
     """What collate takes of an example that these frames are the audio of."""
     audio_frames = adapter_length(len(frames), model.adapter.config)
-    return *render(example, audio_frames, tokenizer, end_id=0), frames
+    return *render(example, audio_frames, tokenizer, make_prompt(tokenizer, [0])), frames
 
 
 def inputs(batch):
@@ -303,7 +304,9 @@ class Recipe:
         torch.manual_seed(cfg.seed)
         mixture = open_mixture(cfg.data, cfg.dev, tasks)
         self.model, tokenizer = build(cfg, rates)
-        examples = Examples(mixture.manifests, tokenizer, 0, self.model.adapter.config)
+        examples = Examples(
+            mixture.manifests, tokenizer, make_prompt(tokenizer, [0]), self.model.adapter.config
+        )
         order = schedule(mixture.manifests, mixture.weights, examples.size, 300, 4000, 0)
         self.batches = (inputs(examples[scheduled]) for scheduled in order)
         self.parameters = list(self.model.adapter.parameters())
