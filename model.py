@@ -418,9 +418,14 @@ class RMSNorm(nn.Module):
 
 
 class Pretrained(nn.Module):
-    """A module that is read from a checkpoint directory. Its classes have a read_config(directory),
-    and a module_key(config, key), which gives the module's name of a checkpoint's tensor, or None
-    for one that is not needed."""
+    """A module that is read from a checkpoint directory. Its classes have a config_class, and a
+    module_key(config, key), which gives the module's name of a checkpoint's tensor, or None for one
+    that is not needed."""
+
+    @classmethod
+    def read_config(cls, directory: Path):
+        where = directory / "config.json"
+        return cls.config_class.from_dict(read_json(where), where)
 
     @classmethod
     def from_pretrained(
@@ -724,6 +729,8 @@ ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector
 
 
 class SpeechEncoder(Pretrained):
+    config_class = EncoderConfig
+
     def __init__(
         self, config: EncoderConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN
     ):
@@ -771,11 +778,6 @@ class SpeechEncoder(Pretrained):
             channels = span_mask(torch.full_like(rows.count, D), D, *spans)
             x = x.masked_fill(channels[rows.row], 0)
         return x
-
-    @staticmethod
-    def read_config(directory: Path) -> EncoderConfig:
-        where = directory / "config.json"
-        return EncoderConfig.from_dict(read_json(where), where)
 
     @staticmethod
     def module_key(config: EncoderConfig, key: str) -> str | None:
@@ -851,6 +853,8 @@ class WhisperLayer(nn.Module):
 
 
 class WhisperEncoder(Pretrained):
+    config_class = WhisperConfig
+
     def __init__(
         self, config: WhisperConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN
     ):
@@ -884,11 +888,6 @@ class WhisperEncoder(Pretrained):
         for layer in self.layers:
             x = self.kernels.call_layer(layer, x, rows)
         return self.layer_norm(x)
-
-    @staticmethod
-    def read_config(directory: Path) -> WhisperConfig:
-        where = directory / "config.json"
-        return WhisperConfig.from_dict(read_json(where), where)
 
     @staticmethod
     def module_key(config: WhisperConfig, key: str) -> str | None:
