@@ -228,12 +228,13 @@ def tiny_project(tmp_path_factory):
     return make_project(tmp_path_factory.mktemp("project"))
 
 
-def make_project(directory):
+def make_project(directory, special_tokens=(), end=0):
     """Writes a random tiny encoder and LLM, a tokenizer, and manifests of tones, where each word
     has its pitch. Returns the directory."""
     tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(list(special_tokens))
     tiny_encoder().save_pretrained(directory / "encoder")
-    llm = tiny_llm(vocab_size=tokenizer.get_vocab_size(), eos_token_id=0)
+    llm = tiny_llm(vocab_size=tokenizer.get_vocab_size(), eos_token_id=end)
     llm.save_pretrained(directory / "llm")
     tokenizer.save(str(directory / "llm" / "tokenizer.json"))
     random = np.random.default_rng(0)

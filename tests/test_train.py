@@ -20,7 +20,7 @@ import torch
 
 import sample
 import train
-from conftest import ESCAPES, gradients, speech_batch, tiny_speech_lm
+from conftest import ESCAPES, gradients, make_project, speech_batch, tiny_speech_lm
 from data import (
     Examples,
     Manifest,
@@ -127,7 +127,8 @@ def features(manifest, i):
 def sequence(example, frames, model, tokenizer):
     """What collate takes of an example that these frames are the audio of."""
     audio_frames = adapter_length(len(frames), model.adapter.config)
-    return *render(example, audio_frames, tokenizer, make_prompt(tokenizer, [0])), frames
+    prompt = make_prompt(tokenizer, model.llm.config.eos_token_id, model.prompt)
+    return *render(example, audio_frames, tokenizer, prompt), frames
 
 
 def inputs(batch):
@@ -594,6 +595,31 @@ def test_what_an_init_had_trained_is_never_lost(aligned, tiny_project, tmp_path)
         arguments(tiny_project, tmp_path / "new", init=first / "align.pt", lora_alpha=8, **lora),
         "has updates of --lora-alpha 32; give the same",
     )
+
+
+def test_the_form_of_the_prompt_stays_with_the_checkpoint(tmp_path, capsys):
+    """Of an instruct model, here: training, --init, --resume and answers use the same."""
+    project = make_project(tmp_path, ["<|im_start|>", "<|im_end|>"], end=[277, 0])
+    tokenizer = load_tokenizer(project / "llm")
+    assert tokenizer.token_to_id("<|im_end|>") == 277
+    options = {"steps": 2, "eval_every": 2}
+    train.main(arguments(project, tmp_path / "a", show_batch=True))
+    shown = capsys.readouterr().out
+    assert "<|im_start|>user\\n" in shown and "<|im_end|>\\n<|im_start|>assistant\\n" in shown
+    for prompt in ("auto", "plain"):
+        out = tmp_path / prompt
+        train.main(arguments(project, out, prompt=prompt, **options))
+        train.main(arguments(project, out, prompt=prompt, steps=2, eval_every=2, resume=True))
+        train.main(arguments(project, out, phase="ift", init=out / "align.pt", **options))
+        kind = "plain" if prompt == "plain" else "chat"
+        assert saved(out, "ift.pt")["config"]["prompt"] == kind
+        model, _, _ = sample.load_model(out / "ift.pt")
+        assert model.prompt == kind
+        loss = dev_loss_of(out / "ift.pt", project)
+        assert loss == pytest.approx(last_dev_loss(out, "ift"), rel=1e-4)
+    other = "was trained with prompt 'plain', found 'chat'"
+    refused(arguments(project, tmp_path / "plain", prompt="chat", resume=True, **options), other)
+    assert saved(tmp_path / "auto")["model"].keys() == saved(tmp_path / "plain")["model"].keys()
 
 
 def test_a_cached_encoder_is_the_base_models(aligned, tiny_project, tmp_path):
