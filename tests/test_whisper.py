@@ -135,6 +135,17 @@ def test_gradients_equal_those_of_single_rows():
         assert relative_error(together[name], gradient) < 1e-4, name
 
 
+def test_compiled_equals_eager():
+    ours, x = tiny_whisper(), torch.randn(30, 160)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=False, backend="aot_eager")
+    results = []
+    for encoder in (ours, compiled):
+        ours.zero_grad()
+        encoder(x, [20, 10]).square().sum().backward()
+        results.append(gradients(ours))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
 @torch.no_grad()
 def test_whole_models_and_encoders_load(project, tmp_path):
     """In bfloat16, too; what is saved is loaded again, and by transformers."""
