@@ -248,15 +248,6 @@ def audio_is_left(sound: soundfile.SoundFile, file: io.IOBase, frames: int) -> b
     return not is_chunk and len(rest) > sound.samplerate // 10 * sound.channels
 
 
-def encode_opus(wave: np.ndarray | Tensor, **options) -> bytes:
-    """The bytes of an ogg file of a 16 kHz wave (N,); options are soundfile.SoundFile's."""
-    buffer = io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, "OPUS", format="OGG", **options) as file:
-        for i in range(0, len(wave), SAMPLE_RATE):  # libsndfile crashes on minutes in one call
-            file.write(wave[i : i + SAMPLE_RATE])
-    return buffer.getvalue()
-
-
 def resample(wave: Tensor, rate: int) -> Tensor:
     """A wave (n,) to 16 kHz, (ceil(n * 16000 / rate),), by a Kaiser-windowed sinc, flat within
     0.01 dB to 0.92 of the lower Nyquist frequency, aliases and images below -100 dB."""
