@@ -90,8 +90,8 @@ def steady_output() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip())  # a heading and what is below it
+    return text.splitlines()[0][:1500] if text else type(error).__name__
 
 
 @contextmanager
@@ -370,8 +370,8 @@ class Pretrained(nn.Module):
         device: str = "cpu",
         kernels: "Kernels | None" = None,
     ):
-        """Loads a checkpoint, single-file or sharded, in eval mode. Raises UserError, which lists
-        missing, unexpected and mis-shaped tensors, and ValueError for another dtype than float32
+        """Loads a checkpoint, single-file or sharded, in eval mode. Raises UserError, which names
+        missing, unexpected or mis-shaped tensors, and ValueError for another dtype than float32
         and bfloat16."""
         compute_dtype = compute_dtype or dtype
         if {dtype, compute_dtype} - {torch.float32, torch.bfloat16}:
@@ -384,10 +384,7 @@ class Pretrained(nn.Module):
                 raise ValueError(f"{len(state)} tensors for {config.num_hidden_layers} layers")
             with torch.device("meta"):
                 model = cls(config, compute_dtype, kernels or default_kernels(device))
-            try:
-                model.load_state_dict(state, strict=True, assign=True)
-            except RuntimeError as error:
-                raise ValueError(" ".join(str(error).split())[:1500]) from error
+            model.load_state_dict(state, strict=True, assign=True)
         return model.eval()
 
 
@@ -1352,18 +1349,16 @@ def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) ->
                     f"{base['path']}; give the same --{name}"
                 )
         state = checkpoint["model"]
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         complete = changed_parts(state)
-        updates = {name: tensor.shape for name, tensor in state.items() if is_update(name)}
-        if updates != {name: shapes[name] for name in filter(is_update, shapes)}:
+        shapes = {name: p.shape for name, p in model.named_parameters() if is_update(name)}
+        if shapes != {name: tensor.shape for name, tensor in state.items() if is_update(name)}:
             state = merged_state(model, state, checkpoint["config"]["lora_alpha"])
-        saved = {name: tensor.shape for name, tensor in state.items()}
-        needed = {n for n in shapes if n.split(".")[0] in complete and not is_update(n)}
-        misfits = [name for name in needed | set(saved) if saved.get(name) != shapes.get(name)]
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        # Parts of which it holds nothing, or low-rank updates alone, are the base models'.
+        misfits = [n for n in missing if n.split(".")[0] in complete and not is_update(n)]
+        misfits += unexpected
         if misfits:
             raise ValueError(f"{len(misfits)} tensors do not fit, {min(misfits)} first")
-        # The parts that it does not hold are the base models'.
-        model.load_state_dict(state, strict=False)
         return changed_parts(state)
 
 
