@@ -137,10 +137,9 @@ def read_samples(sound: soundfile.SoundFile, path, first: int, count: float) -> 
 
 def audio_seconds(path: str | Path) -> float:
     """The length of an audio file in seconds, by promised_seconds; 0 if that refuses the file."""
-    try:
+    with suppress(AudioError):
         return promised_seconds(path)
-    except AudioError:
-        return 0.0
+    return 0.0
 
 
 @contextmanager
@@ -474,6 +473,7 @@ def wordings(task: str) -> Iterator[tuple[str, str]]:
 
 COURTESY = r"(?:(?:please|bitte|per\s+favore),?\s+|请)*"  # what people type before a wording
 LAST_MARKS = ".。!！?？"
+QUESTION = re.escape("{question}")
 
 
 def plain(text: str) -> str:
@@ -493,13 +493,9 @@ def known_wordings() -> tuple[dict[str, tuple], list[tuple]]:
                 text = wording.format(**forms, question="{question}")
                 known[plain(text)] = task, text
     for task, wording in known.values():
-        before, question, after = wording.rstrip(LAST_MARKS).partition("{question}")
-        if question and before + after:
-            before, after = (
-                re.escape(part).replace("\\ ", r"\s+").replace("'", "['’]")
-                for part in (before, after)
-            )
-            pattern = rf"{COURTESY}{before}(.*\S){after}[{LAST_MARKS}]*"
+        pattern = re.escape(wording.rstrip(LAST_MARKS)).replace("\\ ", r"\s+").replace("'", "['’]")
+        if QUESTION in pattern and pattern != QUESTION:
+            pattern = COURTESY + pattern.replace(QUESTION, r"(.*\S)") + f"[{LAST_MARKS}]*"
             patterns.append((re.compile(pattern, re.IGNORECASE | re.DOTALL), task, wording))
     return known, patterns
 
@@ -843,13 +839,16 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
 
     manifests, groups, weights = [], [], []
     sizes = Counter()  # of each task and language over all files, weighted
-    seconds, longest, contents = Counter(), 0.0, []
+    totals, longest, contents = Counter(), 0.0, []
     for path, weight in weighted:
         manifest = Manifest(path)
         contents.append((path, *manifest.content, weight))
-        rows, of_file, longest_of_file = read_groups(manifest, tasks, check, least=1)
-        longest = max(longest, longest_of_file)
-        seconds += of_file
+        rows = {}
+        for i, example, seconds in usable_rows(manifest, tasks, check, least=1):
+            language = example["target_language"]
+            rows.setdefault((example["task"], language), array("q")).append(i)
+            totals[example["corpus"], example["licence"], language] += seconds
+            longest = max(longest, seconds)
         for group in sorted(rows):
             groups.append(group)
             manifests.append(manifest.select(rows[group]))
@@ -857,8 +856,7 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
             sizes[group] += weights[-1]
     dev = Manifest(dev)
     contents.append((str(dev.path), *dev.content, 1.0))
-    rows, _, _ = read_groups(dev, tasks, check, least=2)
-    dev = dev.select(itertools.chain(*rows.values()))
+    dev = dev.select(i for i, *_ in usable_rows(dev, tasks, check, least=2))
     expect_none(refused)
 
     scales = {group: size ** (1 / temperature - 1) for group, size in sizes.items()}
@@ -867,38 +865,34 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
         drawn = 100 * size * scales[group] / sum(weights)
         share = f"{size:.0f} rows, {drawn:.1f} % of those drawn"
         print(visible(f"data: {group[0]} into {group[1]}: {share}"))
-    hours = [[*key, round(total)] for key, total in sorted(seconds.items())]
+    hours = [[*key, round(total)] for key, total in sorted(totals.items())]
     for corpus, licence, language, total in hours:
         print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))
     return Mixture(manifests, weights, dev, hours, longest, contents)
 
 
-def read_groups(manifest: Manifest, tasks, check: Callable, least: int):
-    """Reads a manifest once. Returns {(task, target language): numbers of those examples}; a
-    Counter of their seconds by (corpus, licence, target language); and the seconds of the longest.
-    Those for which check(example, seconds) gives a reason are left out, counted and named. Raises
-    UserError if there are fewer than `least`."""
-    rows, seconds, longest, excess = {}, Counter(), 0.0, []
+def usable_rows(manifest: Manifest, tasks, check: Callable, least: int) -> Iterator[tuple]:
+    """(number, example, seconds) of each row of these tasks. Those for which check(example,
+    seconds) gives a reason are left out, counted and named. Raises UserError if there are fewer
+    than `least`."""
+    count, excess = 0, []
     for i, example in enumerate(manifest):
         if example["task"] not in tasks:
             continue
-        language, length = example["target_language"], manifest.seconds(example)
-        reason = check(example, length)
+        seconds = manifest.seconds(example)
+        reason = check(example, seconds)
         if reason:
             excess.append(f"{example['where']}: {reason}")
-            continue
-        rows.setdefault((example["task"], language), array("q")).append(i)
-        seconds[example["corpus"], example["licence"], language] += length
-        longest = max(longest, length)
+        else:
+            count += 1
+            yield i, example, seconds
     if excess:
         print(visible(f"data: {len(excess)} rows are left out: {'; '.join(excess[:3])}"))
-    count = sum(map(len, rows.values()))
     if count < least:
         raise UserError(
             f"{manifest.path}: {count} rows of the tasks this phase trains, {', '.join(tasks)}, "
             f"expected at least {least}; give another manifest"
         )
-    return rows, seconds, longest
 
 
 def find_excess(
