@@ -206,16 +206,13 @@ def generate(
         start, cache = continue_prefix(llm, prefix, prefix_rows, room)
     logits = prefill(llm, x, lengths, cache, start)
     logits[:, list(never_first)] = float("-inf")
-    step = partial(step, llm)
-    end_ids = set(llm.config.eos_token_id)
+    inputs = logits, totals, cache, max_new_tokens, partial(step, llm), set(llm.config.eos_token_id)
     if num_beams > 1:
-        searches = [Beams(num_beams, length_penalty, end_ids) for _ in lengths]
-        answers = beam_search(searches, logits, totals, cache, max_new_tokens, step)
-        return [ids[: len(ids) - loop_size(ids)] if stop_loops else ids for ids in answers]
-    draw = partial(draw_token, temperature=temperature, top_p=top_p, generator=generator)
-    answers = [Continuation(row, end_ids, on_token, stop_loops) for row in range(len(lengths))]
-    extend(answers, logits, totals, cache, max_new_tokens, draw, step)
-    return [answer.ids for answer in answers]
+        answers = beam_search(*inputs, num_beams, length_penalty)
+    else:
+        draw = partial(draw_token, temperature=temperature, top_p=top_p, generator=generator)
+        answers = extend(*inputs, draw, on_token, stop_loops)
+    return [ids[: len(ids) - loop_size(ids)] if stop_loops else ids for ids in answers]
 
 
 def check_options(max_new_tokens, num_beams, temperature, top_p, on_token) -> None:
@@ -231,48 +228,39 @@ def check_options(max_new_tokens, num_beams, temperature, top_p, on_token) -> No
         )
 
 
-class Continuation:
-    """The answer to one sequence while it is made."""
-
-    def __init__(self, row: int, end_ids: set[int], on_token: Callable | None, stop_loops: bool):
-        self.row, self.end_ids, self.on_token, self.stop_loops = row, end_ids, on_token, stop_loops
-        self.ids: list[int] = []
-        self.done = False
-
-    def add(self, token: int) -> None:
-        if self.done or token in self.end_ids:
-            self.done = True
-            return
-        self.ids.append(token)
-        if self.on_token is not None:
-            self.on_token(self.row, token)
-        extra = loop_size(self.ids) if self.stop_loops else 0
-        if extra:
-            self.done = True
-            del self.ids[-extra:]
-
-
-def extend(answers, logits, totals, cache, max_new_tokens, draw, step) -> None:
-    """Adds tokens to the answers until all are done. logits (B, V) and cache as prefill leaves
-    them; totals: how many positions each sequence fills."""
-    live = list(range(len(answers)))  # which answers the rows of the batch are
+def extend(
+    logits, totals, cache, max_new_tokens, step, end_ids, draw, on_token, stop_loops
+) -> list[list[int]]:
+    """The answer to each sequence, token by token. logits (B, V) and cache as prefill leaves them;
+    totals: how many positions each sequence fills; a loop is left at the end of its answer."""
+    answers: list[list[int]] = [[] for _ in totals]
+    done = set()
+    live = list(range(len(totals)))  # which answers the rows of the batch are
     positions = torch.tensor(totals, device=logits.device)
     for count in range(1, max_new_tokens + 1):
         ids = draw(logits)
         for row, token in zip(live, ids.tolist(), strict=True):
-            answers[row].add(token)
-        remaining = sum(not answers[row].done for row in live)
+            if row in done or token in end_ids:
+                done.add(row)
+                continue
+            answers[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
+            if stop_loops and loop_size(answers[row]):
+                done.add(row)
+        remaining = len(totals) - len(done)
         if not remaining or count == max_new_tokens:
-            return
+            break
 
         # Those that are done leave the batch, which shrinks to a power of two.
         kept_rows = 1 << (remaining - 1).bit_length()
         if kept_rows < len(live):
-            order = sorted(range(len(live)), key=lambda i: answers[live[i]].done)[:kept_rows]
+            order = sorted(range(len(live)), key=lambda i: live[i] in done)[:kept_rows]
             live = [live[i] for i in order]
             ids, positions, cache = ids[order], positions[order], cache.select(order)
         filled = max(totals[row] for row in live) + count
         logits = step(ids, positions + count - 1, cache, filled)
+    return answers
 
 
 def loop_size(ids: list[int]) -> int:
@@ -305,13 +293,12 @@ class Beams:
         for rank, (score, parent, token) in enumerate(candidates):
             ends = token in self.end_ids
             if not ends and not last:
-                if len(going_on) < self.num_beams:
-                    going_on.append((score, parent, token))
+                going_on.append((score, parent, token))
             elif rank < self.num_beams and not self.done:
                 ids = self.beginnings[parent] + ([] if ends else [token])
                 self.finished.append((score / length**self.length_penalty, ids))
-        self.finished.sort(key=lambda answer: -answer[0])
-        del self.finished[self.num_beams :]
+        going_on = going_on[: self.num_beams]
+        self.finished = sorted(self.finished, key=lambda answer: -answer[0])[: self.num_beams]
         if going_on:
             # The search ends when no beginning can still beat the finished answers at this length.
             best = going_on[0][0] / length**self.length_penalty
@@ -321,18 +308,19 @@ class Beams:
         return going_on
 
 
-def beam_search(searches, logits, totals, cache, max_new_tokens, step) -> list[list[int]]:
-    """The best answer to each sequence. logits (B, V) and cache as prefill leaves them; totals: how
-    many positions each sequence fills."""
+def beam_search(
+    logits, totals, cache, max_new_tokens, step, end_ids, K, length_penalty
+) -> list[list[int]]:
+    """The best answer to each sequence of K beams. Arguments as those of extend."""
     (B, V), device = logits.shape, logits.device
-    K = searches[0].num_beams
+    searches = [Beams(K, length_penalty, end_ids) for _ in range(B)]
     # Every sequence becomes K rows, of which only the first counts at the beginning.
     rows = torch.arange(B, device=device).repeat_interleave(K)
     cache, logits = cache.select(rows), logits[rows]
     positions = torch.tensor(totals, device=device)[rows]
     scores = torch.tensor([0.0] + [float("-inf")] * (K - 1), device=device).repeat(B)  # (B * K,)
     # A beam can end in as many ways as there are end tokens, so this many candidates leave K.
-    width = min(K * max(2, 1 + len(searches[0].end_ids)), K * V)
+    width = min(K * max(2, 1 + len(end_ids)), K * V)
     for length in range(1, max_new_tokens + 1):
         sums = (scores[:, None] + logits.log_softmax(-1)).view(B, K * V)
         best, index = sums.topk(width)
