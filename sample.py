@@ -443,13 +443,13 @@ def answer_examples(
         # One that leaves its answer less room than asked for is alone, not to cut other answers.
         short = len(request.ids) + max_new_tokens > model.llm.config.max_position_embeddings
         sizes.append((len(request.ids), batch_size if short else 1, request))
+    options = {"max_new_tokens": max_new_tokens, "stop_loops": True, **options}
     for batch in data.cut_batches(sizes, BATCH_POSITIONS, batch_size):
         streams = live is not None and batch[0].example == 0 and options.get("num_beams", 1) == 1
         if weigh and examples[0]["task"] == "sqa":
             streams = False  # its first answer may not be the last word
-        more = {"max_new_tokens": max_new_tokens, "stop_loops": True, **options}
-        more["on_token"] = live.add if streams else None
-        outputs = answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, more)
+        options["on_token"] = live.add if streams else None
+        outputs = answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options)
         for request, answer in zip(batch, outputs, strict=True):
             answers[request.example][request.window] = answer
         if on_batch is not None:
@@ -470,20 +470,17 @@ def make_requests(model, tokenizer, examples, recordings):
             if id(recording) not in joined:
                 joined[id(recording)] = [torch.cat(recording)]
             windows = joined[id(recording)]
-        own_requests = []
         for w, audio in enumerate(windows):
             unanswered = {**example, "text": None}
             ids, _ = data.render(unanswered, len(audio), tokenizer, config.eos_token_id[0])
-            own_requests.append(Request(i, w, audio, ids))
+            requests.append(Request(i, w, audio, ids))
             if len(ids) + 32 > config.max_position_embeddings:
                 failures[i] = data.AudioError(
                     f"{0.08 * len(audio):.0f} s of audio and the instruction take {len(ids)} of "
                     f"the LLM's {config.max_position_embeddings} positions, which leaves no room "
                     "for an answer; ask about a shorter part"
                 )
-        if i not in failures:
-            requests += own_requests
-    return requests, failures
+    return [request for request in requests if request.example not in failures], failures
 
 
 def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options) -> list[Answer]:
