@@ -276,68 +276,51 @@ def loop_size(ids: list[int]) -> int:
     return 0
 
 
-class Beams:
-    """The beam search of one sequence: the likeliest beginnings of an answer, and finished answers
-    with their scores, best first. Same results as beam search in transformers."""
-
-    def __init__(self, num_beams: int, length_penalty: float, end_ids: set[int]):
-        self.num_beams, self.length_penalty, self.end_ids = num_beams, length_penalty, end_ids
-        self.beginnings: list[list[int]] = [[] for _ in range(num_beams)]
-        self.finished: list[tuple[float, list[int]]] = []
-        self.done = False
-
-    def advance(self, candidates: list[tuple], length: int, last: bool) -> list[tuple]:
-        """Takes candidates (sum of log p, number of a beginning, token), best first, for the next
-        token, at which answers have this length. Returns those that go on, at most num_beams."""
-        going_on = []
-        for rank, (score, parent, token) in enumerate(candidates):
-            ends = token in self.end_ids
-            if not ends and not last:
-                going_on.append((score, parent, token))
-            elif rank < self.num_beams and not self.done:
-                ids = self.beginnings[parent] + ([] if ends else [token])
-                self.finished.append((score / length**self.length_penalty, ids))
-        going_on = going_on[: self.num_beams]
-        self.finished = sorted(self.finished, key=lambda answer: -answer[0])[: self.num_beams]
-        if going_on:
-            # The search ends when no beginning can still beat the finished answers at this length.
-            best = going_on[0][0] / length**self.length_penalty
-            full = len(self.finished) == self.num_beams
-            self.done = self.done or (full and best <= self.finished[-1][0])
-            self.beginnings = [self.beginnings[parent] + [token] for _, parent, token in going_on]
-        return going_on
-
-
 def beam_search(
     logits, totals, cache, max_new_tokens, step, end_ids, K, length_penalty
 ) -> list[list[int]]:
-    """The best answer to each sequence of K beams. Arguments as those of extend."""
+    """The best answer to each sequence of K beams. Arguments as those of extend. Same results as
+    beam search in transformers."""
     (B, V), device = logits.shape, logits.device
-    searches = [Beams(K, length_penalty, end_ids) for _ in range(B)]
     # Every sequence becomes K rows, of which only the first counts at the beginning.
     rows = torch.arange(B, device=device).repeat_interleave(K)
     cache, logits = cache.select(rows), logits[rows]
     positions = torch.tensor(totals, device=device)[rows]
     scores = torch.tensor([0.0] + [float("-inf")] * (K - 1), device=device).repeat(B)  # (B * K,)
+    beginnings: list[list[int]] = [[] for _ in rows]
+    finished = [[] for _ in totals]  # (score, ids) of the K best answers to each sequence
+    done = [False] * B
     # A beam can end in as many ways as there are end tokens, so this many candidates leave K.
     width = min(K * max(2, 1 + len(end_ids)), K * V)
     for length in range(1, max_new_tokens + 1):
         sums = (scores[:, None] + logits.log_softmax(-1)).view(B, K * V)
-        best, index = sums.topk(width)
-        chosen = []  # (score, row of the cache, token) of every row to come
-        for b, search in enumerate(searches):
-            places = [divmod(i, V) for i in index[b].tolist()]
-            candidates = [(s, *p) for s, p in zip(best[b].tolist(), places, strict=True)]
-            going_on = search.advance(candidates, length, length == max_new_tokens)
-            chosen += [(score, b * K + parent, token) for score, parent, token in going_on]
-        if all(search.done for search in searches) or length == max_new_tokens:
+        best, index = (x.tolist() for x in sums.topk(width))
+        penalty = length**length_penalty
+        last = length == max_new_tokens
+        chosen = []  # (sum of log p, row, token) of every row to come
+        for b in range(B):
+            going_on = []
+            for rank, (total, place) in enumerate(zip(best[b], index[b], strict=True)):
+                row, token = b * K + place // V, place % V
+                if token not in end_ids and not last:
+                    going_on.append((total, row, token))
+                elif rank < K and not done[b]:
+                    ids = beginnings[row] + ([] if token in end_ids else [token])
+                    finished[b].append((total / penalty, ids))
+            finished[b] = sorted(finished[b], key=lambda answer: -answer[0])[:K]
+            chosen += going_on[:K]
+            # The search ends when no beginning can still beat the finished answers at this length.
+            if going_on and len(finished[b]) == K:
+                done[b] = done[b] or going_on[0][0] / penalty <= finished[b][-1][0]
+        if last or all(done):
             break
         columns = zip(*chosen, strict=True)
         scores, rows, ids = (torch.tensor(column, device=device) for column in columns)
+        beginnings = [beginnings[row] + [token] for _, row, token in chosen]
         filled = max(totals) + length
         cache.copy_from(cache, rows, filled - 1)
         logits = step(ids, positions + length - 1, cache, filled)
-    return [search.finished[0][1] for search in searches]
+    return [answers[0][1] for answers in finished]
 
 
 @torch.no_grad()
