@@ -116,10 +116,9 @@ def read_samples(sound: soundfile.SoundFile, path, first: int, count: float) -> 
     """`count` samples of an open file from the sample `first`, or those up to its end: (n,)."""
     # In Vorbis, libsndfile goes to wrong places or crashes, so that it is read from its beginning.
     # Some codecs cannot seek at all.
-    first, skipped = min(first, max(0, sound.frames)), 0
-    if sound.subtype == "VORBIS":
-        skipped = first
-    elif first and sound.seek(first) != first:
+    first = min(first, max(0, sound.frames))
+    skipped = first if sound.subtype == "VORBIS" else 0
+    if first > skipped and sound.seek(first) != first:
         raise AudioError(f"{path}: found no way to go to sample {first} of it; {READ_AGAIN}")
     count += skipped
     # Blocks keep the memory near that of the mono result. A short one is the end, or a damaged
@@ -631,8 +630,7 @@ def notice(data: list) -> str:
     (corpus, licence, language, seconds)."""
     hours = {}
     for corpus, licence, language, seconds in data:
-        share = f"{seconds / 3600:.2f} h into {language}"
-        hours.setdefault((corpus, licence), []).append(share)
+        hours.setdefault((corpus, licence), []).append(f"{seconds / 3600:.2f} h into {language}")
     lines = ["This model was trained on the following data.", ""]
     for (corpus, licence), shares in hours.items():
         credit = "no attribution is on record here; whoever made the manifest knows it"

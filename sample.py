@@ -446,13 +446,11 @@ def make_requests(model, tokenizer, examples, recordings):
     """The requests of examples, and {number: AudioError} of those too long for the LLM."""
     config = model.llm.config
     requests, failures = [], {}
-    joined = {}  # windows of one recording that are heard at once, made once for all its questions
-    for i, (example, recording) in enumerate(zip(examples, recordings, strict=True)):
-        windows = recording
-        if example["task"] == "sqa" and len(recording) > 1:
-            if id(recording) not in joined:
-                joined[id(recording)] = [torch.cat(recording)]
-            windows = joined[id(recording)]
+    # Questions hear all windows at once, which are joined once for all that share a recording.
+    joined = {id(windows): [torch.cat(windows)] for windows in recordings if len(windows) > 1}
+    for i, (example, windows) in enumerate(zip(examples, recordings, strict=True)):
+        if example["task"] == "sqa":
+            windows = joined.get(id(windows), windows)
         for w, audio in enumerate(windows):
             unanswered = {**example, "text": None}
             ids, _ = data.render(unanswered, len(audio), tokenizer, config.eos_token_id[0])
@@ -475,8 +473,7 @@ def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options
         beginnings[id(request.audio)] = (request.audio, request.ids[:first])
         instructions.append(request.ids[first:])
     audios, prefix_ids = zip(*beginnings.values(), strict=True)
-    rows = {audio: row for row, audio in enumerate(beginnings)}
-    prefix_rows = [rows[id(request.audio)] for request in batch]
+    prefix_rows = [list(beginnings).index(id(request.audio)) for request in batch]
     ids, lengths = pack(prefix_ids, device)
     prefix = read_prefix(llm, model.embed(ids, torch.cat(audios)), lengths)
 
