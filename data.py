@@ -595,17 +595,11 @@ def expect_none(refused: dict[str, str]) -> None:
 
 
 def check_licence(example: dict, allowed: tuple[str, ...], hashes: frozenset[str]) -> None:
-    """Raises UserError if an example must not be trained on: a licence of its is refused, or
-    check_test_only raises."""
-    expect_none(refused_licences(example, allowed))
-    check_test_only(example, hashes)
-
-
-def check_test_only(example: dict, hashes: frozenset[str]) -> None:
-    """Raises UserError if an example is marked test_only, or its text (of sqa, its question) is
-    among the protected_hashes. Texts of under 20 letters are too short to tell where they are
-    from."""
+    """Raises UserError if an example must not be trained on: a licence of its is refused, it is
+    marked test_only, or its text (of sqa, its question) is among the protected_hashes. Texts of
+    under 20 letters are too short to tell where they are from."""
     where = example["where"]
+    expect_none(refused_licences(example, allowed))
     if example.get("test_only"):
         raise UserError(
             f"{where}: the corpus {example['corpus']!r} is for testing only; leave the row out"
@@ -831,7 +825,7 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
     def check(example: dict, seconds: float) -> str | None:
         refused.update(refused_licences(example, allowed) | refused)  # the first rows stay
         if not refused:
-            check_test_only(example, hashes)
+            check_licence(example, allowed, hashes)
         instruction_of(example)  # raises if its language has no wordings
         return excess(example, seconds) if excess else None
 

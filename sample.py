@@ -350,15 +350,14 @@ def encode_recordings(model: SpeechLM, recordings: list[list[Tensor]]) -> list[l
     the model's encoder is a CachedEncoder. Returns for each a list of audio embeddings (A, D)."""
     device = next(model.adapter.parameters()).device
     windows = [window for recording in recordings for window in recording]
-    embeddings = [None] * len(windows)
+    embeddings = {}
     sizes = sorted((len(window), 0, i) for i, window in enumerate(windows))
     for batch in data.cut_batches(sizes, BATCH_FRAMES, math.inf):
         features = torch.cat([windows[i] for i in batch]).to(device)
         audio, lengths = model.encode(features, [len(windows[i]) for i in batch])
-        for i, part in zip(batch, audio.split(lengths), strict=True):
-            embeddings[i] = part
-    remaining = iter(embeddings)
-    return [[next(remaining) for _ in recording] for recording in recordings]
+        embeddings.update(zip(batch, audio.split(lengths), strict=True))
+    in_order = (embeddings[i] for i in range(len(windows)))
+    return [[next(in_order) for _ in recording] for recording in recordings]
 
 
 def encode_waves(model: SpeechLM, waves: list[Tensor], longest: float) -> list[list[Tensor]]:
