@@ -108,8 +108,7 @@ class Prefix(NamedTuple):
 def read_prefix(llm: LLM, x: Tensor, lengths: list[int]) -> Prefix:
     """Reads x (N, D), beginnings of sequences of these lengths, for generate(..., prefix=...)."""
     cache = KVCache.empty(llm, len(lengths), max(lengths))
-    none = torch.empty(0, dtype=torch.long, device=x.device)
-    llm.hidden(x, lengths, cache, wanted=none)
+    llm.hidden(x, lengths, cache, wanted=torch.empty(0, dtype=torch.long, device=x.device))
     return Prefix(cache, list(lengths))
 
 
@@ -202,8 +201,7 @@ def generate(
     if prefix is None:
         start, cache = None, KVCache.empty(llm, len(lengths), needed)
     else:
-        room = max(lengths) + max_new_tokens
-        start, cache = continue_prefix(llm, prefix, prefix_rows, room)
+        start, cache = continue_prefix(llm, prefix, prefix_rows, max(lengths) + max_new_tokens)
     logits = prefill(llm, x, lengths, cache, start)
     logits[:, list(never_first)] = float("-inf")
     inputs = logits, totals, cache, max_new_tokens, partial(step, llm), set(llm.config.eos_token_id)
@@ -525,8 +523,7 @@ def join_answers(windows: dict[int, Answer]) -> Answer:
     """The answers to all windows of a recording as one."""
     ordered = [windows[w] for w in sorted(windows)]
     text = data.join_texts(answer.text for answer in ordered)
-    cut = any(answer.cut for answer in ordered)
-    return Answer(text, ordered[0].margin, ordered[0].other, cut)
+    return ordered[0]._replace(text=text, cut=any(answer.cut for answer in ordered))
 
 
 class LiveText:
