@@ -126,10 +126,9 @@ def read_samples(sound: soundfile.SoundFile, path, first: int, count: float) -> 
     """`count` samples of an open file from the sample `first`, or those up to its end: (n,)."""
     # In Vorbis, libsndfile goes to wrong places or crashes, so that it is read from its beginning.
     # Some codecs cannot seek at all.
-    first, skipped = min(first, max(0, sound.frames)), 0
-    if sound.subtype == "VORBIS":
-        skipped = first
-    elif first and sound.seek(first) != first:
+    first = min(first, max(0, sound.frames))
+    skipped = first if sound.subtype == "VORBIS" else 0
+    if first > skipped and sound.seek(first) != first:
         raise AudioError(f"{path}: found no way to go to sample {first} of it; {READ_AGAIN}")
     count += skipped
     # Blocks keep the memory near that of the mono result. A short one is the end, or a damaged
@@ -147,10 +146,9 @@ def read_samples(sound: soundfile.SoundFile, path, first: int, count: float) -> 
 
 def audio_seconds(path: str | Path) -> float:
     """The length of an audio file in seconds, by promised_seconds; 0 if that refuses the file."""
-    try:
+    with suppress(AudioError):
         return promised_seconds(path)
-    except AudioError:
-        return 0.0
+    return 0.0
 
 
 @contextmanager
@@ -256,15 +254,6 @@ def audio_is_left(sound: soundfile.SoundFile, file: io.IOBase, frames: int) -> b
     # A chunk of a name and a size under 2^24 is no audio, if it does not begin another file.
     is_chunk = re.match(rb"(?s)(?!RIFF|RF64|FORM|caff)[\w ]{4}(\0|...\0)", rest)
     return not is_chunk and len(rest) > sound.samplerate // 10 * sound.channels
-
-
-def encode_opus(wave: np.ndarray | Tensor, **options) -> bytes:
-    """The bytes of an ogg file of a 16 kHz wave (N,); options are soundfile.SoundFile's."""
-    buffer = io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, "OPUS", format="OGG", **options) as file:
-        for i in range(0, len(wave), SAMPLE_RATE):  # libsndfile crashes on minutes in one call
-            file.write(wave[i : i + SAMPLE_RATE])
-    return buffer.getvalue()
 
 
 def resample(wave: Tensor, rate: int) -> Tensor:
@@ -549,6 +538,7 @@ def wordings(task: str) -> Iterator[tuple[str, str]]:
 
 COURTESY = r"(?:(?:please|bitte|per\s+favore),?\s+|请)*"  # what people type before a wording
 LAST_MARKS = ".。!！?？"
+QUESTION = re.escape("{question}")
 
 
 def plain(text: str) -> str:
@@ -568,13 +558,9 @@ def known_wordings() -> tuple[dict[str, tuple], list[tuple]]:
                 text = wording.format(**forms, question="{question}")
                 known[plain(text)] = task, text
     for task, wording in known.values():
-        before, question, after = wording.rstrip(LAST_MARKS).partition("{question}")
-        if question and before + after:
-            before, after = (
-                re.escape(part).replace("\\ ", r"\s+").replace("'", "['’]")
-                for part in (before, after)
-            )
-            pattern = rf"{COURTESY}{before}(.*\S){after}[{LAST_MARKS}]*"
+        pattern = re.escape(wording.rstrip(LAST_MARKS)).replace("\\ ", r"\s+").replace("'", "['’]")
+        if QUESTION in pattern and pattern != QUESTION:
+            pattern = COURTESY + pattern.replace(QUESTION, r"(.*\S)") + f"[{LAST_MARKS}]*"
             patterns.append((re.compile(pattern, re.IGNORECASE | re.DOTALL), task, wording))
     return known, patterns
 
@@ -675,17 +661,11 @@ def expect_none(refused: dict[str, str]) -> None:
 
 
 def check_licence(example: dict, allowed: tuple[str, ...], hashes: frozenset[str]) -> None:
-    """Raises UserError if an example must not be trained on: a licence of its is refused, or
-    check_test_only raises."""
-    expect_none(refused_licences(example, allowed))
-    check_test_only(example, hashes)
-
-
-def check_test_only(example: dict, hashes: frozenset[str]) -> None:
-    """Raises UserError if an example is marked test_only, or its text (of sqa, its question) is
-    among the protected_hashes. Texts of under 20 letters are too short to tell where they are
-    from."""
+    """Raises UserError if an example must not be trained on: a licence of its is refused, it is
+    marked test_only, or its text (of sqa, its question) is among the protected_hashes. Texts of
+    under 20 letters are too short to tell where they are from."""
     where = example["where"]
+    expect_none(refused_licences(example, allowed))
     if example.get("test_only"):
         raise UserError(
             f"{where}: the corpus {example['corpus']!r} is for testing only; leave the row out"
@@ -710,8 +690,7 @@ def notice(data: list) -> str:
     (corpus, licence, language, seconds)."""
     hours = {}
     for corpus, licence, language, seconds in data:
-        share = f"{seconds / 3600:.2f} h into {language}"
-        hours.setdefault((corpus, licence), []).append(share)
+        hours.setdefault((corpus, licence), []).append(f"{seconds / 3600:.2f} h into {language}")
     lines = ["This model was trained on the following data.", ""]
     for (corpus, licence), shares in hours.items():
         credit = "no attribution is on record here; whoever made the manifest knows it"
@@ -912,19 +891,22 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
     def check(example: dict, seconds: float) -> str | None:
         refused.update(refused_licences(example, allowed) | refused)  # the first rows stay
         if not refused:
-            check_test_only(example, hashes)
+            check_licence(example, allowed, hashes)
         instruction_of(example)  # raises if its language has no wordings
         return excess(example, seconds) if excess else None
 
     manifests, groups, weights = [], [], []
     sizes = Counter()  # of each task and language over all files, weighted
-    seconds, longest, contents = Counter(), 0.0, []
+    totals, longest, contents = Counter(), 0.0, []
     for path, weight in weighted:
         manifest = Manifest(path)
         contents.append((path, *manifest.content, weight))
-        rows, of_file, longest_of_file = read_groups(manifest, tasks, check, least=1)
-        longest = max(longest, longest_of_file)
-        seconds += of_file
+        rows = {}
+        for i, example, seconds in usable_rows(manifest, tasks, check, least=1):
+            language = example["target_language"]
+            rows.setdefault((example["task"], language), array("q")).append(i)
+            totals[example["corpus"], example["licence"], language] += seconds
+            longest = max(longest, seconds)
         for group in sorted(rows):
             groups.append(group)
             manifests.append(manifest.select(rows[group]))
@@ -932,8 +914,7 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
             sizes[group] += weights[-1]
     dev = Manifest(dev)
     contents.append((str(dev.path), *dev.content, 1.0))
-    rows, _, _ = read_groups(dev, tasks, check, least=2)
-    dev = dev.select(itertools.chain(*rows.values()))
+    dev = dev.select(i for i, *_ in usable_rows(dev, tasks, check, least=2))
     expect_none(refused)
 
     scales = {group: size ** (1 / temperature - 1) for group, size in sizes.items()}
@@ -942,38 +923,34 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
         drawn = 100 * size * scales[group] / sum(weights)
         share = f"{size:.0f} rows, {drawn:.1f} % of those drawn"
         print(visible(f"data: {group[0]} into {group[1]}: {share}"))
-    hours = [[*key, round(total)] for key, total in sorted(seconds.items())]
+    hours = [[*key, round(total)] for key, total in sorted(totals.items())]
     for corpus, licence, language, total in hours:
         print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))
     return Mixture(manifests, weights, dev, hours, longest, contents)
 
 
-def read_groups(manifest: Manifest, tasks, check: Callable, least: int):
-    """Reads a manifest once. Returns {(task, target language): numbers of those examples}; a
-    Counter of their seconds by (corpus, licence, target language); and the seconds of the longest.
-    Those for which check(example, seconds) gives a reason are left out, counted and named. Raises
-    UserError if there are fewer than `least`."""
-    rows, seconds, longest, excess = {}, Counter(), 0.0, []
+def usable_rows(manifest: Manifest, tasks, check: Callable, least: int) -> Iterator[tuple]:
+    """(number, example, seconds) of each row of these tasks. Those for which check(example,
+    seconds) gives a reason are left out, counted and named. Raises UserError if there are fewer
+    than `least`."""
+    count, excess = 0, []
     for i, example in enumerate(manifest):
         if example["task"] not in tasks:
             continue
-        language, length = example["target_language"], manifest.seconds(example)
-        reason = check(example, length)
+        seconds = manifest.seconds(example)
+        reason = check(example, seconds)
         if reason:
             excess.append(f"{example['where']}: {reason}")
-            continue
-        rows.setdefault((example["task"], language), array("q")).append(i)
-        seconds[example["corpus"], example["licence"], language] += length
-        longest = max(longest, length)
+        else:
+            count += 1
+            yield i, example, seconds
     if excess:
         print(visible(f"data: {len(excess)} rows are left out: {'; '.join(excess[:3])}"))
-    count = sum(map(len, rows.values()))
     if count < least:
         raise UserError(
             f"{manifest.path}: {count} rows of the tasks this phase trains, {', '.join(tasks)}, "
             f"expected at least {least}; give another manifest"
         )
-    return rows, seconds, longest
 
 
 def find_excess(

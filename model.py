@@ -25,7 +25,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -90,8 +90,8 @@ def steady_output() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip())  # a heading and what is below it
+    return text.splitlines()[0][:1500] if text else type(error).__name__
 
 
 @contextmanager
@@ -136,16 +136,12 @@ def has_type(value: object, kind: type) -> bool:
 
 
 def known_fields(cls: type, raw: dict) -> dict:
-    """The fields of the dataclass cls that raw has. Null counts as absent; only fields with a
-    default may be absent. Raises ValueError."""
-    values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-    for f in fields(cls):
-        value = values.get(f.name)
-        if value is None and f.default is f.default_factory is MISSING:
-            raise ValueError(f"no field {f.name}")
-        if value is not None and not has_type(value, f.type):
-            raise ValueError(f"{f.name} is {reprlib.repr(value)}, expected {f.type.__name__}")
-    return values
+    """The fields of the dataclass cls that raw has; null counts as absent. Raises ValueError."""
+    known = [f for f in fields(cls) if raw.get(f.name) is not None]
+    for f in known:
+        if not has_type(raw[f.name], f.type):
+            raise ValueError(f"{f.name} is {reprlib.repr(raw[f.name])}, expected {f.type.__name__}")
+    return {f.name: raw[f.name] for f in known}
 
 
 def check_divides(config: object, multiple: str, divisor: str) -> None:
@@ -278,10 +274,8 @@ class LLMConfig:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         check_divides(self, "num_attention_heads", "num_key_value_heads")
-        usual_head_dim = self.hidden_size // self.num_attention_heads
-        if self.model_type == "qwen3":
-            usual_head_dim = 128
-        self.head_dim = self.head_dim or usual_head_dim
+        usual = self.hidden_size // self.num_attention_heads
+        self.head_dim = self.head_dim or (128 if self.model_type == "qwen3" else usual)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -298,9 +292,9 @@ class LLMConfig:
         with one_line_errors(where, COPY_CONFIG):
             for kind in raw.get("layer_types") or []:
                 expect({"layer_types": kind}, where, layer_types=["full_attention"])
-            values = known_fields(cls, raw | rope_fields(raw, where) | {"eos_token_id": end_ids})
-            values["eos_token_id"] = check_end_ids(end_ids, values["vocab_size"])
-            return cls(**values)
+            config = cls(**known_fields(cls, raw | rope_fields(raw, where)))
+            config.eos_token_id = check_end_ids(end_ids, config.vocab_size)
+            return config
 
 
 LLAMA3_FIELDS = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
@@ -325,10 +319,9 @@ def rope_fields(raw: dict, where: object) -> dict:
 def check_end_ids(end_ids: object, vocab_size: int) -> list[int]:
     """The end tokens as a list. Raises ValueError if there is none or one beyond the vocabulary."""
     ids = end_ids if isinstance(end_ids, list) else [end_ids]
-    for token in ids or [None]:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            expected = f"integers below {vocab_size}, the vocab_size"
-            raise ValueError(f"eos_token_id is {reprlib.repr(end_ids)}, expected {expected}")
+    if not ids or any(type(token) is not int or not 0 <= token < vocab_size for token in ids):
+        expected = f"integers below {vocab_size}, the vocab_size"
+        raise ValueError(f"eos_token_id is {reprlib.repr(end_ids)}, expected {expected}")
     return ids
 
 
@@ -436,8 +429,8 @@ class Pretrained(nn.Module):
         device: str = "cpu",
         kernels: "Kernels | None" = None,
     ):
-        """Loads a checkpoint, single-file or sharded, in eval mode. Raises UserError, which lists
-        missing, unexpected and mis-shaped tensors, and ValueError for another dtype than float32
+        """Loads a checkpoint, single-file or sharded, in eval mode. Raises UserError, which names
+        missing, unexpected or mis-shaped tensors, and ValueError for another dtype than float32
         and bfloat16."""
         compute_dtype = compute_dtype or dtype
         if {dtype, compute_dtype} - {torch.float32, torch.bfloat16}:
@@ -450,10 +443,7 @@ class Pretrained(nn.Module):
                 raise ValueError(f"{len(state)} tensors for {config.num_hidden_layers} layers")
             with torch.device("meta"):
                 model = cls(config, compute_dtype, kernels or default_kernels(device))
-            try:
-                model.load_state_dict(state, strict=True, assign=True)
-            except RuntimeError as error:
-                raise ValueError(" ".join(str(error).split())[:1500]) from error
+            model.load_state_dict(state, strict=True, assign=True)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -1477,8 +1467,7 @@ def load_checkpoint(path: str | Path) -> dict:
             if not isinstance(checkpoint.get(name), kind):
                 raise ValueError(f"not a checkpoint of this project (it has no such {name})")
         for name in ("encoder", "llm"):
-            if not isinstance(checkpoint["bases"][name]["path"], str):
-                raise ValueError(f"not a checkpoint of this project (it has no path of the {name})")
+            Path(checkpoint["bases"][name]["path"])  # raises an error if it is no text
     return checkpoint
 
 
@@ -1496,18 +1485,16 @@ def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) ->
                     f"{base['path']}; give the same --{name}"
                 )
         state = checkpoint["model"]
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         complete = changed_parts(state)
-        updates = {name: tensor.shape for name, tensor in state.items() if is_update(name)}
-        if updates != {name: shapes[name] for name in filter(is_update, shapes)}:
+        shapes = {name: p.shape for name, p in model.named_parameters() if is_update(name)}
+        if shapes != {name: tensor.shape for name, tensor in state.items() if is_update(name)}:
             state = merged_state(model, state, checkpoint["config"]["lora_alpha"])
-        saved = {name: tensor.shape for name, tensor in state.items()}
-        needed = {n for n in shapes if n.split(".")[0] in complete and not is_update(n)}
-        misfits = [name for name in needed | set(saved) if saved.get(name) != shapes.get(name)]
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        # Parts of which it holds nothing, or low-rank updates alone, are the base models'.
+        misfits = [n for n in missing if n.split(".")[0] in complete and not is_update(n)]
+        misfits += unexpected
         if misfits:
             raise ValueError(f"{len(misfits)} tensors do not fit, {min(misfits)} first")
-        # The parts that it does not hold are the base models'.
-        model.load_state_dict(state, strict=False)
         return changed_parts(state)
 
 

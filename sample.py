@@ -108,8 +108,7 @@ class Prefix(NamedTuple):
 def read_prefix(llm: LLM, x: Tensor, lengths: list[int]) -> Prefix:
     """Reads x (N, D), beginnings of sequences of these lengths, for generate(..., prefix=...)."""
     cache = KVCache.empty(llm, len(lengths), max(lengths))
-    none = torch.empty(0, dtype=torch.long, device=x.device)
-    llm.hidden(x, lengths, cache, wanted=none)
+    llm.hidden(x, lengths, cache, wanted=torch.empty(0, dtype=torch.long, device=x.device))
     return Prefix(cache, list(lengths))
 
 
@@ -202,20 +201,16 @@ def generate(
     if prefix is None:
         start, cache = None, KVCache.empty(llm, len(lengths), needed)
     else:
-        room = max(lengths) + max_new_tokens
-        start, cache = continue_prefix(llm, prefix, prefix_rows, room)
+        start, cache = continue_prefix(llm, prefix, prefix_rows, max(lengths) + max_new_tokens)
     logits = prefill(llm, x, lengths, cache, start)
     logits[:, list(never_first)] = float("-inf")
-    step = partial(step, llm)
-    end_ids = set(llm.config.eos_token_id)
+    inputs = logits, totals, cache, max_new_tokens, partial(step, llm), set(llm.config.eos_token_id)
     if num_beams > 1:
-        searches = [Beams(num_beams, length_penalty, end_ids) for _ in lengths]
-        answers = beam_search(searches, logits, totals, cache, max_new_tokens, step)
-        return [ids[: len(ids) - loop_size(ids)] if stop_loops else ids for ids in answers]
-    draw = partial(draw_token, temperature=temperature, top_p=top_p, generator=generator)
-    answers = [Continuation(row, end_ids, on_token, stop_loops) for row in range(len(lengths))]
-    extend(answers, logits, totals, cache, max_new_tokens, draw, step)
-    return [answer.ids for answer in answers]
+        answers = beam_search(*inputs, num_beams, length_penalty)
+    else:
+        draw = partial(draw_token, temperature=temperature, top_p=top_p, generator=generator)
+        answers = extend(*inputs, draw, on_token, stop_loops)
+    return [ids[: len(ids) - loop_size(ids)] if stop_loops else ids for ids in answers]
 
 
 def check_options(max_new_tokens, num_beams, temperature, top_p, on_token) -> None:
@@ -231,48 +226,39 @@ def check_options(max_new_tokens, num_beams, temperature, top_p, on_token) -> No
         )
 
 
-class Continuation:
-    """The answer to one sequence while it is made."""
-
-    def __init__(self, row: int, end_ids: set[int], on_token: Callable | None, stop_loops: bool):
-        self.row, self.end_ids, self.on_token, self.stop_loops = row, end_ids, on_token, stop_loops
-        self.ids: list[int] = []
-        self.done = False
-
-    def add(self, token: int) -> None:
-        if self.done or token in self.end_ids:
-            self.done = True
-            return
-        self.ids.append(token)
-        if self.on_token is not None:
-            self.on_token(self.row, token)
-        extra = loop_size(self.ids) if self.stop_loops else 0
-        if extra:
-            self.done = True
-            del self.ids[-extra:]
-
-
-def extend(answers, logits, totals, cache, max_new_tokens, draw, step) -> None:
-    """Adds tokens to the answers until all are done. logits (B, V) and cache as prefill leaves
-    them; totals: how many positions each sequence fills."""
-    live = list(range(len(answers)))  # which answers the rows of the batch are
+def extend(
+    logits, totals, cache, max_new_tokens, step, end_ids, draw, on_token, stop_loops
+) -> list[list[int]]:
+    """The answer to each sequence, token by token. logits (B, V) and cache as prefill leaves them;
+    totals: how many positions each sequence fills; a loop is left at the end of its answer."""
+    answers: list[list[int]] = [[] for _ in totals]
+    done = set()
+    live = list(range(len(totals)))  # which answers the rows of the batch are
     positions = torch.tensor(totals, device=logits.device)
     for count in range(1, max_new_tokens + 1):
         ids = draw(logits)
         for row, token in zip(live, ids.tolist(), strict=True):
-            answers[row].add(token)
-        remaining = sum(not answers[row].done for row in live)
+            if row in done or token in end_ids:
+                done.add(row)
+                continue
+            answers[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
+            if stop_loops and loop_size(answers[row]):
+                done.add(row)
+        remaining = len(totals) - len(done)
         if not remaining or count == max_new_tokens:
-            return
+            break
 
         # Those that are done leave the batch, which shrinks to a power of two.
         kept_rows = 1 << (remaining - 1).bit_length()
         if kept_rows < len(live):
-            order = sorted(range(len(live)), key=lambda i: answers[live[i]].done)[:kept_rows]
+            order = sorted(range(len(live)), key=lambda i: live[i] in done)[:kept_rows]
             live = [live[i] for i in order]
             ids, positions, cache = ids[order], positions[order], cache.select(order)
         filled = max(totals[row] for row in live) + count
         logits = step(ids, positions + count - 1, cache, filled)
+    return answers
 
 
 def loop_size(ids: list[int]) -> int:
@@ -288,68 +274,51 @@ def loop_size(ids: list[int]) -> int:
     return 0
 
 
-class Beams:
-    """The beam search of one sequence: the likeliest beginnings of an answer, and finished answers
-    with their scores, best first. Same results as beam search in transformers."""
-
-    def __init__(self, num_beams: int, length_penalty: float, end_ids: set[int]):
-        self.num_beams, self.length_penalty, self.end_ids = num_beams, length_penalty, end_ids
-        self.beginnings: list[list[int]] = [[] for _ in range(num_beams)]
-        self.finished: list[tuple[float, list[int]]] = []
-        self.done = False
-
-    def advance(self, candidates: list[tuple], length: int, last: bool) -> list[tuple]:
-        """Takes candidates (sum of log p, number of a beginning, token), best first, for the next
-        token, at which answers have this length. Returns those that go on, at most num_beams."""
-        going_on = []
-        for rank, (score, parent, token) in enumerate(candidates):
-            ends = token in self.end_ids
-            if not ends and not last:
-                if len(going_on) < self.num_beams:
-                    going_on.append((score, parent, token))
-            elif rank < self.num_beams and not self.done:
-                ids = self.beginnings[parent] + ([] if ends else [token])
-                self.finished.append((score / length**self.length_penalty, ids))
-        self.finished.sort(key=lambda answer: -answer[0])
-        del self.finished[self.num_beams :]
-        if going_on:
-            # The search ends when no beginning can still beat the finished answers at this length.
-            best = going_on[0][0] / length**self.length_penalty
-            full = len(self.finished) == self.num_beams
-            self.done = self.done or (full and best <= self.finished[-1][0])
-            self.beginnings = [self.beginnings[parent] + [token] for _, parent, token in going_on]
-        return going_on
-
-
-def beam_search(searches, logits, totals, cache, max_new_tokens, step) -> list[list[int]]:
-    """The best answer to each sequence. logits (B, V) and cache as prefill leaves them; totals: how
-    many positions each sequence fills."""
+def beam_search(
+    logits, totals, cache, max_new_tokens, step, end_ids, K, length_penalty
+) -> list[list[int]]:
+    """The best answer to each sequence of K beams. Arguments as those of extend. Same results as
+    beam search in transformers."""
     (B, V), device = logits.shape, logits.device
-    K = searches[0].num_beams
     # Every sequence becomes K rows, of which only the first counts at the beginning.
     rows = torch.arange(B, device=device).repeat_interleave(K)
     cache, logits = cache.select(rows), logits[rows]
     positions = torch.tensor(totals, device=device)[rows]
     scores = torch.tensor([0.0] + [float("-inf")] * (K - 1), device=device).repeat(B)  # (B * K,)
+    beginnings: list[list[int]] = [[] for _ in rows]
+    finished = [[] for _ in totals]  # (score, ids) of the K best answers to each sequence
+    done = [False] * B
     # A beam can end in as many ways as there are end tokens, so this many candidates leave K.
-    width = min(K * max(2, 1 + len(searches[0].end_ids)), K * V)
+    width = min(K * max(2, 1 + len(end_ids)), K * V)
     for length in range(1, max_new_tokens + 1):
         sums = (scores[:, None] + logits.log_softmax(-1)).view(B, K * V)
-        best, index = sums.topk(width)
-        chosen = []  # (score, row of the cache, token) of every row to come
-        for b, search in enumerate(searches):
-            places = [divmod(i, V) for i in index[b].tolist()]
-            candidates = [(s, *p) for s, p in zip(best[b].tolist(), places, strict=True)]
-            going_on = search.advance(candidates, length, length == max_new_tokens)
-            chosen += [(score, b * K + parent, token) for score, parent, token in going_on]
-        if all(search.done for search in searches) or length == max_new_tokens:
+        best, index = (x.tolist() for x in sums.topk(width))
+        penalty = length**length_penalty
+        last = length == max_new_tokens
+        chosen = []  # (sum of log p, row, token) of every row to come
+        for b in range(B):
+            going_on = []
+            for rank, (total, place) in enumerate(zip(best[b], index[b], strict=True)):
+                row, token = b * K + place // V, place % V
+                if token not in end_ids and not last:
+                    going_on.append((total, row, token))
+                elif rank < K and not done[b]:
+                    ids = beginnings[row] + ([] if token in end_ids else [token])
+                    finished[b].append((total / penalty, ids))
+            finished[b] = sorted(finished[b], key=lambda answer: -answer[0])[:K]
+            chosen += going_on[:K]
+            # The search ends when no beginning can still beat the finished answers at this length.
+            if going_on and len(finished[b]) == K:
+                done[b] = done[b] or going_on[0][0] / penalty <= finished[b][-1][0]
+        if last or all(done):
             break
         columns = zip(*chosen, strict=True)
         scores, rows, ids = (torch.tensor(column, device=device) for column in columns)
+        beginnings = [beginnings[row] + [token] for _, row, token in chosen]
         filled = max(totals) + length
         cache.copy_from(cache, rows, filled - 1)
         logits = step(ids, positions + length - 1, cache, filled)
-    return [search.finished[0][1] for search in searches]
+    return [answers[0][1] for answers in finished]
 
 
 @torch.no_grad()
@@ -379,15 +348,14 @@ def encode_recordings(model: SpeechLM, recordings: list[list[Tensor]]) -> list[l
     the model's encoder is a CachedEncoder. Returns for each a list of audio embeddings (A, D)."""
     device = next(model.adapter.parameters()).device
     windows = [window for recording in recordings for window in recording]
-    embeddings = [None] * len(windows)
+    embeddings = {}
     sizes = sorted((len(window), 0, i) for i, window in enumerate(windows))
     for batch in data.cut_batches(sizes, BATCH_FRAMES, math.inf):
         features = torch.cat([windows[i] for i in batch]).to(device)
         audio, lengths = model.encode(features, [len(windows[i]) for i in batch])
-        for i, part in zip(batch, audio.split(lengths), strict=True):
-            embeddings[i] = part
-    remaining = iter(embeddings)
-    return [[next(remaining) for _ in recording] for recording in recordings]
+        embeddings.update(zip(batch, audio.split(lengths), strict=True))
+    in_order = (embeddings[i] for i in range(len(windows)))
+    return [[next(in_order) for _ in recording] for recording in recordings]
 
 
 def encode_waves(model: SpeechLM, waves: list[Tensor], longest: float) -> list[list[Tensor]]:
@@ -456,13 +424,13 @@ def answer_examples(
         # One that leaves its answer less room than asked for is alone, not to cut other answers.
         short = len(request.ids) + max_new_tokens > model.llm.config.max_position_embeddings
         sizes.append((len(request.ids), batch_size if short else 1, request))
+    options = {"max_new_tokens": max_new_tokens, "stop_loops": True, **options}
     for batch in data.cut_batches(sizes, BATCH_POSITIONS, batch_size):
         streams = live is not None and batch[0].example == 0 and options.get("num_beams", 1) == 1
         if weigh and examples[0]["task"] == "sqa":
             streams = False  # its first answer may not be the last word
-        more = {"max_new_tokens": max_new_tokens, "stop_loops": True, **options}
-        more["on_token"] = live.add if streams else None
-        outputs = answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, more)
+        options["on_token"] = live.add if streams else None
+        outputs = answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options)
         for request, answer in zip(batch, outputs, strict=True):
             answers[request.example][request.window] = answer
         if on_batch is not None:
@@ -477,27 +445,22 @@ def make_requests(model, tokenizer, examples, recordings):
     config = model.llm.config
     prompt = data.make_prompt(tokenizer, config.eos_token_id, model.prompt)
     requests, failures = [], {}
-    joined = {}  # windows of one recording that are heard at once, made once for all its questions
-    for i, (example, recording) in enumerate(zip(examples, recordings, strict=True)):
-        windows = recording
-        if example["task"] == "sqa" and len(recording) > 1:
-            if id(recording) not in joined:
-                joined[id(recording)] = [torch.cat(recording)]
-            windows = joined[id(recording)]
-        own_requests = []
+    # Questions hear all windows at once, which are joined once for all that share a recording.
+    joined = {id(windows): [torch.cat(windows)] for windows in recordings if len(windows) > 1}
+    for i, (example, windows) in enumerate(zip(examples, recordings, strict=True)):
+        if example["task"] == "sqa":
+            windows = joined.get(id(windows), windows)
         for w, audio in enumerate(windows):
             unanswered = {**example, "text": None}
             ids, _ = data.render(unanswered, len(audio), tokenizer, prompt)
-            own_requests.append(Request(i, w, audio, ids))
+            requests.append(Request(i, w, audio, ids))
             if len(ids) + 32 > config.max_position_embeddings:
                 failures[i] = data.AudioError(
                     f"{0.08 * len(audio):.0f} s of audio and the instruction take {len(ids)} of "
                     f"the LLM's {config.max_position_embeddings} positions, which leaves no room "
                     "for an answer; ask about a shorter part"
                 )
-        if i not in failures:
-            requests += own_requests
-    return requests, failures
+    return [request for request in requests if request.example not in failures], failures
 
 
 def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options) -> list[Answer]:
@@ -509,8 +472,7 @@ def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options
         beginnings[id(request.audio)] = (request.audio, request.ids[:first])
         instructions.append(request.ids[first:])
     audios, prefix_ids = zip(*beginnings.values(), strict=True)
-    rows = {audio: row for row, audio in enumerate(beginnings)}
-    prefix_rows = [rows[id(request.audio)] for request in batch]
+    prefix_rows = [list(beginnings).index(id(request.audio)) for request in batch]
     ids, lengths = pack(prefix_ids, device)
     prefix = read_prefix(llm, model.embed(ids, torch.cat(audios)), lengths)
 
@@ -566,8 +528,7 @@ def join_answers(windows: dict[int, Answer]) -> Answer:
     """The answers to all windows of a recording as one."""
     ordered = [windows[w] for w in sorted(windows)]
     text = data.join_texts(answer.text for answer in ordered)
-    cut = any(answer.cut for answer in ordered)
-    return Answer(text, ordered[0].margin, ordered[0].other, cut)
+    return ordered[0]._replace(text=text, cut=any(answer.cut for answer in ordered))
 
 
 class LiveText:

@@ -37,9 +37,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from tqdm import tqdm
 
-from data import SAMPLE_RATE, encode_opus, fbank, instruction_of, load_audio, read_lines
+from data import SAMPLE_RATE, fbank, instruction_of, load_audio, read_lines
 from demo import grammar
 from demo.grammar import LANGUAGES, REFUSALS
+from extras.report import encode_opus
 from model import (
     LLM,
     EncoderConfig,

@@ -1,13 +1,16 @@
 """The HTML report of an evaluation: report.html with the scores, the items and their audio."""
 
 import base64
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import soundfile
 from torch import Tensor
 
-from data import AudioError, encode_opus, write_text
+from data import SAMPLE_RATE, AudioError, write_text
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 
@@ -60,3 +63,12 @@ def fill_template(data: dict) -> str:
     """The page with its data inside a script element, which no text of theirs can end."""
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
+
+
+def encode_opus(wave: np.ndarray | Tensor, **options) -> bytes:
+    """The bytes of an ogg file of a 16 kHz wave (N,); options are soundfile.SoundFile's."""
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, "OPUS", format="OGG", **options) as file:
+        for i in range(0, len(wave), SAMPLE_RATE):  # libsndfile crashes on minutes in one call
+            file.write(wave[i : i + SAMPLE_RATE])
+    return buffer.getvalue()

@@ -14,7 +14,8 @@ import torch
 
 import data
 from conftest import refused
-from data import AudioError, audio_seconds, cut_windows, encode_opus, load_audio
+from data import AudioError, audio_seconds, cut_windows, load_audio
+from extras.report import encode_opus
 from model import EncoderConfig
 
 RATE = 16000

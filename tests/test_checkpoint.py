@@ -194,7 +194,7 @@ def test_the_faster_precision(parts, monkeypatch):
 LLM_CONFIGS = [
     (dict(model_type="mistral"), "model_type is 'mistral', expected 'qwen2' or 'qwen3' or 'llama'"),
     (dict(model_type="\x1b[31mqwen2"), r"model_type is '\\x1b\[31mqwen2', expected"),
-    (dict(vocab_size=...), "no field vocab_size; copy the checkpoint's own config.json again"),
+    (dict(vocab_size=...), "argument: 'vocab_size'; copy the checkpoint's own config.json again"),
     (dict(num_attention_heads=-6), "num_attention_heads is -6, expected int"),
     (dict(num_attention_heads=0), "config.json: "),
     (dict(num_key_value_heads=4), "num_attention_heads 6 is no multiple of num_key_value_heads 4"),

@@ -84,7 +84,7 @@ def features(args) -> None:
 
 
 def manifest(args) -> None:
-    from data import Manifest, read_groups
+    from data import Manifest, usable_rows
 
     count = 10_000 if args.quick else 1_000_000
     example = {"text": "some words " * 12, "task": "asr", "corpus": "c", "licence": "CC-BY-4.0"}
@@ -101,7 +101,7 @@ def manifest(args) -> None:
         seconds, peak = time.perf_counter() - start, memory("VmHWM") / 2**20
         print(f"opened {count:,} rows in {seconds:.2f} s, peak {peak:.0f} MB")
         start = time.perf_counter()
-        read_groups(rows, ("asr",), lambda example, seconds: None, 1)
+        sum(1 for _ in usable_rows(rows, ("asr",), lambda example, seconds: None, 1))
         seconds, peak = time.perf_counter() - start, memory("VmHWM") / 2**20
         print(f"read and checked in {seconds:.2f} s, peak {peak:.0f} MB")
 

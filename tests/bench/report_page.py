@@ -19,8 +19,7 @@ from playwright.sync_api import Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from data import encode_opus  # noqa: E402
-from extras.report import fill_template  # noqa: E402
+from extras.report import encode_opus, fill_template  # noqa: E402
 
 CLIPS = 300  # of the items' audio that are in the page
 WORDS = {
