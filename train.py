@@ -616,16 +616,6 @@ def ignore_signals(_) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def next_batch(loader: Iterator) -> dict:
-    """The next batch of a DataLoader. Raises UserError if its processes died, hang, or fail."""
-    try:
-        return next(loader)
-    except (RuntimeError, OSError, UserError) as error:
-        lines = str(error.args[0] if error.args else error).strip().splitlines()
-        reason = lines[-1] if lines else type(error).__name__
-        raise UserError(f"the loader failed ({reason}); {RESUME}") from error
-
-
 # --- A run, and what is saved of it
 
 
@@ -982,7 +972,7 @@ def next_step(run: Run, loader: Iterator[dict]) -> tuple[list[dict], int, float]
     cannot be used."""
     state, rows = run.state, sum(map(len, run.mixture.manifests))
     for _ in range(100):
-        batches = [next_batch(loader) for _ in range(run.cfg.accumulate)]
+        batches = [next(loader) for _ in range(run.cfg.accumulate)]
         tokens, audio = reduce_step(state, batches)
         met = min(state.seen, rows)  # different recordings
         if len(state.bad) > BAD_SHARE * max(met, 300):
@@ -1195,17 +1185,17 @@ def explain(error: Exception, out: str) -> str:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)  # torchrun ends the other ranks when one ends, and rank 0 is to speak first
-    if isinstance(error, UserError):
-        return str(error)
     reason = first_line(error)
-    if isinstance(error, OSError):
+    if "DataLoader" in reason:
+        reason = f"the loader failed ({str(error).strip().splitlines()[-1]})"
+    elif isinstance(error, UserError):
+        return reason
+    elif isinstance(error, OSError):
         reason = f"{error.filename or out}: {error.strerror}"
     elif isinstance(error, torch.OutOfMemoryError):
         reason = "a batch does not fit into memory: lower --batch-frames and --batch-tokens"
     elif isinstance(error, dist.DistError) or "gloo/" in reason:
         reason = f"lost another rank, whose own message says why ({reason})"
-    elif "DataLoader" in reason:
-        reason = f"the loader failed ({reason})"
     else:
         raise error
     return visible(f"{reason}; {RESUME}")
