@@ -405,13 +405,14 @@ def encoder_states(
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     ranks = range(world())
     paths = [Path(cfg.out) / f"encoder-{name}-{r + 1}-of-{world()}.pt" for r in ranks]
-    if not all(gather(load_states(paths[rank()]) is not None)):
+    if not all(gather(paths[rank()].exists())):
         states = encode_clips(cfg, encoder, sizes)
         data.write_atomically(paths[rank()], partial(torch.save, states))
         gather("written")
     states = {}
     for path in paths:
-        states |= load_states(path)
+        with one_line_errors(path, "it is damaged: remove it"):
+            states |= torch.load(path, weights_only=True, mmap=True)
 
     def states_of(clip: tuple) -> Tensor:
         value = states[clip]
@@ -428,14 +429,6 @@ def file_stamp(path: str) -> tuple:
     name = shard + tar.rstrip("/")
     status = os.stat(name) if os.path.exists(name) else None
     return name, status and status.st_size, status and status.st_mtime_ns
-
-
-def load_states(path: Path) -> dict | None:
-    """The states in a file of the cache, mapped into memory; None if it is absent or damaged."""
-    try:
-        return torch.load(path, weights_only=True, mmap=True)
-    except Exception:
-        return None
 
 
 @torch.no_grad()
