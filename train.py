@@ -475,20 +475,16 @@ def join_ranks(device: str) -> None:
     alone = all(os.environ.get(name) in (None, "", "1") for name in NUMBERS_OF_PROCESSES)
     if dist.is_initialized() or (alone and "LOCAL_RANK" in missing):
         return
-    if missing:
-        raise UserError(
-            f"the environment is of one of several processes, but has no {', '.join(missing)}; "
-            "start by torchrun, one on each machine, or unset WORLD_SIZE and LOCAL_RANK"
-        )
-    with one_line_errors("the environment of torchrun", "start by torchrun, or unset it"):
+    with one_line_errors("environment of several processes", "start by torchrun, or unset it"):
+        if missing:
+            raise ValueError(f"has no {', '.join(missing)}")
         local, number, size = (int(os.environ[name]) for name in TORCHRUN[:3])
         if not 0 <= number < size or not 0 < int(os.environ["MASTER_PORT"]) < 2**16:
             raise ValueError(f"RANK {number} of WORLD_SIZE {size}, or an impossible MASTER_PORT")
     if device == "cuda":
         gpus = torch.cuda.device_count()
-        if local >= gpus:
-            raise UserError(f"more ranks than the {gpus} GPUs here; give --nproc_per_node={gpus}")
-        torch.cuda.set_device(local)
+        with one_line_errors(f"GPU {local} of {gpus}", f"give --nproc_per_node={gpus}"):
+            torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=RANK_TIMEOUT)
     if rank():

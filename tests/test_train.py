@@ -843,11 +843,20 @@ RANKS |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29577"}
     [
         ({"WORLD_SIZE": "2", "RANK": "0"}, "has no LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start by"),
         ({"LOCAL_RANK": "0"}, "has no RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start by torch"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "one of several processes, but has no LOCAL_RANK, RANK"),
-        (RANKS | {"RANK": "x"}, "torchrun: invalid literal for int.*; start by torchrun, or unset"),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2"},
+            "environment of several processes: has no LOCAL_RANK, RANK",
+        ),
+        (
+            RANKS | {"RANK": "x"},
+            "processes: invalid literal for int.*; start by torchrun, or unset",
+        ),
         (RANKS | {"RANK": "2"}, "RANK 2 of WORLD_SIZE 2, or an impossible MASTER_PORT; start by"),
         (RANKS | {"MASTER_PORT": "0"}, "or an impossible MASTER_PORT; start by torchrun, or unset"),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "one of several processes, but has no LOCAL_RANK, RANK"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "4"},
+            "environment of several processes: has no LOCAL_RANK, RANK",
+        ),
     ],
 )
 def test_half_an_environment_of_ranks_is_refused(
