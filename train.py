@@ -177,9 +177,10 @@ PHASES = {  # for LLMs of this width and above; the last is for those of demo/
     ("ift", 0): Phase((7e-4, 1e-4, 1.5e-4), 1e-3, data.TASKS, 300, 30, 3000),
 }
 
-# Every other option must stay for a run to be resumed. Models and manifests are known by content.
+# Every other option must stay for a run to be resumed. Models and manifests are known by content,
+# and --accumulate follows the number of ranks.
 MAY_CHANGE = "resume dry_run show_batch out device workers fsdp checkpointing".split()
-MAY_CHANGE += ["init", "encoder", "llm", "data", "dev"]
+MAY_CHANGE += ["init", "encoder", "llm", "data", "dev", "accumulate"]
 
 
 def parse(argv: list[str] | None) -> TrainConfig:
@@ -491,11 +492,6 @@ def join_ranks(device: str) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
-def batches_a_step(cfg: TrainConfig) -> int:
-    """Over all ranks."""
-    return cfg.accumulate * world()
-
-
 def gather(value) -> list:
     """The values of all ranks, in their order. Every rank must take part."""
     if world() == 1:
@@ -775,7 +771,7 @@ def start_files(run: Run, resumed: bool) -> None:
 def steps_of_a_pass(run: Run) -> float:
     """In how many steps as many examples are drawn as there are, by the first batches."""
     batches = [len(batch) for _, batch in islice(run_schedule(run), 200)]
-    rows = sum(batches) / len(batches) * batches_a_step(run.cfg)
+    rows = sum(batches) / len(batches) * run.cfg.accumulate * world()
     return sum(map(len, run.mixture.manifests)) / rows
 
 
@@ -841,14 +837,13 @@ def save(run: Run, **thresholds) -> None:
         if len(state.averaged) == run.cfg.average:
             run.path(f".{state.averaged.pop(0)}.pt").unlink(missing_ok=True)
     resume = {"optimizer": moments, "state": asdict(state)}
-    resume["batches_a_step"] = batches_a_step(run.cfg)
+    resume["batches_a_step"] = run.cfg.accumulate * world()
     data.write_atomically(run.path(".resume.pt"), partial(torch.save, checkpoint | resume))
 
 
 def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) -> TrainConfig:
     """The config of a run that goes on, with what it found out when it began. Raises UserError if
-    it is not the run that was saved: of another configuration, of manifests with other content, or
-    of other than its number of batches a step over all ranks."""
+    it is not the run that was saved: of another configuration or manifests with other content."""
     if "state" not in resumed or "contents" not in resumed:
         raise UserError(f"{path}: is of an older version; start anew without --resume")
 
@@ -859,13 +854,11 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
     automatic = cfg.batch_frames == "auto"
     names = ["steps"] * bool(cfg.epochs) + ["batch_frames", "batch_tokens"] * automatic
     cfg = replace(cfg, **{name: resumed["config"][name] for name in names})
-    config, batches = asdict(cfg), batches_a_step(cfg)
-    for name, value in resumed["config"].items():
-        free = name in MAY_CHANGE or (name == "accumulate" and batches == resumed["batches_a_step"])
-        if not free and config.get(name) != value:
+    expected = resumed["config"] | {"accumulate * ranks": resumed["batches_a_step"]}
+    config = asdict(cfg) | {"accumulate * ranks": cfg.accumulate * world()}
+    for name, value in expected.items():
+        if name not in MAY_CHANGE and config.get(name) != value:
             refuse(f"{name} {value!r}", repr(config.get(name)))
-    if batches != resumed["batches_a_step"]:
-        refuse(f"{resumed['batches_a_step']} batches a step over all ranks", batches)
     pairs = zip_longest(resumed["contents"], contents, fillvalue=("no manifest", 0, "", 0))
     for (before, rows, *content), (now, rows_now, *content_now) in pairs:
         if content != content_now:

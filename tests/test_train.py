@@ -776,7 +776,7 @@ def test_resume_fits_or_is_refused(capsys, aligned, tiny_project, tmp_path):
     for change, message in (
         ({"seed": 1}, "was trained with seed 0, found 1; give the same, or start anew without"),
         ({"clip": 2.0}, "was trained with clip 1.0, found 2.0"),
-        ({"accumulate": 2}, "was trained with accumulate 1, found 2"),
+        ({"accumulate": 2}, r"was trained with accumulate \* ranks 1, found 2"),
     ):
         refused(arguments(tiny_project, **run | change), message)
     with_fewer = read_rows(tiny_project / "train.jsonl")[:5]
