@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -314,7 +313,7 @@ def answer_manifest(
     puts every answer into the journal as an item, unless it is there already. load_wave(example)
     gives the waveform (N,) or raises AudioError. options: those of sample.answer_examples. Returns
     {id: item} and {id: why it has none}."""
-    failures, audio, began = {}, 0.0, time.time()
+    failures = {}
     pending = [example for example in examples if example["id"] not in journal.items]
     with tqdm(total=len(pending), desc="eval", unit=" rows", dynamic_ncols=True) as bar:
         options = {"refuse_above": checkpoint.get("refuse_above"), "on_batch": bar.update} | options
@@ -338,8 +337,6 @@ def answer_manifest(
                     continue
                 seconds = len(waves[recording_key(example)]) / data.SAMPLE_RATE
                 journal.add(make_item(example, answer, seconds, score))
-            audio += sum(map(len, waves.values())) / data.SAMPLE_RATE
-            bar.set_postfix(audio_s_per_s=f"{audio / (time.time() - began):.0f}")
     for example in examples:
         if example["id"] in failures:
             where = example.get("where") or example["id"]
