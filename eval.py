@@ -11,6 +11,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from functools import lru_cache
 from itertools import chain, count
@@ -431,7 +432,12 @@ def evaluate(args: argparse.Namespace) -> None:
     data.write_text(path.with_suffix(".json"), json.dumps(summary, ensure_ascii=False, indent=1))
     print_scores(table)
     print(visible(f"{path.with_suffix('.json')}: the summary; answers are beside it"))
-    write_page(path.with_suffix(".html"), facts, table, signatures, items, load_wave)
+    with suppress(ImportError):
+        from extras.report import write_report
+
+        page = path.with_suffix(".html")
+        write_report(page, path.stem, facts, table, signatures, items, load_wave)
+        print(visible(f"{page}: the report, worst answers first"))
 
 
 def print_scores(table: list[dict]) -> None:
@@ -443,16 +449,6 @@ def print_scores(table: list[dict]) -> None:
             scores.append(f"{name} {scale * value:.1f}{unit} ({spread})")
         group = f"{line['task']} {line['language']}, {line['group']}, {line['items']}"
         print(visible(f"{group}: {', '.join(scores)}"))
-
-
-def write_page(path: Path, facts: dict, table, signatures, items, load_wave: Callable) -> None:
-    """The report as a page with players, if extras/ is there."""
-    try:
-        from extras.report import write_report
-    except ImportError:
-        return
-    write_report(path, path.stem, facts, table, signatures, items, load_wave)
-    print(visible(f"{path}: the report, worst answers first"))
 
 
 def main(argv: list[str] | None = None) -> None:

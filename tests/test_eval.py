@@ -324,7 +324,7 @@ def test_the_command(folder, capsys, tmp_path, monkeypatch):
     manifest.write_text("\n\n".join(map(json.dumps, rows + lost)))
     ckpt = write_checkpoint(folder, tmp_path / "ift.pt", refuse_above=-1e9)
     loads = []
-    monkeypatch.setattr(eval, "write_page", lambda *args: None)
+    monkeypatch.setitem(sys.modules, "extras.report", None)
     monkeypatch.setattr(data, "load_audio", lambda *args: loads.append(args) or load_audio(*args))
     printed, err = run(eval, capsys, manifest, "--ckpt", ckpt, "--out", out)
     assert len(loads) == len(set(loads)) == 10
