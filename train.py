@@ -5,7 +5,6 @@ One config, one table of phases, one loop. python train.py --help lists every op
 """
 
 import argparse
-import errno
 import fcntl
 import hashlib
 import json
@@ -59,14 +58,12 @@ from model import (
     fetch,
     fingerprint,
     first_line,
-    is_number,
     is_update,
     keep_freed_memory,
     load_checkpoint,
     load_tokenizer,
     one_line_errors,
     pick_device,
-    read_json,
     restore,
     steady_output,
     visible,
@@ -234,22 +231,19 @@ def misuse(cfg: TrainConfig) -> str | None:
 def resolve_phase(cfg: TrainConfig) -> tuple[TrainConfig, dict[str, float], tuple[str, ...]]:
     """The config with the phase's own numbers where it leaves them open, {part: learning rate} of
     the parts that are trained, and the tasks. Raises UserError if nothing is trained."""
-    width = read_json(fetch(cfg.llm) / "config.json").get("hidden_size")
-    width = width if is_number(width) else 0
+    width = LLM.read_config(fetch(cfg.llm)).hidden_size
     least = max(least for _, least in PHASES if least <= width)
     phase = PHASES[cfg.phase, least]
+    stated = {name: value for name, value in asdict(cfg).items() if value is not None}
     rates = {}
     for part, rate in zip(PARTS, phase.rates, strict=True):
-        stated = getattr(cfg, f"{part}_lr")
         usual = phase.lora_rate if has_updates(part, cfg) else rate
-        rates[part] = usual if stated is None else stated
+        rates[part] = stated.get(f"{part}_lr", usual)
     rates = {part: rate for part, rate in rates.items() if rate > 0}
     if not rates:
         raise UserError("every learning rate is 0, so nothing would be trained; leave one above 0")
-    cfg = replace(cfg)
-    for name in ("steps", "warmup", "batch_frames"):
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, getattr(phase, name))
+    usual = {name: getattr(phase, name) for name in ("steps", "warmup", "batch_frames")}
+    cfg = TrainConfig(**usual | stated)
     numbers = f"{cfg.steps} steps, warmup {cfg.warmup}, batches of {cfg.batch_frames} frames"
     print(f"preset for LLMs of width {least} and above: {numbers}")
     return cfg, rates, phase.tasks
@@ -331,8 +325,7 @@ def freeze(model: SpeechLM, rates: dict[str, float], cfg: TrainConfig) -> None:
     for name, part in model.named_children():
         part.requires_grad_(name in rates).train(name in rates)
         if name in rates and has_updates(name, cfg):
-            targets = set(cfg.lora_targets) & set(LINEAR[name])
-            add_lora(part, cfg.lora_rank, cfg.lora_alpha, targets)
+            add_lora(part, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     config = model.encoder.config
     masks_frames = config.apply_spec_augment and config.mask_time_prob > 0
     if hasattr(model.encoder, "masked_spec_embed") and not masks_frames:
@@ -706,7 +699,7 @@ def lock_directory(path: str) -> typing.IO | None:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
+        if isinstance(error, BlockingIOError | PermissionError):
             raise UserError(f"{path}: another run writes there; give another --out") from None
     return lock
 

@@ -209,10 +209,12 @@ def test_phases_fill_in_what_is_left_open(capsys):
 
 @pytest.mark.parametrize(
     "width, align, ift",
-    [(1536, 2e-4, 2e-5), (1024, 2e-4, 2e-5), (576, 1e-3, 1e-4), (None, 2e-3, 1.5e-4)],
+    [(1536, 2e-4, 2e-5), (1024, 2e-4, 2e-5), (576, 1e-3, 1e-4), (448, 2e-3, 1.5e-4)],
 )
-def test_rates_follow_the_width_of_the_llm(tmp_path, width, align, ift):
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": width}))
+def test_rates_follow_the_width_of_the_llm(tiny_project, tmp_path, width, align, ift):
+    config = json.loads((tiny_project / "llm" / "config.json").read_text())
+    config |= {"hidden_size": width, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     llm = ("--llm", str(tmp_path))
     assert resolved(*llm)[1] == {"adapter": align}
     assert resolved(*llm, "--phase", "ift")[1]["llm"] == ift
