@@ -267,11 +267,10 @@ class Journal:
         self.path = path
         self.items: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        same = False
+        with suppress(OSError, ValueError, KeyError, TypeError):
             text = path.with_suffix(".json").read_text(encoding="utf-8")
             same = json.loads(text)["settings"] == settings
-        except (OSError, ValueError, KeyError, TypeError):
-            same = False
         if same:
             self.items = {item["id"]: item for item in data.read_lines(path)}
             print(f"{visible(path)}: {len(self.items)} items are there already")

@@ -45,8 +45,6 @@ from eval import json_line, refusal_threshold, validation_scores
 from model import (
     LLM,
     AdapterConfig,
-    ConformerLayer,
-    DecoderLayer,
     Kernels,
     SpeechEncoder,
     SpeechLM,
@@ -75,7 +73,6 @@ LINEAR = {  # layers that low-rank updates can be added to, by part
     "llm": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
     "encoder": "linear_q linear_k linear_v linear_out intermediate_dense output_dense".split(),
 }
-RESUME = "what was saved is intact: mend this and start again with --resume"
 
 # --- The configuration, and the phases
 
@@ -504,9 +501,9 @@ def distribute(model: SpeechLM, cfg: TrainConfig) -> nn.Module:
 
     policy = MixedPrecisionPolicy(model.llm.compute_dtype, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(cfg.device, (world(),))
-    for module in list(model.modules()):
-        if isinstance(module, ConformerLayer | DecoderLayer):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
@@ -750,10 +747,9 @@ def start_adapter(run: Run) -> None:
 def start_files(run: Run, resumed: bool) -> None:
     """The logs keep their lines up to where the run goes on; files of another run go."""
     for path in (run.path(".jsonl"), run.path(".nonfinite.jsonl")):
-        lines = data.read_lines(path) if resumed else []
-        lines = [json_line(line) for line in lines if line["step"] <= run.state.step]
+        lines = [x for x in data.read_lines(path) if resumed and x["step"] <= run.state.step]
         if path.exists():
-            data.write_text(path, "".join(lines))
+            data.write_text(path, "".join(map(json_line, lines)))
     data.write_text(Path(run.cfg.out) / "config.json", json.dumps(asdict(run.cfg), indent=2))
     if not resumed and run.path(".resume.pt").exists():
         os.replace(run.path(".resume.pt"), run.path(".resume.old.pt"))
@@ -935,7 +931,6 @@ def find_refusal_threshold(run: Run) -> dict[str, float]:
 # --- The loop
 
 NONFINITE_STEPS = 5  # so many in a row end a run
-BAD_SHARE = 0.01  # of the recordings; more that cannot be used end a run
 LOWER_RATE = "the last checkpoint is untouched: lower the learning rate or leave such rows out"
 
 
@@ -948,7 +943,7 @@ def next_step(run: Run, loader: Iterator[dict]) -> tuple[list[dict], int, float]
         batches = [next(loader) for _ in range(run.cfg.accumulate)]
         tokens, audio = reduce_step(state, batches)
         met = min(state.seen, rows)  # different recordings
-        if len(state.bad) > BAD_SHARE * max(met, 300):
+        if len(state.bad) > 0.01 * max(met, 300):
             break
         if tokens:
             return batches, tokens, audio
@@ -1171,7 +1166,7 @@ def explain(error: Exception, out: str) -> str:
         reason = f"lost another rank, whose own message says why ({reason})"
     else:
         raise error
-    return visible(f"{reason}; {RESUME}")
+    return visible(f"{reason}; what was saved is intact: mend this and start again with --resume")
 
 
 if __name__ == "__main__":
