@@ -1124,10 +1124,8 @@ def report(run: Run) -> None:
 
 
 def import_plan():
-    try:
+    with one_line_errors("this option", "it needs extras/plan.py beside train.py"):
         from extras import plan
-    except ImportError:
-        raise UserError("this option needs extras/plan.py beside train.py") from None
     return plan
 
 
