@@ -197,9 +197,7 @@ def parse(argv: list[str] | None) -> TrainConfig:
             text += f" Default: {'of the phase' if default is None else default}."
         group.add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **more)
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
-    problem = misuse(cfg)
-    if problem:
-        parser.error(problem)
+    check(cfg, parser.error)
     return cfg
 
 
@@ -207,22 +205,21 @@ def frames_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def misuse(cfg: TrainConfig) -> str | None:
-    """What is wrong with the values of a configuration."""
+def check(cfg: TrainConfig, refuse: Callable) -> None:
+    """Refuses what is wrong with the values of a configuration."""
     for f in fields(TrainConfig):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
-            return f"--{f.name.replace('_', '-')} is {value}, expected {low} to {high}"
+            refuse(f"--{f.name.replace('_', '-')} is {value}, expected {low} to {high}")
     for name in cfg.lora_targets:
         if name not in chain(*LINEAR.values()):
-            return f"--lora-targets {name}, expected some of {' '.join(chain(*LINEAR.values()))}"
+            refuse(f"--lora-targets {name}, expected some of {' '.join(chain(*LINEAR.values()))}")
     if cfg.epochs and cfg.steps:
-        return "--epochs and --steps exclude each other"
+        refuse("--epochs and --steps exclude each other")
     if cfg.batch_frames == "auto" and (cfg.device != "cuda" or cfg.fsdp):
-        return "--batch-frames auto is for CUDA without --fsdp"
+        refuse("--batch-frames auto is for CUDA without --fsdp")
     if cfg.fsdp and "LOCAL_RANK" not in os.environ:
-        return "--fsdp is for several ranks: torchrun --nproc_per_node=8 train.py --fsdp ..."
-    return None
+        refuse("--fsdp is for several ranks: torchrun --nproc_per_node=8 train.py --fsdp ...")
 
 
 def resolve_phase(cfg: TrainConfig) -> tuple[TrainConfig, dict[str, float], tuple[str, ...]]:
