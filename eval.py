@@ -43,7 +43,6 @@ from sample import (
 
 GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # examples and audio that are encoded and answered together
 FALSE_REFUSALS = 0.125  # share of the answerable questions that may be refused
-DRAWS = 1000  # of the bootstrap
 
 
 # --- Scores
@@ -144,7 +143,7 @@ def bleu(language: str) -> sacrebleu.BLEU:
         return sacrebleu.BLEU(tokenize="char")
 
 
-def corpus_scores(items: list[dict], draws: int = DRAWS) -> tuple[dict, dict]:
+def corpus_scores(items: list[dict], draws: int = 1000) -> tuple[dict, dict]:
     """Scores of items of one task and target language: {name: (value, low, high)} with the 95 %
     interval of so many bootstrap draws (Koehn, 2004), and sacrebleu's signatures. Fractions, but
     BLEU and chrF 0 to 100."""

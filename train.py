@@ -992,12 +992,11 @@ def leave_out(run: Run, batches: list[dict], loss: float, norm: float) -> dict:
     run.state.skipped += 1
     rows = chain(*gather([row for batch in batches for row in batch["examples"]]))
     run.record(".nonfinite.jsonl", *({"step": step, **figures, **row} for row in rows))
+    what = f"step {step}: {figures['skipped']}"
     if run.state.skipped >= NONFINITE_STEPS:
-        raise UserError(
-            f"step {step}: {figures['skipped']}, as in {run.state.skipped} steps in a row, whose "
-            f"rows are in {path}; {LOWER_RATE}"
-        )
-    tqdm.write(f"step {step}: {figures['skipped']}: left out, its rows are in {path}")
+        count = f"{run.state.skipped} steps in a row"
+        raise UserError(f"{what}, as in {count}, whose rows are in {path}; {LOWER_RATE}")
+    tqdm.write(f"{what}: left out, its rows are in {path}")
     return figures
 
 
