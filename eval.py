@@ -398,9 +398,6 @@ def evaluate(args: argparse.Namespace) -> None:
     for i, example in enumerate(manifest, 1):
         if example["task"] in args.tasks:
             examples[str(i)] = example | {"id": str(i), "seconds": manifest.seconds(example)}
-    if not examples:
-        tasks = ", ".join(args.tasks)
-        raise UserError(f"{args.manifest}: no row of the tasks {tasks}; give others with --tasks")
 
     def load_wave(item: dict) -> Tensor:
         example = examples[item["id"]]
@@ -414,7 +411,8 @@ def evaluate(args: argparse.Namespace) -> None:
     answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=fast_step())
     items = [answers[i] for i in examples if i in answers]
     if not items:
-        raise UserError(f"{args.manifest}: none of its {len(examples)} rows could be answered")
+        count = f"{len(examples)} rows of the tasks {', '.join(args.tasks)}"
+        raise UserError(f"{args.manifest}: none of its {count} could be answered; see --tasks")
     table, signatures = summarise(items)
     facts = {
         "checkpoint": f"{ckpt}, phase {checkpoint['config']['phase']}, step {checkpoint['step']}",
