@@ -279,27 +279,27 @@ def training_kernels(device: str, checkpointing: bool = False, compiled: bool = 
 
 def build(cfg: TrainConfig, rates: dict[str, float], adapter: dict, path="", checkpoint=None):
     """The model, as it is in the checkpoint of this path, if there is one; the fingerprints of its
-    two base models; and the parts that differ from these by more than low-rank updates. Trained
-    parts have float32 weights, frozen parts the compute dtype's. adapter: fields of AdapterConfig.
-    Raises UserError."""
+    two base models; and the parts that will differ from these by more than low-rank updates.
+    Trained parts have float32 weights, frozen parts the compute dtype's. adapter: fields of
+    AdapterConfig. Raises UserError."""
     bases = {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
     compute = fast_dtype(fetch(cfg.llm), cfg.device)
     if cfg.precision != "auto":
         compute = getattr(torch, cfg.precision)
     # Low-rank updates leave a part's own weights alone, so these need not be float32.
-    float32 = tuple(part for part in rates if not has_updates(part, cfg))
+    float32 = {part for part in rates if not has_updates(part, cfg)}
     compiled = cfg.device == "cuda" and not cfg.fsdp and can_compile()
     kernels = training_kernels(cfg.device, cfg.checkpointing, compiled)
     model = SpeechLM.from_parts(
-        cfg.encoder, cfg.llm, compute, compute, cfg.device, float32, kernels, **adapter
+        cfg.encoder, cfg.llm, compute, compute, cfg.device, tuple(float32), kernels, **adapter
     )
     freeze(model, rates, cfg)
     if not checkpoint:
-        return model, bases, set()
+        return model, bases, float32
     alpha = checkpoint["config"]["lora_alpha"]
     if cfg.lora_rank and any(map(is_update, checkpoint["model"])) and alpha != cfg.lora_alpha:
         raise UserError(f"{path}: has updates of --lora-alpha {alpha:g}; give the same")
-    return model, bases, restore(model, checkpoint, bases, path)
+    return model, bases, restore(model, checkpoint, bases, path) | float32
 
 
 def freeze(model: SpeechLM, rates: dict[str, float], cfg: TrainConfig) -> None:
@@ -600,7 +600,7 @@ class Run:
     mixture: data.Mixture
     model: SpeechLM
     bases: dict[str, dict]
-    changed: set[str]  # parts whose weights are not those of the bases
+    changed: set[str]  # parts whose weights will not be those of the bases; all of them is saved
     examples: data.Examples
     hours: list  # of this phase and those before, see data.notice
     size: Callable  # of an example, see data.Examples.size
@@ -777,11 +777,9 @@ def open_loader(run: Run) -> Iterator[dict]:
 def save(run: Run, **thresholds) -> None:
     """Writes the checkpoint and what the run can be resumed from. Every rank must take part. A run
     that was stopped before its first validation leaves the result of an earlier one."""
-    # Parts that are still those of the base models have at most low-rank updates to be saved.
-    changed = run.changed | {part for part in run.rates if not has_updates(part, run.cfg)}
     weights, moments = {}, {}
     for name, p in run.model.named_parameters():
-        if name.split(".")[0] in changed or is_update(name):
+        if name.split(".")[0] in run.changed or is_update(name):
             weights[name] = complete(p.detach())
         if p in run.optimizer.state:
             moments[name] = {key: complete(x) for key, x in run.optimizer.state[p].items()}
