@@ -16,7 +16,6 @@ import signal
 import sys
 import sysconfig
 import time
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,7 +23,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, get_args
 
 # Idle threads spin only briefly, see tests/bench/README.md. Large tensors stand on pages of 2 MB,
 # as many small ones take longer to get than to fill. Both count only before torch is loaded.
@@ -172,7 +171,7 @@ def parse(argv: list[str] | None) -> TrainConfig:
     about = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     for f in fields(TrainConfig):
-        kind = next(iter(typing.get_args(f.type)), f.type)
+        kind = next(iter(get_args(f.type)), f.type)
         if f.name == "batch_frames":
             kind = frames_or_auto
         more = {"type": kind, "choices": f.metadata["choices"]}
@@ -604,7 +603,7 @@ class Run:
     examples: data.Examples
     hours: list  # of this phase and those before, see data.notice
     size: Callable  # of an example, see data.Examples.size
-    lock: typing.IO | None  # see lock_directory
+    lock: IO | None  # see lock_directory
     net: nn.Module | None = None  # the model as it is called in training
     optimizer: torch.optim.Optimizer | None = None
     state: RunState = field(default_factory=RunState)
@@ -671,7 +670,7 @@ def open_run(cfg: TrainConfig) -> Run:
     return run
 
 
-def lock_directory(path: str) -> typing.IO | None:
+def lock_directory(path: str) -> IO | None:
     """Makes the out directory. Returns a file that keeps other runs from it while it is open, on
     rank 0 and where the file system has locks. Raises UserError if another run has it."""
     Path(path).mkdir(parents=True, exist_ok=True)
@@ -874,15 +873,14 @@ def dev_examples(run: Run, tasks: tuple[str, ...], count: int) -> tuple[list[dic
     """Up to `count` examples of these tasks of the dev manifest, always the same, and their frames.
     Those whose audio cannot be used are left out."""
     dev, chosen, frames = run.mixture.dev, [], []
-    m = len(run.examples.manifests) - 1
-    for i in np.random.default_rng(0).permutation(len(dev)).tolist():
+    order = np.random.default_rng(0).permutation(len(dev)).tolist()
+    for example in (dev[i] for i in order):
         if len(chosen) == count:
             break
-        example = dev[i]
         if example["task"] not in tasks:
             continue
         try:
-            frames.append(run.examples.frames(m, example))
+            frames.append(run.examples.frames(-1, example))  # the last manifest is dev
             chosen.append(example)
         except data.AudioError as error:
             tqdm.write(f"validation leaves out {example['where']}: {error}")
@@ -930,9 +928,8 @@ def next_step(run: Run, loader: Iterator[dict]) -> tuple[list[dict], int, float]
             break
         if tokens:
             return batches, tokens, audio
-    reasons = [f"{where}: {why}" for where, why in list(state.bad.items())[-3:]]
-    count = f"{len(state.bad)} of {met} recordings could not be used, more than 1 %"
-    raise UserError(f"{count}: {'; '.join(reasons)}")
+    why = "; ".join(f"{where}: {reason}" for where, reason in list(state.bad.items())[-3:])
+    raise UserError(f"{len(state.bad)} of {met} recordings could not be used, more than 1 %: {why}")
 
 
 def reduce_step(state: RunState, batches: list[dict]) -> tuple[int, float]:
@@ -1011,8 +1008,7 @@ def validate_and_save(run: Run, stop: Stop) -> None:
     if rank() == 0:
         texts = [f"{name} {value:.3f}" for name, value in figures.items()]
         tqdm.write(f"step {state.step}: {', '.join(texts)}")
-        shown = pairs[:: max(1, len(pairs) // 4)][:4] if len(run.tasks) > 1 else pairs[:2]
-        for example, answer in shown:
+        for example, answer in pairs[:: max(1, len(pairs) // 4)][:4]:
             for name, text in (("said", example["text"]), ("read", answer)):
                 tqdm.write(f"  {name}: {visible(text)[:300]}")
         if figures["shuffled_loss"] < 1.05 * figures["dev_loss"]:
