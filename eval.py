@@ -204,13 +204,12 @@ def summarise(items: list[dict], least: int = 100) -> tuple[list[dict], dict]:
 def score_groups(items: list[dict], least: int) -> dict[str, list[dict]]:
     """The items as a whole, by corpus and by speaker."""
     groups = {"all": items}
-    for item in items:
-        groups.setdefault(f"corpus {item['corpus']}", []).append(item)
     counts = Counter(item["speaker"] for item in items)
-    for item in items:
-        common = counts[item["speaker"]] >= least
-        name = f"speaker {item['speaker']}" if common else "other speakers"
-        groups.setdefault(name, []).append(item)
+    for field in ("corpus", "speaker"):
+        for item in items:
+            rare = field == "speaker" and counts[item["speaker"]] < least
+            name = "other speakers" if rare else f"{field} {item[field]}"
+            groups.setdefault(name, []).append(item)
     return groups
 
 

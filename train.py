@@ -224,8 +224,8 @@ def resolve_phase(cfg: TrainConfig) -> tuple[TrainConfig, dict[str, float], tupl
     rates = {part: rate for part, rate in rates.items() if rate > 0}
     if not rates:
         raise UserError("every learning rate is 0, so nothing would be trained; leave one above 0")
-    usual = {name: getattr(phase, name) for name in ("steps", "warmup", "batch_frames")}
-    cfg = TrainConfig(**usual | stated)
+    defaults = {name: getattr(phase, name) for name in ("steps", "warmup", "batch_frames")}
+    cfg = TrainConfig(**defaults | stated)
     numbers = f"{cfg.steps} steps, warmup {cfg.warmup}, batches of {cfg.batch_frames} frames"
     print(f"preset for LLMs of width {least} and above: {numbers}")
     return cfg, rates, phase.tasks
