@@ -194,10 +194,9 @@ def summarise(items: list[dict], least: int = 100) -> tuple[list[dict], dict]:
                 continue
             scores, marks = corpus_scores(group)
             signatures |= marks
-            for key, values in scores.items():
-                scores[key] = [round(float(x), 4) for x in values]
+            rounded = {key: [round(float(x), 4) for x in values] for key, values in scores.items()}
             line = {"task": task, "language": language, "group": name, "items": len(group)}
-            table.append(line | {"scores": scores})
+            table.append(line | {"scores": rounded})
     return table, signatures
 
 
