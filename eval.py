@@ -6,12 +6,11 @@ Every answer goes at once into a journal, so that a run that was stopped goes on
 import argparse
 import json
 import os
-import signal
 import sys
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from functools import lru_cache
 from itertools import chain, count
@@ -20,8 +19,6 @@ from pathlib import Path
 # Idle threads spin only briefly, see tests/bench/README.md. It counts only before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
 
 import jiwer
 import numpy as np
@@ -46,7 +43,6 @@ from sample import (
 
 GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # examples and audio that are encoded and answered together
 FALSE_REFUSALS = 0.125  # share of the answerable questions that may be refused
-DRAWS = 1000  # of the bootstrap
 
 
 # --- Scores
@@ -147,7 +143,7 @@ def bleu(language: str) -> sacrebleu.BLEU:
         return sacrebleu.BLEU(tokenize="char")
 
 
-def corpus_scores(items: list[dict], draws: int = DRAWS) -> tuple[dict, dict]:
+def corpus_scores(items: list[dict], draws: int = 1000) -> tuple[dict, dict]:
     """Scores of items of one task and target language: {name: (value, low, high)} with the 95 %
     interval of so many bootstrap draws (Koehn, 2004), and sacrebleu's signatures. Fractions, but
     BLEU and chrF 0 to 100."""
@@ -198,23 +194,21 @@ def summarise(items: list[dict], least: int = 100) -> tuple[list[dict], dict]:
                 continue
             scores, marks = corpus_scores(group)
             signatures |= marks
-            for key, values in scores.items():
-                scores[key] = [round(float(x), 4) for x in values]
+            rounded = {key: [round(float(x), 4) for x in values] for key, values in scores.items()}
             line = {"task": task, "language": language, "group": name, "items": len(group)}
-            table.append(line | {"scores": scores})
+            table.append(line | {"scores": rounded})
     return table, signatures
 
 
 def score_groups(items: list[dict], least: int) -> dict[str, list[dict]]:
     """The items as a whole, by corpus and by speaker."""
     groups = {"all": items}
-    for item in items:
-        groups.setdefault(f"corpus {item['corpus']}", []).append(item)
     counts = Counter(item["speaker"] for item in items)
-    for item in items:
-        common = counts[item["speaker"]] >= least
-        name = f"speaker {item['speaker']}" if common else "other speakers"
-        groups.setdefault(name, []).append(item)
+    for field in ("corpus", "speaker"):
+        for item in items:
+            rare = field == "speaker" and counts[item["speaker"]] < least
+            name = "other speakers" if rare else f"{field} {item[field]}"
+            groups.setdefault(name, []).append(item)
     return groups
 
 
@@ -270,11 +264,10 @@ class Journal:
         self.path = path
         self.items: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        same = False
+        with suppress(OSError, ValueError, KeyError, TypeError):
             text = path.with_suffix(".json").read_text(encoding="utf-8")
             same = json.loads(text)["settings"] == settings
-        except (OSError, ValueError, KeyError, TypeError):
-            same = False
         if same:
             self.items = {item["id"]: item for item in data.read_lines(path)}
             print(f"{visible(path)}: {len(self.items)} items are there already")
@@ -314,7 +307,7 @@ def answer_manifest(
     puts every answer into the journal as an item, unless it is there already. load_wave(example)
     gives the waveform (N,) or raises AudioError. options: those of sample.answer_examples. Returns
     {id: item} and {id: why it has none}."""
-    failures, audio, began = {}, 0.0, time.time()
+    failures = {}
     pending = [example for example in examples if example["id"] not in journal.items]
     with tqdm(total=len(pending), desc="eval", unit=" rows", dynamic_ncols=True) as bar:
         options = {"refuse_above": checkpoint.get("refuse_above"), "on_batch": bar.update} | options
@@ -338,8 +331,6 @@ def answer_manifest(
                     continue
                 seconds = len(waves[recording_key(example)]) / data.SAMPLE_RATE
                 journal.add(make_item(example, answer, seconds, score))
-            audio += sum(map(len, waves.values())) / data.SAMPLE_RATE
-            bar.set_postfix(audio_s_per_s=f"{audio / (time.time() - began):.0f}")
     for example in examples:
         if example["id"] in failures:
             where = example.get("where") or example["id"]
@@ -405,9 +396,6 @@ def evaluate(args: argparse.Namespace) -> None:
     for i, example in enumerate(manifest, 1):
         if example["task"] in args.tasks:
             examples[str(i)] = example | {"id": str(i), "seconds": manifest.seconds(example)}
-    if not examples:
-        tasks = ", ".join(args.tasks)
-        raise UserError(f"{args.manifest}: no row of the tasks {tasks}; give others with --tasks")
 
     def load_wave(item: dict) -> Tensor:
         example = examples[item["id"]]
@@ -421,7 +409,8 @@ def evaluate(args: argparse.Namespace) -> None:
     answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=fast_step())
     items = [answers[i] for i in examples if i in answers]
     if not items:
-        raise UserError(f"{args.manifest}: none of its {len(examples)} rows could be answered")
+        count = f"{len(examples)} rows of the tasks {', '.join(args.tasks)}"
+        raise UserError(f"{args.manifest}: none of its {count} could be answered; see --tasks")
     table, signatures = summarise(items)
     facts = {
         "checkpoint": f"{ckpt}, phase {checkpoint['config']['phase']}, step {checkpoint['step']}",
@@ -434,7 +423,12 @@ def evaluate(args: argparse.Namespace) -> None:
     data.write_text(path.with_suffix(".json"), json.dumps(summary, ensure_ascii=False, indent=1))
     print_scores(table)
     print(visible(f"{path.with_suffix('.json')}: the summary; answers are beside it"))
-    write_page(path.with_suffix(".html"), facts, table, signatures, items, load_wave)
+    with suppress(ImportError):
+        from extras.report import write_report
+
+        page = path.with_suffix(".html")
+        write_report(page, path.stem, facts, table, signatures, items, load_wave)
+        print(visible(f"{page}: the report, worst answers first"))
 
 
 def print_scores(table: list[dict]) -> None:
@@ -446,16 +440,6 @@ def print_scores(table: list[dict]) -> None:
             scores.append(f"{name} {scale * value:.1f}{unit} ({spread})")
         group = f"{line['task']} {line['language']}, {line['group']}, {line['items']}"
         print(visible(f"{group}: {', '.join(scores)}"))
-
-
-def write_page(path: Path, facts: dict, table, signatures, items, load_wave: Callable) -> None:
-    """The report as a page with players, if extras/ is there."""
-    try:
-        from extras.report import write_report
-    except ImportError:
-        return
-    write_report(path, path.stem, facts, table, signatures, items, load_wave)
-    print(visible(f"{path}: the report, worst answers first"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -487,5 +471,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

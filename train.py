@@ -5,7 +5,6 @@ One config, one table of phases, one loop. python train.py --help lists every op
 """
 
 import argparse
-import errno
 import fcntl
 import hashlib
 import json
@@ -17,7 +16,6 @@ import signal
 import sys
 import sysconfig
 import time
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -25,15 +23,13 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, get_args
 
 # Idle threads spin only briefly, see tests/bench/README.md. Large tensors stand on pages of 2 MB,
 # as many small ones take longer to get than to fill. Both count only before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
 
 import numpy as np
 import torch
@@ -60,14 +56,12 @@ from model import (
     fetch,
     fingerprint,
     first_line,
-    is_number,
     is_update,
     keep_freed_memory,
     load_checkpoint,
     load_tokenizer,
     one_line_errors,
     pick_device,
-    read_json,
     restore,
     steady_output,
     visible,
@@ -82,7 +76,6 @@ LINEAR = {  # layers that low-rank updates can be added to, by part
         "linear_q linear_k linear_v linear_out intermediate_dense output_dense out_proj fc1 fc2"
     ).split(),
 }
-RESUME = "what was saved is intact: mend this and start again with --resume"
 
 # --- The configuration, and the phases
 
@@ -155,14 +148,6 @@ class TrainConfig:
     eval_clips: int = option(48, "Clips of each task that are answered in a validation.")
 
 
-GROUPS = {  # of --help, by the first option of each
-    "phase": "run",
-    "encoder": "models",
-    "data": "data",
-    "steps": "optimization",
-    "batch_frames": "batches, speed and memory",
-    "eval_every": "validation",
-}
 PARTS = ("adapter", "encoder", "llm")
 
 
@@ -184,20 +169,18 @@ PHASES = {  # for LLMs of this width and above; the last is for those of demo/
     ("ift", 0): Phase((7e-4, 1e-4, 1.5e-4), 1e-3, data.TASKS, 300, 30, 3000),
 }
 
-# Every other option must stay for a run to be resumed. Models and manifests are known by content.
+# Every other option must stay for a run to be resumed. Models and manifests are known by content,
+# and --accumulate follows the number of ranks.
 MAY_CHANGE = "resume dry_run show_batch out device workers fsdp checkpointing".split()
-MAY_CHANGE += ["init", "encoder", "llm", "data", "dev"]
+MAY_CHANGE += ["init", "encoder", "llm", "data", "dev", "accumulate"]
 
 
 def parse(argv: list[str] | None) -> TrainConfig:
     """The TrainConfig of a command line. Exits with code 2 on an unknown option or value."""
     about = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
-    group = parser
     for f in fields(TrainConfig):
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
-        kind = next(iter(typing.get_args(f.type)), f.type)
+        kind = next(iter(get_args(f.type)), f.type)
         if f.name == "batch_frames":
             kind = frames_or_auto
         more = {"type": kind, "choices": f.metadata["choices"]}
@@ -209,11 +192,9 @@ def parse(argv: list[str] | None) -> TrainConfig:
         text = f.metadata["help"]
         if default or default is None:
             text += f" Default: {'of the phase' if default is None else default}."
-        group.add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **more)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **more)
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
-    problem = misuse(cfg)
-    if problem:
-        parser.error(problem)
+    check(cfg, parser.error)
     return cfg
 
 
@@ -221,43 +202,39 @@ def frames_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def misuse(cfg: TrainConfig) -> str | None:
-    """What is wrong with the values of a configuration."""
+def check(cfg: TrainConfig, refuse: Callable) -> None:
+    """Refuses what is wrong with the values of a configuration."""
     for f in fields(TrainConfig):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
-            return f"--{f.name.replace('_', '-')} is {value}, expected {low} to {high}"
+            refuse(f"--{f.name.replace('_', '-')} is {value}, expected {low} to {high}")
     for name in cfg.lora_targets:
         if name not in chain(*LINEAR.values()):
-            return f"--lora-targets {name}, expected some of {' '.join(chain(*LINEAR.values()))}"
+            refuse(f"--lora-targets {name}, expected some of {' '.join(chain(*LINEAR.values()))}")
     if cfg.epochs and cfg.steps:
-        return "--epochs and --steps exclude each other"
+        refuse("--epochs and --steps exclude each other")
     if cfg.batch_frames == "auto" and (cfg.device != "cuda" or cfg.fsdp):
-        return "--batch-frames auto is for CUDA without --fsdp"
+        refuse("--batch-frames auto is for CUDA without --fsdp")
     if cfg.fsdp and "LOCAL_RANK" not in os.environ:
-        return "--fsdp is for several ranks: torchrun --nproc_per_node=8 train.py --fsdp ..."
-    return None
+        refuse("--fsdp is for several ranks: torchrun --nproc_per_node=8 train.py --fsdp ...")
 
 
 def resolve_phase(cfg: TrainConfig) -> tuple[TrainConfig, dict[str, float], tuple[str, ...]]:
     """The config with the phase's own numbers where it leaves them open, {part: learning rate} of
     the parts that are trained, and the tasks. Raises UserError if nothing is trained."""
-    width = read_json(fetch(cfg.llm) / "config.json").get("hidden_size")
-    width = width if is_number(width) else 0
+    width = LLM.read_config(fetch(cfg.llm)).hidden_size
     least = max(least for _, least in PHASES if least <= width)
     phase = PHASES[cfg.phase, least]
+    stated = {name: value for name, value in asdict(cfg).items() if value is not None}
     rates = {}
     for part, rate in zip(PARTS, phase.rates, strict=True):
-        stated = getattr(cfg, f"{part}_lr")
         usual = phase.lora_rate if has_updates(part, cfg) else rate
-        rates[part] = usual if stated is None else stated
+        rates[part] = stated.get(f"{part}_lr", usual)
     rates = {part: rate for part, rate in rates.items() if rate > 0}
     if not rates:
         raise UserError("every learning rate is 0, so nothing would be trained; leave one above 0")
-    cfg = replace(cfg)
-    for name in ("steps", "warmup", "batch_frames"):
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, getattr(phase, name))
+    defaults = {name: getattr(phase, name) for name in ("steps", "warmup", "batch_frames")}
+    cfg = TrainConfig(**defaults | stated)
     numbers = f"{cfg.steps} steps, warmup {cfg.warmup}, batches of {cfg.batch_frames} frames"
     print(f"preset for LLMs of width {least} and above: {numbers}")
     return cfg, rates, phase.tasks
@@ -277,10 +254,9 @@ def can_compile() -> bool:
 
     compiler = shutil.which(os.environ.get("CC", "gcc"))
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    disabled = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
-    if compiler and headers and not disabled and has_triton():
+    if compiler and headers and has_triton():
         return True
-    needs = "it needs Triton, gcc, Python's headers, and TORCH_COMPILE_DISABLE not set"
+    needs = "it needs Triton, gcc and Python's headers"
     print(f"training is not compiled and therefore slower: {needs}", file=sys.stderr)
     return False
 
@@ -311,26 +287,26 @@ def training_kernels(device: str, checkpointing: bool = False, compiled: bool = 
 
 def build(cfg: TrainConfig, rates: dict[str, float], adapter: dict, path="", checkpoint=None):
     """The model, as it is in the checkpoint of this path, if there is one; the fingerprints of its
-    two base models; and the parts that differ from these by more than low-rank updates. Trained
-    parts have float32 weights, frozen parts the compute dtype's. adapter: fields of AdapterConfig.
-    Raises UserError."""
+    two base models; and the parts that will differ from these by more than low-rank updates.
+    Trained parts have float32 weights, frozen parts the compute dtype's. adapter: fields of
+    AdapterConfig. Raises UserError."""
     bases = {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
     compute = fast_dtype(fetch(cfg.llm), cfg.device)
     if cfg.precision != "auto":
         compute = getattr(torch, cfg.precision)
     # Low-rank updates leave a part's own weights alone, so these need not be float32.
-    float32 = tuple(part for part in rates if not has_updates(part, cfg))
+    float32 = {part for part in rates if not has_updates(part, cfg)}
     compiled = cfg.device == "cuda" and not cfg.fsdp and can_compile()
     kernels = training_kernels(cfg.device, cfg.checkpointing, compiled)
-    shared = (compute, compute, cfg.device, float32, kernels, cfg.prompt)
+    shared = (compute, compute, cfg.device, tuple(float32), kernels, cfg.prompt)
     model = SpeechLM.from_parts(cfg.encoder, cfg.llm, *shared, **adapter)
     freeze(model, rates, cfg)
     if not checkpoint:
-        return model, bases, set()
+        return model, bases, float32
     alpha = checkpoint["config"]["lora_alpha"]
     if cfg.lora_rank and any(map(is_update, checkpoint["model"])) and alpha != cfg.lora_alpha:
         raise UserError(f"{path}: has updates of --lora-alpha {alpha:g}; give the same")
-    return model, bases, restore(model, checkpoint, bases, path)
+    return model, bases, restore(model, checkpoint, bases, path) | float32
 
 
 def freeze(model: SpeechLM, rates: dict[str, float], cfg: TrainConfig) -> None:
@@ -338,8 +314,7 @@ def freeze(model: SpeechLM, rates: dict[str, float], cfg: TrainConfig) -> None:
     for name, part in model.named_children():
         part.requires_grad_(name in rates).train(name in rates)
         if name in rates and has_updates(name, cfg):
-            targets = set(cfg.lora_targets) & set(LINEAR[name])
-            add_lora(part, cfg.lora_rank, cfg.lora_alpha, targets)
+            add_lora(part, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     config = model.encoder.config
     masks_frames = config.apply_spec_augment and config.mask_time_prob > 0
     if hasattr(model.encoder, "masked_spec_embed") and not masks_frames:
@@ -411,13 +386,14 @@ def encoder_states(
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     ranks = range(world())
     paths = [Path(cfg.out) / f"encoder-{name}-{r + 1}-of-{world()}.pt" for r in ranks]
-    if not all(gather(load_states(paths[rank()]) is not None)):
+    if not all(gather(paths[rank()].exists())):
         states = encode_clips(cfg, encoder, sizes)
         data.write_atomically(paths[rank()], partial(torch.save, states))
         gather("written")
     states = {}
     for path in paths:
-        states |= load_states(path)
+        with one_line_errors(path, "it is damaged: remove it"):
+            states |= torch.load(path, weights_only=True, mmap=True)
 
     def states_of(clip: tuple) -> Tensor:
         value = states[clip]
@@ -434,14 +410,6 @@ def file_stamp(path: str) -> tuple:
     name = shard + tar.rstrip("/")
     status = os.stat(name) if os.path.exists(name) else None
     return name, status and status.st_size, status and status.st_mtime_ns
-
-
-def load_states(path: Path) -> dict | None:
-    """The states in a file of the cache, mapped into memory; None if it is absent or damaged."""
-    try:
-        return torch.load(path, weights_only=True, mmap=True)
-    except Exception:
-        return None
 
 
 @torch.no_grad()
@@ -488,29 +456,20 @@ def join_ranks(device: str) -> None:
     alone = all(os.environ.get(name) in (None, "", "1") for name in NUMBERS_OF_PROCESSES)
     if dist.is_initialized() or (alone and "LOCAL_RANK" in missing):
         return
-    if missing:
-        raise UserError(
-            f"the environment is of one of several processes, but has no {', '.join(missing)}; "
-            "start by torchrun, one on each machine, or unset WORLD_SIZE and LOCAL_RANK"
-        )
-    with one_line_errors("the environment of torchrun", "start by torchrun, or unset it"):
+    with one_line_errors("environment of several processes", "start by torchrun, or unset it"):
+        if missing:
+            raise ValueError(f"has no {', '.join(missing)}")
         local, number, size = (int(os.environ[name]) for name in TORCHRUN[:3])
         if not 0 <= number < size or not 0 < int(os.environ["MASTER_PORT"]) < 2**16:
             raise ValueError(f"RANK {number} of WORLD_SIZE {size}, or an impossible MASTER_PORT")
     if device == "cuda":
         gpus = torch.cuda.device_count()
-        if local >= gpus:
-            raise UserError(f"more ranks than the {gpus} GPUs here; give --nproc_per_node={gpus}")
-        torch.cuda.set_device(local)
+        with one_line_errors(f"GPU {local} of {gpus}", f"give --nproc_per_node={gpus}"):
+            torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=RANK_TIMEOUT)
     if rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-
-
-def batches_a_step(cfg: TrainConfig) -> int:
-    """Over all ranks."""
-    return cfg.accumulate * world()
 
 
 def gather(value) -> list:
@@ -622,16 +581,6 @@ def ignore_signals(_) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def next_batch(loader: Iterator) -> dict:
-    """The next batch of a DataLoader. Raises UserError if its processes died, hang, or fail."""
-    try:
-        return next(loader)
-    except (RuntimeError, OSError, UserError) as error:
-        lines = str(error.args[0] if error.args else error).strip().splitlines()
-        reason = lines[-1] if lines else type(error).__name__
-        raise UserError(f"the loader failed ({reason}); {RESUME}") from error
-
-
 # --- A run, and what is saved of it
 
 
@@ -658,11 +607,11 @@ class Run:
     mixture: data.Mixture
     model: SpeechLM
     bases: dict[str, dict]
-    changed: set[str]  # parts whose weights are not those of the bases
+    changed: set[str]  # parts whose weights will not be those of the bases; all of them is saved
     examples: data.Examples
     hours: list  # of this phase and those before, see data.notice
     size: Callable  # of an example, see data.Examples.size
-    lock: typing.IO | None  # see lock_directory
+    lock: IO | None  # see lock_directory
     net: nn.Module | None = None  # the model as it is called in training
     optimizer: torch.optim.Optimizer | None = None
     state: RunState = field(default_factory=RunState)
@@ -740,7 +689,7 @@ def open_run(cfg: TrainConfig) -> Run:
     return run
 
 
-def lock_directory(path: str) -> typing.IO | None:
+def lock_directory(path: str) -> IO | None:
     """Makes the out directory. Returns a file that keeps other runs from it while it is open, on
     rank 0 and where the file system has locks. Raises UserError if another run has it."""
     Path(path).mkdir(parents=True, exist_ok=True)
@@ -750,7 +699,7 @@ def lock_directory(path: str) -> typing.IO | None:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
+        if isinstance(error, BlockingIOError | PermissionError):
             raise UserError(f"{path}: another run writes there; give another --out") from None
     return lock
 
@@ -801,10 +750,9 @@ def start_adapter(run: Run) -> None:
 def start_files(run: Run, resumed: bool) -> None:
     """The logs keep their lines up to where the run goes on; files of another run go."""
     for path in (run.path(".jsonl"), run.path(".nonfinite.jsonl")):
-        lines = data.read_lines(path) if resumed else []
-        lines = [json_line(line) for line in lines if line["step"] <= run.state.step]
+        lines = [x for x in data.read_lines(path) if resumed and x["step"] <= run.state.step]
         if path.exists():
-            data.write_text(path, "".join(lines))
+            data.write_text(path, "".join(map(json_line, lines)))
     data.write_text(Path(run.cfg.out) / "config.json", json.dumps(asdict(run.cfg), indent=2))
     if not resumed and run.path(".resume.pt").exists():
         os.replace(run.path(".resume.pt"), run.path(".resume.old.pt"))
@@ -813,7 +761,7 @@ def start_files(run: Run, resumed: bool) -> None:
 def steps_of_a_pass(run: Run) -> float:
     """In how many steps as many examples are drawn as there are, by the first batches."""
     batches = [len(batch) for _, batch in islice(run_schedule(run), 200)]
-    rows = sum(batches) / len(batches) * batches_a_step(run.cfg)
+    rows = sum(batches) / len(batches) * run.cfg.accumulate * world()
     return sum(map(len, run.mixture.manifests)) / rows
 
 
@@ -848,11 +796,9 @@ def open_loader(run: Run) -> Iterator[dict]:
 def save(run: Run, **thresholds) -> None:
     """Writes the checkpoint and what the run can be resumed from. Every rank must take part. A run
     that was stopped before its first validation leaves the result of an earlier one."""
-    # Parts that are still those of the base models have at most low-rank updates to be saved.
-    changed = run.changed | {part for part in run.rates if not has_updates(part, run.cfg)}
     weights, moments = {}, {}
     for name, p in run.model.named_parameters():
-        if name.split(".")[0] in changed or is_update(name):
+        if name.split(".")[0] in run.changed or is_update(name):
             weights[name] = complete(p.detach())
         if p in run.optimizer.state:
             moments[name] = {key: complete(x) for key, x in run.optimizer.state[p].items()}
@@ -880,14 +826,13 @@ def save(run: Run, **thresholds) -> None:
         if len(state.averaged) == run.cfg.average:
             run.path(f".{state.averaged.pop(0)}.pt").unlink(missing_ok=True)
     resume = {"optimizer": moments, "state": asdict(state)}
-    resume["batches_a_step"] = batches_a_step(run.cfg)
+    resume["batches_a_step"] = run.cfg.accumulate * world()
     data.write_atomically(run.path(".resume.pt"), partial(torch.save, checkpoint | resume))
 
 
 def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) -> TrainConfig:
     """The config of a run that goes on, with what it found out when it began. Raises UserError if
-    it is not the run that was saved: of another configuration, of manifests with other content, or
-    of other than its number of batches a step over all ranks."""
+    it is not the run that was saved: of another configuration or manifests with other content."""
     if "state" not in resumed or "contents" not in resumed:
         raise UserError(f"{path}: is of an older version; start anew without --resume")
 
@@ -898,13 +843,11 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
     automatic = cfg.batch_frames == "auto"
     names = ["steps"] * bool(cfg.epochs) + ["batch_frames", "batch_tokens"] * automatic
     cfg = replace(cfg, **{name: resumed["config"][name] for name in names})
-    config, batches = asdict(cfg), batches_a_step(cfg)
-    for name, value in resumed["config"].items():
-        free = name in MAY_CHANGE or (name == "accumulate" and batches == resumed["batches_a_step"])
-        if not free and config.get(name) != value:
+    expected = resumed["config"] | {"accumulate * ranks": resumed["batches_a_step"]}
+    config = asdict(cfg) | {"accumulate * ranks": cfg.accumulate * world()}
+    for name, value in expected.items():
+        if name not in MAY_CHANGE and config.get(name) != value:
             refuse(f"{name} {value!r}", repr(config.get(name)))
-    if batches != resumed["batches_a_step"]:
-        refuse(f"{resumed['batches_a_step']} batches a step over all ranks", batches)
     pairs = zip_longest(resumed["contents"], contents, fillvalue=("no manifest", 0, "", 0))
     for (before, rows, *content), (now, rows_now, *content_now) in pairs:
         if content != content_now:
@@ -950,15 +893,14 @@ def dev_examples(run: Run, tasks: tuple[str, ...], count: int) -> tuple[list[dic
     """Up to `count` examples of these tasks of the dev manifest, always the same, and their frames.
     Those whose audio cannot be used are left out."""
     dev, chosen, frames = run.mixture.dev, [], []
-    m = len(run.examples.manifests) - 1
-    for i in np.random.default_rng(0).permutation(len(dev)).tolist():
+    order = np.random.default_rng(0).permutation(len(dev)).tolist()
+    for example in (dev[i] for i in order):
         if len(chosen) == count:
             break
-        example = dev[i]
         if example["task"] not in tasks:
             continue
         try:
-            frames.append(run.examples.frames(m, example))
+            frames.append(run.examples.frames(-1, example))  # the last manifest is dev
             chosen.append(example)
         except data.AudioError as error:
             tqdm.write(f"validation leaves out {example['where']}: {error}")
@@ -990,7 +932,6 @@ def find_refusal_threshold(run: Run) -> dict[str, float]:
 # --- The loop
 
 NONFINITE_STEPS = 5  # so many in a row end a run
-BAD_SHARE = 0.01  # of the recordings; more that cannot be used end a run
 LOWER_RATE = "the last checkpoint is untouched: lower the learning rate or leave such rows out"
 
 
@@ -1000,16 +941,15 @@ def next_step(run: Run, loader: Iterator[dict]) -> tuple[list[dict], int, float]
     cannot be used."""
     state, rows = run.state, sum(map(len, run.mixture.manifests))
     for _ in range(100):
-        batches = [next_batch(loader) for _ in range(run.cfg.accumulate)]
+        batches = [next(loader) for _ in range(run.cfg.accumulate)]
         tokens, audio = reduce_step(state, batches)
         met = min(state.seen, rows)  # different recordings
-        if len(state.bad) > BAD_SHARE * max(met, 300):
+        if len(state.bad) > 0.01 * max(met, 300):
             break
         if tokens:
             return batches, tokens, audio
-    reasons = [f"{where}: {why}" for where, why in list(state.bad.items())[-3:]]
-    count = f"{len(state.bad)} of {met} recordings could not be used, more than 1 %"
-    raise UserError(f"{count}: {'; '.join(reasons)}")
+    why = "; ".join(f"{where}: {reason}" for where, reason in list(state.bad.items())[-3:])
+    raise UserError(f"{len(state.bad)} of {met} recordings could not be used, more than 1 %: {why}")
 
 
 def reduce_step(state: RunState, batches: list[dict]) -> tuple[int, float]:
@@ -1055,12 +995,11 @@ def leave_out(run: Run, batches: list[dict], loss: float, norm: float) -> dict:
     run.state.skipped += 1
     rows = chain(*gather([row for batch in batches for row in batch["examples"]]))
     run.record(".nonfinite.jsonl", *({"step": step, **figures, **row} for row in rows))
+    what = f"step {step}: {figures['skipped']}"
     if run.state.skipped >= NONFINITE_STEPS:
-        raise UserError(
-            f"step {step}: {figures['skipped']}, as in {run.state.skipped} steps in a row, whose "
-            f"rows are in {path}; {LOWER_RATE}"
-        )
-    tqdm.write(f"step {step}: {figures['skipped']}: left out, its rows are in {path}")
+        count = f"{run.state.skipped} steps in a row"
+        raise UserError(f"{what}, as in {count}, whose rows are in {path}; {LOWER_RATE}")
+    tqdm.write(f"{what}: left out, its rows are in {path}")
     return figures
 
 
@@ -1089,8 +1028,7 @@ def validate_and_save(run: Run, stop: Stop) -> None:
     if rank() == 0:
         texts = [f"{name} {value:.3f}" for name, value in figures.items()]
         tqdm.write(f"step {state.step}: {', '.join(texts)}")
-        shown = pairs[:: max(1, len(pairs) // 4)][:4] if len(run.tasks) > 1 else pairs[:2]
-        for example, answer in shown:
+        for example, answer in pairs[:: max(1, len(pairs) // 4)][:4]:
             for name, text in (("said", example["text"]), ("read", answer)):
                 tqdm.write(f"  {name}: {visible(text)[:300]}")
         if figures["shuffled_loss"] < 1.05 * figures["dev_loss"]:
@@ -1184,10 +1122,8 @@ def report(run: Run) -> None:
 
 
 def import_plan():
-    try:
+    with one_line_errors("this option", "it needs extras/plan.py beside train.py"):
         from extras import plan
-    except ImportError:
-        raise UserError("this option needs extras/plan.py beside train.py") from None
     return plan
 
 
@@ -1213,20 +1149,20 @@ def explain(error: Exception, out: str) -> str:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)  # torchrun ends the other ranks when one ends, and rank 0 is to speak first
-    if isinstance(error, UserError):
-        return str(error)
     reason = first_line(error)
-    if isinstance(error, OSError):
+    if "DataLoader" in reason:
+        reason = f"the loader failed ({str(error).strip().splitlines()[-1]})"
+    elif isinstance(error, UserError):
+        return reason
+    elif isinstance(error, OSError):
         reason = f"{error.filename or out}: {error.strerror}"
     elif isinstance(error, torch.OutOfMemoryError):
         reason = "a batch does not fit into memory: lower --batch-frames and --batch-tokens"
     elif isinstance(error, dist.DistError) or "gloo/" in reason:
         reason = f"lost another rank, whose own message says why ({reason})"
-    elif "DataLoader" in reason:
-        reason = f"the loader failed ({reason})"
     else:
         raise error
-    return visible(f"{reason}; {RESUME}")
+    return visible(f"{reason}; what was saved is intact: mend this and start again with --resume")
 
 
 if __name__ == "__main__":

@@ -324,7 +324,7 @@ def test_the_command(folder, capsys, tmp_path, monkeypatch):
     manifest.write_text("\n\n".join(map(json.dumps, rows + lost)))
     ckpt = write_checkpoint(folder, tmp_path / "ift.pt", refuse_above=-1e9)
     loads = []
-    monkeypatch.setattr(eval, "write_page", lambda *args: None)
+    monkeypatch.setitem(sys.modules, "extras.report", None)
     monkeypatch.setattr(data, "load_audio", lambda *args: loads.append(args) or load_audio(*args))
     printed, err = run(eval, capsys, manifest, "--ckpt", ckpt, "--out", out)
     assert len(loads) == len(set(loads)) == 10
@@ -497,8 +497,12 @@ def test_without_extras(folder, capsys, tmp_path, monkeypatch):
         ("none.jsonl --ckpt ift.pt", 1, "none.jsonl: No such file"),
         ("empty.jsonl --ckpt ift.pt", 1, "empty.jsonl: found no rows"),
         ("bad.jsonl --ckpt ift.pt", 1, "bad.jsonl line 2: task is 'tts', expected one of asr"),
-        ("train.jsonl --ckpt ift.pt --tasks sqa", 1, "no row of the tasks sqa; give others"),
-        ("lost.jsonl --ckpt ift.pt", 1, "lost.jsonl: none of its 1 rows could be answered"),
+        ("train.jsonl --ckpt ift.pt --tasks sqa", 1, "none of its 0 rows of the tasks sqa could"),
+        (
+            "lost.jsonl --ckpt ift.pt",
+            1,
+            "lost.jsonl: none of its 1 rows of the tasks asr, st, sqa could",
+        ),
         ("all.jsonl --ckpt ift.pt --out ift.pt", 1, "ift.pt: File exists; what was answered"),
         ("all.jsonl --ckpt ift.pt --out ift.pt/x", 1, "Not a directory; what was answered is kept"),
     ],
