@@ -6,6 +6,7 @@ Every answer goes at once into a journal, so that a run that was stopped goes on
 import argparse
 import json
 import os
+import signal
 import sys
 import unicodedata
 from collections import Counter
@@ -19,6 +20,8 @@ from pathlib import Path
 # Idle threads spin only briefly, see tests/bench/README.md. It counts only before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports at once
 
 import jiwer
 import numpy as np
@@ -471,4 +474,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
