@@ -150,6 +150,14 @@ class TrainConfig:
     eval_clips: int = option(48, "Clips of each task that are answered in a validation.")
 
 
+GROUPS = {  # of --help, by the first option of each
+    "phase": "run",
+    "encoder": "models",
+    "data": "data",
+    "steps": "optimization",
+    "batch_frames": "batches, speed and memory",
+    "eval_every": "validation",
+}
 PARTS = ("adapter", "encoder", "llm")
 
 
@@ -181,7 +189,10 @@ def parse(argv: list[str] | None) -> TrainConfig:
     """The TrainConfig of a command line. Exits with code 2 on an unknown option or value."""
     about = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    group = parser
     for f in fields(TrainConfig):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
         kind = next(iter(get_args(f.type)), f.type)
         if f.name == "batch_frames":
             kind = frames_or_auto
@@ -194,7 +205,7 @@ def parse(argv: list[str] | None) -> TrainConfig:
         text = f.metadata["help"]
         if default or default is None:
             text += f" Default: {'of the phase' if default is None else default}."
-        parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **more)
+        group.add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **more)
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
     check(cfg, parser.error)
     return cfg
