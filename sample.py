@@ -477,19 +477,18 @@ def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options
     prefix = read_prefix(llm, model.embed(ids, torch.cat(audios)), lengths)
 
     room = llm.config.max_position_embeddings - max(len(request.ids) for request in batch)
-    options = options | {"max_new_tokens": min(options["max_new_tokens"], room)}
+    most = min(options["max_new_tokens"], room)
+    options = options | {"max_new_tokens": most, "prefix": prefix, "prefix_rows": prefix_rows}
     ids, lengths = pack(instructions, device)
-    outputs = generate(
-        llm, llm.embed(ids), lengths, prefix=prefix, prefix_rows=prefix_rows, **options
-    )
+    outputs = generate(llm, llm.embed(ids), lengths, **options)
     end = data.make_prompt(tokenizer, llm.config.eos_token_id, model.prompt).end
     answers = []
     for b, request in enumerate(batch):
         example, output = examples[request.example], outputs[b]
-        cut = len(output) == options["max_new_tokens"]
+        cut = len(output) == most
         answer = Answer(tokenizer.decode(output).strip(), cut=cut)
         if weigh and example["task"] == "sqa":
-            about = {"prefix": prefix, "prefix_rows": [prefix_rows[b]], "on_token": None}
+            about = {"prefix_rows": [prefix_rows[b]], "on_token": None}
             inputs = example["target_language"], instructions[b], output, end, refuse_above
             answer = weigh_answer(llm, tokenizer, *inputs, options | about)._replace(cut=cut)
         answers.append(answer)
