@@ -114,6 +114,8 @@ class TrainConfig:
     allow_licence: list[str] = option([], "Accept data of these licences, too (SPDX).")
     temperature: float = option(1.0, "A task and language is drawn by rows ** (1 / this).", low=1)
     max_seconds: float = option(30.0, "Longer recordings are left out and counted.", low=1)
+    augment: float = option(0.5, "Share of recordings with noise, echo and the like.", high=1)
+    silence: float = option(0.03, "Share of rows in whose recording nobody speaks.", high=1)
 
     steps: int | None = option(None, "Optimizer steps.", low=1)
     epochs: float | None = option(None, "Passes over the data, in place of --steps.", low=1e-3)
@@ -390,6 +392,7 @@ def encoder_states(
     the same. Returns a function from a clip to its states (F, D), which raises AudioError for one
     that cannot be used; or None if they would not fit on the disk or in cache_gb."""
     clips = {manifest.clip(example) for manifest in manifests for example in manifest}
+    clips.update(data.SPEECHLESS_CLIPS if cfg.silence else ())
     sizes = sorted((data.feature_length(clip[2]), 0, clip) for clip in clips)
     frames = sum(size[0] for size in sizes)
     size_gb = frames * encoder.config.hidden_size * encoder.compute_dtype.itemsize / 1e9
@@ -715,7 +718,8 @@ def open_run(cfg: TrainConfig) -> Run:
     if states is not None:
         model = SpeechLM(CachedEncoder(), model.adapter, model.llm)
     end_id, adapter = model.llm.config.eos_token_id[0], model.adapter.config
-    examples = data.Examples(manifests, tokenizer, end_id, adapter, states, cfg.seed)
+    shares = cfg.augment, cfg.silence
+    examples = data.Examples(manifests, tokenizer, end_id, adapter, states, cfg.seed, shares)
     hours = data.merge_hours(checkpoint["data"] if checkpoint else [], mixture.hours)
     size = lru_cache(2 * data.POOL)(examples.size)
     run = Run(cfg, rates, tasks, mixture, model, bases, changed, examples, hours, size, lock)
