@@ -1,5 +1,5 @@
 """What goes into the model, in data-flow order: audio files to waveforms, waveforms to features,
-instructions, licences, manifests, prompts, and resumable batches of all that.
+augmentation, instructions, licences, manifests, prompts, and resumable batches of all that.
 
 A manifest row is an example (a dict); an element of a batch is a sequence. Samples are those of
 16 kHz audio. Frames are named by their length: 10 ms inside fbank, 20 ms for the speech encoder,
@@ -1133,8 +1133,8 @@ class Examples(torch.utils.data.Dataset):
     "bad" has its (file and line, reason). A batch of which none is left is silence without targets:
     its loss and gradients are 0.
 
-    shares: of recordings that are changed, by which they may exceed budgets by a tenth (0.3 of that
-    of instructions are put as people type them); and of those in which nobody speaks."""
+    shares: of recordings that are changed (some get a tenth longer than budgets know; 0.3 times as
+    many instructions are put as people type them), and of rows in which nobody speaks."""
 
     def __init__(self, manifests, tokenizer, end_id, adapter, states=None, seed=0, shares=(0, 0)):
         self.manifests, self.tokenizer, self.end_id = manifests, tokenizer, end_id

@@ -747,7 +747,7 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             line = {"audio": path, "instruction": instruction, "task": task, "text": answer.text}
             line["seconds"] = len(wave) / data.SAMPLE_RATE
-            if args.json or answer.text or len(waves) > 1:
+            if answer.text or task == "sqa" or args.json or len(waves) > 1:
                 print(visible(json.dumps(line, ensure_ascii=False)) if args.json else "")
             if not answer.text and task != "sqa":
                 warn(f"{visible(path)}: no speech")

@@ -558,6 +558,7 @@ def test_without_extras(folder, capsys, tmp_path, monkeypatch):
     [
         ("", 2, "arguments are required: manifest"),
         ("all.jsonl --tasks tts", 2, "invalid choice: 'tts'"),
+        ("all.jsonl --degrade echo", 2, "invalid choice: 'echo'"),
         ("all.jsonl --ckpt ift.pt --beams 0", 2, "at least 1"),
         ("all.jsonl --beam-size 4", 2, "unrecognized arguments: --beam-size"),
         ("all.jsonl", 1, "no out/align.pt or out/ift.pt; run python train.py --phase align first"),

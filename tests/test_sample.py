@@ -593,7 +593,7 @@ def test_where_nobody_speaks(asked, capsys, monkeypatch):
     out, err = run(sample, capsys, asked.wav, SAY, "--json", *asked.ckpt)
     assert json.loads(out)["text"] == "" and err == remarks[0]
     # An empty answer to a question says nothing about the recording.
-    assert run(sample, capsys, asked.wav, ASK, *asked.ckpt) == ("", "")
+    assert run(sample, capsys, asked.wav, ASK, *asked.ckpt) == ("\n", "")
 
 
 @pytest.mark.parametrize(
