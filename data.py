@@ -1,5 +1,5 @@
 """What goes into the model, in data-flow order: audio files to waveforms, waveforms to features,
-instructions, licences, manifests, prompts, and resumable batches of all that.
+augmentation, instructions, licences, manifests, prompts, and resumable batches of all that.
 
 A manifest row is an example (a dict); an element of a batch is a sequence. Samples are those of
 16 kHz audio. Frames are named by their length: 10 ms inside fbank, 20 ms for the speech encoder,
@@ -318,8 +318,9 @@ def cut_windows(wave: Tensor, longest: float = 30.0) -> list[Tensor]:
 
 
 def load_clip(clip: tuple[str, float, float | None]) -> Tensor:
-    """The waveform of a path, start and length: (N,), at least 0.5 s. Raises AudioError."""
-    return cut_windows(load_audio(*clip), math.inf)[0]
+    """The waveform of a path, start and length: (N,), at least 0.5 s; or, without a path, the
+    speechless_wave of that number and length. Raises AudioError."""
+    return cut_windows(load_audio(*clip) if clip[0] else speechless_wave(*clip[1:]), math.inf)[0]
 
 
 # --- Features: the Kaldi filterbank of w2v-BERT, and Whisper's log-mel spectrogram
@@ -471,6 +472,89 @@ def feature_length(seconds: float, encoder: EncoderConfig) -> int:
     return count_frames(max(MIN_WINDOW, round(seconds * SAMPLE_RATE)))
 
 
+# --- Augmentation: waves (N,) as other places would have made them, and those without any speech
+
+SPEECHLESS_CLIPS = [("", number, 1 + number / 8) for number in range(32)]  # of 1 to 5 s
+
+
+def noise(size: int, exponent: float, random: np.random.Generator) -> Tensor:
+    """Noise (size,) of mean square 1 whose power falls as 1 / f ** exponent above 50 Hz."""
+    white = torch.from_numpy(random.standard_normal(size + -size % 4096, np.float32))
+    hertz = torch.fft.rfftfreq(len(white), 1 / SAMPLE_RATE).clamp(min=50)
+    coloured = torch.fft.irfft(torch.fft.rfft(white) * hertz ** (-exponent / 2))[:size]
+    return coloured / coloured.square().mean().sqrt()
+
+
+def babble(size: int, others: "Manifest", random: np.random.Generator) -> Tensor:
+    """Three recordings of a manifest at once (size,), each from anywhere in it on, over again."""
+    voices = torch.zeros(size)
+    for i in random.integers(len(others), size=3):
+        with suppress(AudioError):
+            voice = others.audio(others[i])
+            voices += voice[(random.integers(len(voice)) + torch.arange(size)) % len(voice)]
+    return voices
+
+
+def mix(wave: Tensor, other: Tensor, decibels: float) -> Tensor:
+    """A wave (N,) with another (N,) added, of so much less power."""
+    return wave + other * (wave.norm() / other.norm().clamp(min=1e-9) * 10 ** (-decibels / 20))
+
+
+def reverberate(wave: Tensor, seconds: float, random: np.random.Generator) -> Tensor:
+    """A wave (N,) in a room where sound falls by 60 dB in so many seconds, by Polack's model: noise
+    that decays, behind a direct path of the same energy, together of energy 1."""
+    size = round(seconds * SAMPLE_RATE)
+    response = noise(size, 0, random) * 10 ** (-3 * torch.arange(size) / size)
+    response[0] = response[1:].norm()
+    padded = (len(wave) + size) // 4096 * 4096 + 4096
+    spectra = [torch.fft.rfft(x, padded) for x in (wave, response / response.norm())]
+    return torch.fft.irfft(spectra[0] * spectra[1])[: len(wave)]
+
+
+def telephone(wave: Tensor) -> Tensor:
+    """What of a wave (N,) is within 300 to 3400 Hz, at whose edges of 100 Hz half of it is left."""
+    hertz = torch.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE)
+    band = ((hertz - 250) / 100).clamp(0, 1) * ((3450 - hertz) / 100).clamp(0, 1)
+    return torch.fft.irfft(torch.fft.rfft(wave) * band, len(wave))
+
+
+def augment(wave: Tensor, random: np.random.Generator, others: "Manifest") -> Tensor:
+    """A wave (N,) as another recording of it, which is drawn: faster or slower by a tenth at most,
+    if that leaves it within 30 s, in a room, in noise, by telephone, faint, or clipped."""
+    rate = int(random.choice((14400, 15200, 16800, 17600)))  # few, as resample keeps filters
+    if random.random() < 0.3 and len(wave) <= 30 * rate:
+        wave = resample(wave, rate)
+    if random.random() < 0.3:
+        wave = reverberate(wave, random.uniform(0.1, 0.8), random)
+    if random.random() < 0.3:
+        wave = mix(wave, noise(len(wave), random.uniform(0, 2), random), random.uniform(5, 30))
+    if random.random() < 0.2:
+        wave = mix(wave, babble(len(wave), others, random), random.uniform(5, 20))
+    if random.random() < 0.1:
+        wave = telephone(wave)
+    gain = 10 ** (random.uniform(-30, 6) / 20) / wave.abs().max().clamp(min=1e-5)
+    return (wave * gain).clamp(-1, 1)
+
+
+def speechless_wave(number: int, seconds: float) -> Tensor:
+    """A wave (N,) in which nobody speaks, the same for the same number: one in four is silence, one
+    hums at 50 Hz, the others are noise, at -80 to -20 dB of full scale."""
+    random, size = np.random.default_rng(number), round(seconds * SAMPLE_RATE)
+    level = 10 ** (random.uniform(-80, -20) / 20) * (number % 4 > 0)
+    period = SAMPLE_RATE // 50 if number % 4 == 1 else size
+    wave = level * noise(period, random.uniform(0, 2), random)
+    return wave.repeat(math.ceil(size / period))[:size]
+
+
+DEGRADATIONS = {  # of eval.py --degrade, as functions of a wave, a random generator and a manifest
+    "babble": lambda wave, random, others: mix(wave, babble(len(wave), others, random), 10),
+    "room": lambda wave, random, others: reverberate(wave, 0.5, random),
+    "telephone": lambda wave, random, others: telephone(wave),
+    "silence": lambda wave, random, others: torch.zeros_like(wave),
+    "noise": lambda wave, random, others: 0.03 * noise(len(wave), 1, random),
+}
+
+
 # --- Instructions in words
 
 TASKS = ("asr", "st", "sqa")
@@ -497,6 +581,11 @@ REFUSALS = {
     "it": "Non è possibile rispondere.",
     "zh": "无法回答。",
 }
+
+
+def speechless_answer(example: dict) -> str | None:
+    """What is right where nobody speaks; None for a question whose language has no refusal."""
+    return REFUSALS.get(example["target_language"]) if example["task"] == "sqa" else ""
 
 
 def instruction_of(example: dict, random=None) -> str:
@@ -846,12 +935,12 @@ class Manifest:
 
     def clip(self, example: dict) -> tuple[str, float, float]:
         """The path of an example's audio, and the start and length of its part of it in seconds."""
-        path = str(self.path.parent / example["audio"])
+        path = example["audio"] and str(self.path.parent / example["audio"])
         return path, example["start"], self.seconds(example)
 
     def audio(self, example: dict) -> Tensor:
         """The waveform (N,) of an example, at least 0.5 s. Raises AudioError."""
-        path = str(self.path.parent / example["audio"])
+        path = example["audio"] and str(self.path.parent / example["audio"])
         return load_clip((path, example["start"], example["duration"]))
 
     def seconds(self, example: dict) -> float:
@@ -1128,17 +1217,30 @@ class Examples(torch.utils.data.Dataset):
     states: a function from a clip (see Manifest.clip) to encoder outputs (F, D), which then take
     the place of audio and features. An example whose audio cannot be used is left out; the batch's
     "bad" has its (file and line, reason). A batch of which none is left is silence without targets:
-    its loss and gradients are 0."""
+    its loss and gradients are 0.
 
-    def __init__(self, manifests, tokenizer, prompt, adapter, states=None, seed=0):
+    shares: of recordings that are changed (some get a tenth longer than budgets know; 0.3 times as
+    many instructions are put as people type them), and of rows in which nobody speaks."""
+
+    def __init__(self, manifests, tokenizer, prompt, adapter, states=None, seed=0, shares=(0, 0)):
         self.manifests, self.tokenizer, self.prompt = manifests, tokenizer, prompt
         self.adapter, self.states, self.seed = adapter, states, seed
+        self.augment, self.silence = shares
 
     def example(self, m: int, i: int, turn: int) -> dict:
         """An example with the wording of its instruction, drawn anew each turn."""
         example = self.manifests[m][i]
         random = np.random.default_rng([self.seed, m, i, turn])
-        return example | {"instruction": instruction_of(example, random)}
+        text = instruction_of(example, random)
+        if random.random() < 0.3 * self.augment:
+            spellings = text.lower(), text.upper(), text.rstrip(LAST_MARKS), f"please {text}"
+            text = [*spellings, text.replace(" ", "  ")][random.integers(5)]
+        example |= {"instruction": text}
+        answer = speechless_answer(example)
+        if random.random() < self.silence and answer is not None:
+            path, number, seconds = SPEECHLESS_CLIPS[random.integers(len(SPEECHLESS_CLIPS))]
+            example |= {"audio": path, "start": number, "duration": seconds, "text": answer}
+        return example
 
     def size(self, m: int, i: int, turn: int) -> tuple[int, int]:
         """The 20 ms frames and the LLM positions of an example by its manifest."""
@@ -1147,11 +1249,20 @@ class Examples(torch.utils.data.Dataset):
         ids, _ = render(example, 0, self.tokenizer, self.prompt)
         return frames, adapter_length(frames, self.adapter) + len(ids)
 
-    def frames(self, m: int, example: dict) -> Tensor:
-        """The features of an example, or encoder states (F, D). Raises AudioError."""
-        if self.states is not None:
-            return self.states(self.manifests[m].clip(example))
-        return extract_features([self.manifests[m].audio(example)], self.adapter)[0]
+    def frames(self, m: int, example: dict, random: np.random.Generator | None = None) -> Tensor:
+        """The features of an example, or encoder states (F, D). A random generator changes
+        a share of them: the wave, or spans of 1 to 10 states, 8 % of all. Raises AudioError."""
+        changed = random and example["audio"] and random.random() < self.augment
+        if self.states is None:
+            wave = self.manifests[m].audio(example)
+            wave = augment(wave, random, self.manifests[m]) if changed else wave
+            return extract_features([wave], self.adapter)[0]
+        states = self.states(self.manifests[m].clip(example))
+        if changed:
+            states = states.clone()
+            for start in random.integers(len(states), size=random.poisson(len(states) / 70)):
+                states[start : start + random.integers(1, 11)] = 0
+        return states
 
     def sequence(self, example: dict, frames: Tensor) -> tuple[list[int], int, Tensor]:
         """An example and its frames as collate takes them."""
@@ -1163,8 +1274,9 @@ class Examples(torch.utils.data.Dataset):
         sequences, examples, bad = [], [], []
         for m, i, turn in batch:
             example = self.example(m, i, turn)
+            random = np.random.default_rng([self.seed, m, i, turn, 1])
             try:
-                sequences.append(self.sequence(example, self.frames(m, example)))
+                sequences.append(self.sequence(example, self.frames(m, example, random)))
                 examples.append(example)
             except AudioError as error:
                 bad.append((example["where"], str(error)))

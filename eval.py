@@ -74,12 +74,15 @@ def normalise(text: str, language: str) -> str:
 
 def item_scores(task: str, language: str, reference: str, hypothesis: str) -> dict:
     """What one answer adds to the scores of a corpus, and its "error", 0 for a right one."""
+    about_words = {"speechless": int(not reference), "answered": int(bool(hypothesis))}
     if task == "st":
-        chrf = sacrebleu.sentence_chrf(hypothesis, [reference]).score
-        return {"error": 1 - chrf / 100, "chrf": round(chrf, 1)}
+        empty = not reference and not hypothesis
+        chrf = 100.0 if empty else sacrebleu.sentence_chrf(hypothesis, [reference]).score
+        return {"error": 1 - chrf / 100, "chrf": round(chrf, 1)} | about_words
     language = data.language_code(language) or language
     r, h = normalise(reference, language), normalise(hypothesis, language)
-    return transcript_scores(language, r, h) if task == "asr" else question_scores(language, r, h)
+    of_task = transcript_scores if task == "asr" else question_scores
+    return of_task(language, r, h) | about_words
 
 
 def transcript_scores(language: str, reference: str, hypothesis: str) -> dict:
@@ -132,6 +135,7 @@ RATIOS = {
         ("refusal recall", ["refused", "unanswerable"], "unanswerable"),
         ("false refusals", ["refused", "answerable"], "answerable"),
     ],
+    "every task": [("invented", ["answered", "speechless"], "speechless")],
 }
 
 
@@ -153,7 +157,7 @@ def corpus_scores(items: list[dict], draws: int = 1000) -> tuple[dict, dict]:
     task, language = items[0]["task"], items[0]["target_language"]
     picks = np.random.default_rng(0).integers(len(items), size=(draws, len(items)))
     scores, signatures = {}, {}
-    for name, above, below in RATIOS[task]:
+    for name, above, below in RATIOS[task] + RATIOS["every task"]:
         factors = [[item["scores"][name] for name in above] for item in items]
         numerators = np.array(factors, float).prod(1)
         denominators = np.array([item["scores"][below] for item in items], float)
@@ -163,7 +167,7 @@ def corpus_scores(items: list[dict], draws: int = 1000) -> tuple[dict, dict]:
             usable = sums > 0
             drawn = numerators[picks].sum(1)[usable] / sums[usable]
             scores[name] = value, *interval(drawn)
-    if task == "st":
+    if task == "st" and any(item["reference"] for item in items):
         for metric in (bleu(language), sacrebleu.CHRF()):
             hypotheses = [item["hypothesis"] for item in items]
             references = [[item["reference"] for item in items]]
@@ -397,16 +401,23 @@ def evaluate(args: argparse.Namespace) -> None:
     manifest = data.Manifest(args.manifest)
     examples = {}
     for i, example in enumerate(manifest, 1):
-        if example["task"] in args.tasks:
+        if args.degrade in ("silence", "noise"):
+            example["text"] = data.speechless_answer(example)
+        if example["task"] in args.tasks and example["text"] is not None:
             examples[str(i)] = example | {"id": str(i), "seconds": manifest.seconds(example)}
 
     def load_wave(item: dict) -> Tensor:
         example = examples[item["id"]]
         path = manifest.path.parent / example["audio"]
-        return data.load_audio(path, example["start"], example["duration"])
+        wave = data.load_audio(path, example["start"], example["duration"])
+        if args.degrade:
+            seed = list(repr(recording_key(example)).encode())  # one for all rows about it
+            wave = data.DEGRADATIONS[args.degrade](wave, np.random.default_rng(seed), manifest)
+        return wave
 
-    settings = run_settings(ckpt, args.manifest, args)
-    path = Path(args.out) / f"{manifest.path.stem}-{ckpt.stem}.jsonl"
+    settings = run_settings(ckpt, args.manifest, args) | {"degrade": args.degrade}
+    name = "-".join(filter(None, [manifest.path.stem, ckpt.stem, args.degrade]))
+    path = Path(args.out) / f"{name}.jsonl"
     journal = Journal(path, settings)
     inputs = model, tokenizer, checkpoint, list(examples.values()), load_wave, journal
     answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=fast_step())
@@ -454,6 +465,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", default="out/eval", help="directory of answers, summary and report (%(default)s)")
     add("--tasks", nargs="+", choices=data.TASKS, default=data.TASKS, help="rows to be answered")
     add("--beams", type=int, default=1, help="beam search with so many beams; 1 is greedy")
+    add("--degrade", choices=data.DEGRADATIONS, help="do this to every recording first")
     add("--int8", action="store_true", help="8-bit LLM weights: less memory, faster alone")
     add("--encoder", help="directory or Hub id of the encoder, if it is not where it was")
     add("--llm", help="directory or Hub id of the LLM, if it is not where it was")

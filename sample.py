@@ -714,7 +714,10 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             line = {"audio": path, "instruction": instruction, "task": task, "text": answer.text}
             line["seconds"] = len(wave) / data.SAMPLE_RATE
-            print(visible(json.dumps(line, ensure_ascii=False)) if args.json else "")
+            if answer.text or task == "sqa" or args.json or len(waves) > 1:
+                print(visible(json.dumps(line, ensure_ascii=False)) if args.json else "")
+            if not answer.text and task != "sqa":
+                warn(f"{visible(path)}: no speech")
     if not recordings:
         sys.exit("sample.py: no instruction; give it behind the recordings, or type it")
     if failed:

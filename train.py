@@ -116,6 +116,8 @@ class TrainConfig:
     allow_licence: list[str] = option([], "Accept data of these licences, too (SPDX).")
     temperature: float = option(1.0, "A task and language is drawn by rows ** (1 / this).", low=1)
     max_seconds: float = option(30.0, "Longer recordings are left out and counted.", low=1)
+    augment: float = option(0.5, "Share of recordings with noise, echo and the like.", high=1)
+    silence: float = option(0.03, "Share of rows in whose recording nobody speaks.", high=1)
 
     steps: int | None = option(None, "Optimizer steps.", low=1)
     epochs: float | None = option(None, "Passes over the data, in place of --steps.", low=1e-3)
@@ -384,6 +386,7 @@ def encoder_states(
     the same. Returns a function from a clip to its states (F, D), which raises AudioError for one
     that cannot be used; or None if they would not fit on the disk or in cache_gb."""
     clips = {manifest.clip(example) for manifest in manifests for example in manifest}
+    clips.update(data.SPEECHLESS_CLIPS if cfg.silence else ())
     sizes = sorted((data.feature_length(clip[2], encoder.config), 0, clip) for clip in clips)
     frames = sum(size[0] for size in sizes)
     size_gb = frames * encoder.config.hidden_size * encoder.compute_dtype.itemsize / 1e9
@@ -693,8 +696,8 @@ def open_run(cfg: TrainConfig) -> Run:
         states = encoder_states(cfg, model.encoder, manifests, bases["encoder"])
     if states is not None:
         model = SpeechLM(CachedEncoder(), model.adapter, model.llm, model.prompt)
-    adapter = model.adapter.config
-    examples = data.Examples(manifests, tokenizer, prompt, adapter, states, cfg.seed)
+    inputs = manifests, tokenizer, prompt, model.adapter.config, states
+    examples = data.Examples(*inputs, cfg.seed, (cfg.augment, cfg.silence))
     hours = data.merge_hours(checkpoint["data"] if checkpoint else [], mixture.hours)
     size = lru_cache(2 * data.POOL)(examples.size)
     run = Run(cfg, rates, tasks, mixture, model, bases, changed, examples, hours, size, lock)

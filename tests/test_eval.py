@@ -58,6 +58,24 @@ def test_word_and_character_errors_are_those_of_jiwer():
     assert scores["CER"][0] == pytest.approx(jiwer.cer(references, hypotheses))
 
 
+def test_words_where_nobody_speaks_are_invented():
+    for task, language in (("asr", "en"), ("asr", "zh"), ("st", "de")):
+        items = [item(task, language, "", text) for text in ("", "na so was", "x", "")]
+        assert items[0]["scores"]["error"] == 0 and items[1]["scores"]["error"] >= 1
+        scores, signatures = corpus_scores(items)
+        assert list(scores) == ["invented"] and not signatures
+        value, low, high = scores["invented"]
+        assert value == 0.5 and low < 0.5 < high
+    # Beside others, these words are errors as any, and the share is of silence alone.
+    items = [item("asr", "en", *pair) for pair in (("a b c d", "a b c"), ("", "x"), ("", ""))]
+    scores, _ = corpus_scores(items)
+    assert scores["WER"][0] == 2 / 4 and scores["invented"][0] == 1 / 2
+    assert "invented" not in corpus_scores(items[:1])[0]
+    assert "invented" not in corpus_scores([item("sqa", "en", "a", "b")])[0]
+    translations = [item("st", "de", *pair) for pair in (("ja gut", "ja gut"), ("", ""))]
+    assert list(corpus_scores(translations)[0]) == ["invented", "BLEU", "chrF2"]
+
+
 def test_errors_of_other_languages():
     assert item_scores("asr", "de", "Der Hund, ja.", "der hund JA")["error"] == 0
     assert item_scores("asr", "de", "colour", "color")["word_errors"] == 1
@@ -358,6 +376,56 @@ def test_the_command(folder, capsys, tmp_path, monkeypatch):
     assert "BLEU de" in summary["signatures"]
 
 
+def recording_of(example, kind):
+    """An example's recording as --degrade leaves it, by the definition of its seed."""
+    key = example["audio"], example["start"], example["duration"]
+    random = np.random.default_rng(list(repr(key).encode()))
+    manifest = Manifest(Path(example["where"].rpartition(" line ")[0]))
+    return data.DEGRADATIONS[kind](load_audio(example["audio"]), random, manifest)
+
+
+@pytest.mark.parametrize("kind", ["babble", "room", "telephone"])
+def test_degraded_recordings(folder, capsys, tmp_path, kind):
+    argv = [folder / "all.jsonl", "--ckpt", folder / "ift.pt", "--out", tmp_path]
+    run(eval, capsys, *argv, "--degrade", kind)
+    items, loaded = read_items(tmp_path / f"all-ift-{kind}.jsonl"), sample.load_model(argv[2])
+    assert len(items) == 24 and not (tmp_path / "all-ift.jsonl").exists()
+    for i, example in enumerate(Manifest(folder / "all.jsonl"), 1):
+        recordings = sample.encode_waves(loaded[0], [recording_of(example, kind)], 1.0)
+        (answer,) = sample.answer_examples(*loaded[:2], [example], recordings)
+        assert items[str(i)]["hypothesis"] == answer.text
+        assert items[str(i)]["reference"] == example["text"]
+    out, _ = run(eval, capsys, *argv, "--degrade", kind)
+    assert "24 items are there already" in out
+    run(eval, capsys, *argv)  # as they are: a run of its own
+    plain = read_items(tmp_path / "all-ift.jsonl")
+    assert [x["hypothesis"] for x in plain.values()] != [x["hypothesis"] for x in items.values()]
+
+
+@pytest.mark.parametrize("kind", ["silence", "noise"])
+def test_recordings_in_which_nobody_speaks(folder, capsys, tmp_path, kind):
+    rows = [json.loads(line) for line in (folder / "all.jsonl").read_text().splitlines()]
+    unknown = rows[2] | {"source_language": "fr", "target_language": "fr", "instruction": "Où ?"}
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, [*rows, unknown])))
+    argv = [manifest, "--ckpt", folder / "ift.pt", "--out", tmp_path, "--degrade", kind]
+    out, _ = run(eval, capsys, *argv)
+    items = read_items(tmp_path / f"m-ift-{kind}.jsonl")
+    assert sorted(items, key=int) == [str(i) for i in range(1, 25)]  # the last has no answer
+    summary = json.loads((tmp_path / f"m-ift-{kind}.json").read_text(encoding="utf-8"))
+    assert summary["settings"]["degrade"] == kind
+    tables = {line["task"]: line["scores"] for line in summary["scores"] if line["group"] == "all"}
+    for task, language in (("asr", "en"), ("st", "de")):
+        of_task = [x for x in items.values() if x["task"] == task]
+        assert {x["reference"] for x in of_task} == {""} and list(tables[task]) == ["invented"]
+        share = sum(x["hypothesis"] != "" for x in of_task) / 8
+        assert tables[task]["invented"][0] == pytest.approx(share, abs=1e-4)
+        assert f"{task} {language}, all, 8: invented {100 * share:.1f} % (" in out
+    questions = [x for x in items.values() if x["task"] == "sqa"]
+    assert {x["reference"] for x in questions} == {REFUSALS["en"]}
+    assert list(tables["sqa"]) == ["refusal recall"] and len(questions) == 8
+
+
 def test_a_stop_and_going_on(folder, capsys, tmp_path, monkeypatch):
     calls = []
 
@@ -490,6 +558,7 @@ def test_without_extras(folder, capsys, tmp_path, monkeypatch):
     [
         ("", 2, "arguments are required: manifest"),
         ("all.jsonl --tasks tts", 2, "invalid choice: 'tts'"),
+        ("all.jsonl --degrade echo", 2, "invalid choice: 'echo'"),
         ("all.jsonl --ckpt ift.pt --beams 0", 2, "at least 1"),
         ("all.jsonl --beam-size 4", 2, "unrecognized arguments: --beam-size"),
         ("all.jsonl", 1, "no out/align.pt or out/ift.pt; run python train.py --phase align first"),

@@ -113,6 +113,19 @@ def test_low_rank_training_is_resumed(monkeypatch, tiny_project, tmp_path):
     assert log(tmp_path / "a", "ift") == log(tmp_path / "b", "ift")
 
 
+@pytest.mark.parametrize("options", [{"phase": "ift"}, {"cache_gb": 2}])
+def test_a_run_on_changed_recordings_is_resumed(monkeypatch, tiny_project, tmp_path, options):
+    """With features and with cached states, half of them changed, and silence among them."""
+    options = {"augment": 0.5, "silence": 0.2, **options}
+    phase = options.get("phase", "align")
+    train.main(arguments(tiny_project, tmp_path / "a", **options))
+    with monkeypatch.context() as patch:
+        signal_at(patch, torch.optim.AdamW, "step", 3, signal.SIGTERM)
+        assert stopped(arguments(tiny_project, tmp_path / "b", **options)) == 143
+    train.main(arguments(tiny_project, tmp_path / "b", resume=True, **options))
+    assert log(tmp_path / "a", phase) == log(tmp_path / "b", phase)
+
+
 def test_a_signal_before_the_first_step_ends_the_run_there(
     monkeypatch, capfd, tiny_project, tmp_path
 ):

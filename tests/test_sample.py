@@ -581,7 +581,22 @@ def test_remarks(asked, capsys, tmp_path, monkeypatch):
     assert out.strip() not in REFUSALS.values()
     monkeypatch.setattr(sample, "answer_examples", lambda *args, **options: [Answer("", cut=True)])
     remark = "the answer is longer than 512 tokens a window; the rest is missing"
-    assert run(sample, capsys, *argv)[1] == f"sample.py: {remark}\n"
+    remarks = f"sample.py: {remark}\nsample.py: {asked.wav}: no speech\n"
+    assert run(sample, capsys, *argv) == ("", remarks)
+
+
+def test_where_nobody_speaks(asked, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "answer_examples", lambda *args, **options: [Answer("")])
+    paths = [asked.wav, asked.folder / "train1.wav"]
+    remarks = [f"sample.py: {path}: no speech\n" for path in paths]
+    for text in (SAY, "Translate to German", "Hum it"):
+        assert run(sample, capsys, asked.wav, text, *asked.ckpt) == ("", remarks[0])
+    out, err = run(sample, capsys, *paths, SAY, *asked.ckpt)
+    assert out == f"{paths[0]}: \n{paths[1]}: \n" and err == "".join(remarks)
+    out, err = run(sample, capsys, asked.wav, SAY, "--json", *asked.ckpt)
+    assert json.loads(out)["text"] == "" and err == remarks[0]
+    # An empty answer to a question says nothing about the recording.
+    assert run(sample, capsys, asked.wav, ASK, *asked.ckpt) == ("\n", "")
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ def arguments(project, out, **options):
         "batch_frames": 300,
         "workers": 0,
         "cache_gb": 0,
+        "augment": 0,
+        "silence": 0,
     }
     words = []
     for name, value in (values | options).items():
@@ -174,6 +176,8 @@ def test_help_explains_every_option(capsys):
         ("--clip nan", "--clip is nan"),
         ("--min-lr 5", "--min-lr is 5.0, expected 0 to 1"),
         ("--seed -1", "--seed is -1, expected 0 to inf"),
+        ("--augment 2", "--augment is 2.0, expected 0 to 1"),
+        ("--silence -1", "--silence is -1.0, expected 0 to 1"),
         ("--steps 0", "--steps is 0, expected 1 to inf"),
         ("--batch-frames 0", "--batch-frames is 0, expected 1 to inf"),
         ("--batch-frames many", "invalid frames_or_auto value: 'many'"),
@@ -458,6 +462,38 @@ def test_the_encoder_cache_knows_what_it_depends_on(capsys, tiny_project, tmp_pa
     capsys.readouterr()
     assert len(caches(cache_gb=1e-6)) == 3
     assert "they do not fit in --cache-gb" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cache_gb", [0, 2])
+def test_changed_recordings_and_silence_are_trained_on(
+    monkeypatch, tiny_project, tmp_path, cache_gb
+):
+    """With the encoder cache and without; validations are of the recordings as they are."""
+    drawn = []
+
+    def collate(sequences):
+        drawn.extend((size, frames) for _, size, frames in sequences)
+        return collate_all(sequences)
+
+    collate_all = train.data.collate
+    options = {"steps": 8, "cache_gb": cache_gb, "adapter_lr": 1e-12}
+    train.main(arguments(tiny_project, tmp_path / "plain", **options))
+    options |= {"augment": 0.5, "silence": 0.2}
+    monkeypatch.setattr(train.data, "collate", collate)
+    train.main(arguments(tiny_project, tmp_path / "changed", **options))
+    monkeypatch.undo()
+    plain, changed = (log(tmp_path / name) for name in ("plain", "changed"))
+    names = ("dev_loss", "shuffled_loss", "wer")
+    for one, other in zip(plain, changed, strict=True):
+        for name in one.keys() & set(names):
+            assert one[name] == pytest.approx(other[name], rel=1e-4)
+    assert losses(tmp_path / "plain") != losses(tmp_path / "changed")
+    assert 0 < sum(size == 1 for size, _ in drawn) < len(drawn) / 3
+    if cache_gb:  # nothing but a change of them leaves states of zeros
+        assert any(not frames.any(1).all() for size, frames in drawn if size > 1)
+    # Loader processes change nothing.
+    train.main(arguments(tiny_project, tmp_path / "again", **options | {"workers": 2}))
+    assert log(tmp_path / "again") == changed
 
 
 @pytest.mark.parametrize("cache_gb", [0, 2])
@@ -807,6 +843,8 @@ def test_resume_fits_or_is_refused(capsys, aligned, tiny_project, tmp_path):
     for change, message in (
         ({"seed": 1}, "was trained with seed 0, found 1; give the same, or start anew without"),
         ({"clip": 2.0}, "was trained with clip 1.0, found 2.0"),
+        ({"augment": 0.1}, "was trained with augment 0.0, found 0.1"),
+        ({"silence": 0.1}, "was trained with silence 0.0, found 0.1"),
         ({"accumulate": 2}, r"was trained with accumulate \* ranks 1, found 2"),
     ):
         refused(arguments(tiny_project, **run | change), message)
