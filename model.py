@@ -17,6 +17,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import reprlib
@@ -1217,16 +1218,55 @@ class SpeechLM(nn.Module):
         ids: Tensor,
         ids_lengths: list[int],
         targets: Tensor,
+        warm_start: bool = False,
     ) -> tuple[Tensor, int]:
-        """Summed cross-entropy of the answers, and the number of their tokens.
+        """Summed cross-entropy of the answers, or with warm_start their ctc_loss, for which the LLM
+        is not run; and the number of their tokens.
 
         features and lengths as in encode; ids (N',) int64 and ids_lengths, with as many
         placeholders in a sequence as adapter_length says; targets: the places in ids of every
         supervised token (the answer from its first token to its end token), none of them a
         sequence's first. Divide by the count over all batches of a step, not by each batch's."""
-        audio, _ = self.encode(features, lengths)
+        audio, audio_lengths = self.encode(features, lengths)
+        if warm_start:
+            return self.ctc_loss(audio, audio_lengths, ids, ids_lengths, targets), len(targets)
         hidden = self.llm.hidden(self.embed(ids, audio), ids_lengths, wanted=targets - 1)
         return AnswerLoss.apply(hidden, self.llm.head, ids[targets]), len(targets)
+
+    def token_scores(self, audio: Tensor) -> Tensor:
+        """How much audio embeddings (N, D) are like those of every token: products (N, V), float32,
+        which deviate by about 3 where the two spread alike. CTC's blank has log(V) instead: it is
+        as likely as all tokens together where audio is zero."""
+        embeddings = self.llm.model.embed_tokens.weight.detach()
+        scale = 3 / (embeddings[::64].float().var() * embeddings.shape[1] ** 0.5)
+        return F.linear(audio * scale.to(audio.dtype), embeddings.to(audio.dtype)).float()
+
+    def spell(self, audio: Tensor) -> list[int]:
+        """What CTC reads in audio embeddings (N, D): the likeliest tokens, without repeats."""
+        scores, ids = self.token_scores(audio).max(1)
+        blank = scores < math.log(self.llm.config.vocab_size)
+        ids = ids.masked_fill(blank, AUDIO).unique_consecutive()
+        return ids[ids != AUDIO].tolist()
+
+    def ctc_loss(self, audio, lengths, ids, ids_lengths, targets) -> Tensor:
+        """Summed CTC loss (Graves et al., 2006) of the answers, without their end tokens, in audio
+        embeddings (N', D) of these lengths; 0 for an answer of more tokens than embeddings. ids,
+        ids_lengths and targets as in forward."""
+        if not len(targets):
+            return 0 * audio.float().sum()
+        rows = Rows(ids_lengths, ids.device)
+        row = rows.row[targets]
+        inner = rows.offset[targets] + 1 < rows.count[row]
+        counts = row[inner].bincount(minlength=len(ids_lengths))
+        used, labels = ids[targets][inner].unique(return_inverse=True)
+        # Tokens of no answer in the batch count as one, so that CTC's table is small.
+        scores = self.token_scores(audio)
+        blank = scores.new_full((len(scores), 1), math.log(scores.shape[1]))
+        others = scores.index_fill(1, used, -math.inf).logsumexp(1, keepdim=True)
+        table = torch.cat([blank, scores[:, used], others], 1).log_softmax(1).cpu()
+        padded = nn.utils.rnn.pad_sequence(table.split(lengths))  # (n, B, 1 + used + 1)
+        sizes = torch.tensor(lengths), counts.cpu()
+        return F.ctc_loss(padded, labels.cpu() + 1, *sizes, reduction="sum", zero_infinity=True)
 
     @classmethod
     def from_parts(

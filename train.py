@@ -68,7 +68,7 @@ from model import (
     steady_output,
     visible,
 )
-from sample import answer_examples, encode_recordings
+from sample import Answer, answer_examples, encode_recordings
 
 DEMO = Path(__file__).resolve().parent / "demo"
 LINEAR = {  # layers that low-rank updates can be added to, by part
@@ -122,6 +122,7 @@ class TrainConfig:
     steps: int | None = option(None, "Optimizer steps.", low=1)
     epochs: float | None = option(None, "Passes over the data, in place of --steps.", low=1e-3)
     warmup: int | None = option(None, "Steps of rising learning rate.")
+    warm_start: int = option(0, "First steps of phase align in which the LLM has no part, by CTC.")
     adapter_lr: float | None = option(None, "Learning rate of the adapter; 0 freezes a part.")
     encoder_lr: float | None = option(None, "That of the encoder, in a phase that trains it.")
     llm_lr: float | None = option(None, "That of the LLM, in a phase that trains it.")
@@ -228,6 +229,8 @@ def check(cfg: TrainConfig, refuse: Callable) -> None:
             refuse(f"--lora-targets {name}, expected some of {' '.join(chain(*LINEAR.values()))}")
     if cfg.epochs and cfg.steps:
         refuse("--epochs and --steps exclude each other")
+    if cfg.warm_start and cfg.phase != "align":
+        refuse("--warm-start is for --phase align")
     if cfg.batch_frames == "auto" and (cfg.device != "cuda" or cfg.fsdp):
         refuse("--batch-frames auto is for CUDA without --fsdp")
     if cfg.fsdp and "LOCAL_RANK" not in os.environ:
@@ -350,10 +353,14 @@ def parameter_groups(model: SpeechLM, rates: dict[str, float], weight_decay: flo
 
 
 def rate_share(step: int, cfg: TrainConfig) -> float:
-    """Share of the learning rate at a step from 0 on: linear warmup, then a cosine to min_lr."""
+    """Share of the learning rate at a step from 0 on: linear warmup, then a cosine to min_lr. The
+    steps of a warm start and those behind them have one each."""
+    steps = cfg.warm_start
+    if step >= cfg.warm_start:
+        step, steps = step - cfg.warm_start, cfg.steps - cfg.warm_start
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
-    done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    done = (step - cfg.warmup) / max(1, steps - cfg.warmup)
     return cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -504,7 +511,10 @@ def distribute(model: SpeechLM, cfg: TrainConfig) -> nn.Module:
     if not dist.is_initialized():
         return model
     if not cfg.fsdp:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        unused = cfg.warm_start > 0  # by its steps: what is trained of the LLM
+        return DistributedDataParallel(
+            model, gradient_as_bucket_view=True, find_unused_parameters=unused
+        )
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(model.llm.compute_dtype, torch.float32, cast_forward_inputs=False)
@@ -631,6 +641,11 @@ class Run:
     net: nn.Module | None = None  # the model as it is called in training
     optimizer: torch.optim.Optimizer | None = None
     state: RunState = field(default_factory=RunState)
+
+    @property
+    def warm_start(self) -> bool:
+        """Whether the next step is one of the warm start."""
+        return self.state.step < self.cfg.warm_start
 
     def path(self, ending: str) -> Path:
         return Path(self.cfg.out) / f"{self.cfg.phase}{ending}"
@@ -878,8 +893,8 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
 @torch.no_grad()
 def validate(run: Run) -> tuple[dict[str, float], list[tuple[dict, str]]]:
     """Loss on some rows of the dev manifest, the loss when every row hears another row's audio, and
-    the scores of answering the first rows of each task. Returns figures, and (example, answer)
-    pairs. Raises UserError."""
+    the scores of answering the first rows of each task, or in a warm start of what CTC reads there.
+    Returns figures, and (example, answer) pairs. Raises UserError."""
     cfg, model, examples = run.cfg, run.model, run.examples
     rows, frames = dev_examples(run, run.tasks, cfg.eval_rows)
     if len(rows) < 2:
@@ -895,7 +910,11 @@ def validate(run: Run) -> tuple[dict[str, float], list[tuple[dict, str]]]:
         answered += of_task[: cfg.eval_clips]
     recordings = encode_recordings(model, [[frames[i]] for i in answered])
     asked = [rows[i] for i in answered]
-    answers = answer_examples(model, examples.tokenizer, asked, recordings)
+    if run.warm_start:
+        texts = [examples.tokenizer.decode(model.spell(audio)) for (audio,) in recordings]
+        answers = [Answer(text.strip()) for text in texts]
+    else:
+        answers = answer_examples(model, examples.tokenizer, asked, recordings)
     pairs = []
     for example, answer in zip(asked, answers, strict=True):
         if not isinstance(answer, data.AudioError):
@@ -930,7 +949,8 @@ def mean_loss(run: Run, rows: list[dict], frames: list[Tensor]) -> float:
     sizes = [(len(sequence[2]), len(sequence[0]), sequence) for sequence in sequences]
     total, count = 0.0, 0
     for batch in data.cut_batches(sizes, run.cfg.batch_frames, run.cfg.batch_tokens):
-        loss, tokens = run.model(**on_device(data.collate(batch), run.cfg.device))
+        inputs = on_device(data.collate(batch), run.cfg.device)
+        loss, tokens = run.model(**inputs, warm_start=run.warm_start)
         total += loss.item()
         count += tokens
     return total / count
@@ -995,7 +1015,8 @@ def backward(run: Run, batches: list[dict], tokens: int) -> tuple[float, float]:
             run.net.set_requires_gradient_sync(last)
         separate = isinstance(run.net, DistributedDataParallel) and not last
         with run.net.no_sync() if separate else nullcontext():
-            part, _ = run.net(**on_device(batch, run.cfg.device))
+            inputs = on_device(batch, run.cfg.device)
+            part, _ = run.net(**inputs, warm_start=run.warm_start)
             (part * world() / tokens).backward()
         loss += part.item()
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
@@ -1071,6 +1092,7 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
     if cfg.show_batch:
         return import_plan().show_batch(run, run_schedule)
     if cfg.dry_run:
+        state.step = cfg.warm_start  # the steps behind it need more
         return import_plan().dry_run(run, run_schedule, backward, steps_of_a_pass(run))
     if state.validated == cfg.steps:
         return print(f"{run.path('.pt')}: all {state.step} steps are done")

@@ -21,6 +21,7 @@ from test_train import EVERYTHING, arguments, log, read_rows, refused, saved, wr
 
 import train  # noqa: E402
 
+WARM = {"phase": "align", "warm_start": 2, "encoder_lr": False, "lora_rank": 2}
 SHARDED = {"accumulate": 2, "fsdp": True, "checkpointing": True}
 
 
@@ -118,6 +119,7 @@ def work(tiny_project, tmp_path_factory):
     run(make("four", accumulate=4))
     run(make("four-half", accumulate=4, **half))
     run(make("align", phase="align", cache_gb=2, encoder_lr=False, llm_lr=False))
+    run(make("warm", accumulate=4, **WARM))
     jobs = [
         make("ddp", accumulate=2),
         make("ddp-half", accumulate=2, **half),
@@ -128,6 +130,8 @@ def work(tiny_project, tmp_path_factory):
         make("fsdp-fsdp", "fsdp-half", **SHARDED),
         make("four-fsdp", "four-half", accumulate=2, fsdp=True),
         make("align-ddp", phase="align", cache_gb=2, encoder_lr=False, llm_lr=False),
+        make("warm-ddp", accumulate=2, **WARM),
+        make("warm-fsdp", accumulate=2, fsdp=True, **WARM),
     ]
     code, output = run_on_two_ranks(work, jobs)
     assert code == 0, output
@@ -175,6 +179,18 @@ def test_ranks_share_the_work_of_the_encoder_cache(work):
     for clip, value in expected.items():
         assert value == states[clip] if isinstance(value, str) else torch.equal(value, states[clip])
     assert len(figures(work / "align-ddp", "align")) == 4
+
+
+@pytest.mark.parametrize("name", ["warm-ddp", "warm-fsdp"])
+def test_ranks_warm_start_what_one_process_does(work, name):
+    """The LLM's low-rank updates have no gradients at first."""
+    outs = work / name, work / "warm"
+    ours, expected = (figures(out, "align") for out in outs)
+    assert len(ours) == 4 and np.allclose(ours, expected, rtol=1e-5, atol=0)
+    weights, expected = (saved(out, "align.pt")["model"] for out in outs)
+    updates = [part for part in expected if part.endswith("lora_b")]
+    assert updates and list(weights) == list(expected)
+    assert all(torch.allclose(weights[part], expected[part], atol=1e-4) for part in updates)
 
 
 def test_another_number_of_batches_a_step_is_refused(work, tiny_project):

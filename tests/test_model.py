@@ -564,6 +564,48 @@ def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, dtype, froze
     assert ((211, 48) in made.shapes) == (not exact)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen2 untied"])
+def test_ctc_of_a_warm_start_by_hand(family):
+    """Over all tokens, sequence by sequence, with the embeddings as output layer. An answer may be
+    its end token alone. The last one, of eight tokens in two embeddings, does not count."""
+    speech_lm = tiny_speech_lm(family)
+    batch = speech_batch(speech_lm)
+    loss, count = speech_lm(*batch, warm_start=True)
+    loss.backward()
+    ours = gradients(speech_lm)
+    assert count == len(batch[-1]) and not any(name.startswith("llm") for name in ours)
+    speech_lm.zero_grad()
+
+    embeddings = speech_lm.llm.model.embed_tokens.weight.detach()
+    blank, expected = len(embeddings), []
+    for features, lengths, ids, _, targets in single_batches(batch):
+        audio, _ = speech_lm.encode(features, lengths)
+        deviation = embeddings[::64].var() * embeddings.shape[1] ** 0.5
+        scores = 3 / deviation * audio @ embeddings.T
+        scores = torch.cat([scores, torch.full((len(audio), 1), math.log(blank))], 1)
+        answer, table = ids[targets][:-1], scores.log_softmax(1)[:, None]
+        sizes = torch.tensor([len(audio)]), torch.tensor([len(answer)])
+        expected.append(F.ctc_loss(table, answer[None], *sizes, blank, "sum", True))
+        read = scores.argmax(1).unique_consecutive().tolist()
+        assert speech_lm.spell(audio) == [token for token in read if token != blank]
+    assert [loss.item() > 0 for loss in expected] == [True, True, True, False]
+    assert torch.allclose(loss, sum(expected))
+    sum(expected).backward()
+    theirs = gradients(speech_lm)
+    assert ours.keys() == theirs.keys()
+    vectors = [torch.cat([g.flatten() for g in each.values()]) for each in (ours, theirs)]
+    assert relative_error(*vectors) < 1e-4
+
+
+def test_ctc_of_a_batch_without_answers_is_zero():
+    speech_lm = tiny_speech_lm()
+    *inputs, targets = speech_batch(speech_lm)
+    loss, count = speech_lm(*inputs, targets[:0], warm_start=True)
+    loss.backward()
+    assert loss == count == 0
+    assert all((g == 0).all() for g in gradients(speech_lm).values())
+
+
 # How often the peer's encoder and adapter apply each dropout in a forward pass.
 DROPOUTS = [
     ("hidden_dropout", 1 + 3 * 2, 2),

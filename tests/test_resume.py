@@ -126,6 +126,20 @@ def test_a_run_on_changed_recordings_is_resumed(monkeypatch, tiny_project, tmp_p
     assert log(tmp_path / "a", phase) == log(tmp_path / "b", phase)
 
 
+def test_a_warm_start_is_resumed(monkeypatch, tiny_project, tmp_path):
+    """Amid it, where it ends, and behind it."""
+    warm = {"warm_start": 3, "steps": 6, "eval_every": 2, "lora_rank": 2}
+    train.main(arguments(tiny_project, tmp_path / "whole", **warm))
+    for step in (1, 3, 5):
+        out = tmp_path / str(step)
+        with monkeypatch.context() as patch:
+            signal_at(patch, torch.optim.AdamW, "step", step, signal.SIGTERM)
+            assert stopped(arguments(tiny_project, out, **warm)) == 143
+        assert saved(out, "align.resume.pt")["step"] == step
+        train.main(arguments(tiny_project, out, resume=True, **warm))
+        assert_same_run(out, tmp_path / "whole")
+
+
 def test_a_signal_before_the_first_step_ends_the_run_there(
     monkeypatch, capfd, tiny_project, tmp_path
 ):
