@@ -40,7 +40,6 @@ from tqdm import tqdm
 from data import SAMPLE_RATE, fbank, instruction_of, load_audio, read_lines
 from demo import grammar
 from demo.grammar import LANGUAGES, REFUSALS
-from extras.report import encode_opus
 from model import (
     LLM,
     EncoderConfig,
@@ -169,7 +168,12 @@ def speech_file(job: tuple[str, int]) -> tuple[bytes, list]:
         clips.append((sentence, voice, start / SAMPLE_RATE, len(wave) / SAMPLE_RATE))
         waves.append(wave.numpy())
         start += len(wave)
-    return encode_opus(np.concatenate(waves), compression_level=COMPRESSION), clips
+    buffer = io.BytesIO()
+    options = {"format": "OGG", "compression_level": COMPRESSION}
+    with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, "OPUS", **options) as file:
+        for wave in waves:  # libsndfile crashes on minutes in one call
+            file.write(wave)
+    return buffer.getvalue(), clips
 
 
 def speech_files(split, count):

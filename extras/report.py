@@ -65,10 +65,10 @@ def fill_template(data: dict) -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
 
 
-def encode_opus(wave: np.ndarray | Tensor, **options) -> bytes:
-    """The bytes of an ogg file of a 16 kHz wave (N,); options are soundfile.SoundFile's."""
+def encode_opus(wave: np.ndarray | Tensor) -> bytes:
+    """The bytes of an ogg file of a 16 kHz wave (N,)."""
     buffer = io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, "OPUS", format="OGG", **options) as file:
+    with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, "OPUS", format="OGG") as file:
         for i in range(0, len(wave), SAMPLE_RATE):  # libsndfile crashes on minutes in one call
             file.write(wave[i : i + SAMPLE_RATE])
     return buffer.getvalue()
