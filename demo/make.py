@@ -46,7 +46,6 @@ from model import (
     LLMConfig,
     SpeechEncoder,
     default_kernels,
-    encoder_dict,
     save_weights,
 )
 from sample import generate
@@ -445,7 +444,7 @@ def pretrain_encoder():
             bar.write(f"step {i + 1}: loss {loss.item():.3f}, dev WER {wer:.2f} %")
             weights = encoder.state_dict()
             weights |= {f"lm_head.{name}": p for name, p in head.state_dict().items()}
-            save_bfloat16(DEMO / "encoder", encoder_dict(ENCODER), weights)
+            save_bfloat16(DEMO / "encoder", ENCODER.to_dict(), weights)
 
 
 def load_encoder():
