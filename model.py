@@ -111,18 +111,15 @@ def one_line_errors(
 
 # --- Configurations: field names and defaults are those of the checkpoints' config.json
 
-COPY_CONFIG = "copy the checkpoint's own config.json again"
+COPY_CONFIG = "copy the checkpoint's own config.json again, or choose another checkpoint"
 
 
-def expect(raw: dict, where: object, **allowed: list) -> None:
-    """Raises UserError unless each field of raw is absent, null or has an allowed value."""
+def expect(raw: dict, **allowed: list) -> None:
+    """Raises ValueError unless each field of raw is absent, null or has an allowed value."""
     for name, values in allowed.items():
-        value = raw.get(name)
-        if value is not None and value not in values:
-            raise UserError(
-                f"{where}: {name} is {reprlib.repr(value)}, expected "
-                f"{' or '.join(map(repr, values)) or 'none'}; choose another checkpoint"
-            )
+        if raw.get(name) is not None and raw[name] not in values:
+            expected = " or ".join(map(repr, values)) or "none"
+            raise ValueError(f"{name} is {reprlib.repr(raw[name])}, expected {expected}")
 
 
 def is_number(value: object) -> bool:
@@ -183,13 +180,12 @@ class EncoderConfig:
         check_divides(self, "hidden_size", "num_attention_heads")
 
     @classmethod
-    def from_dict(cls, raw: dict, where: object = "config.json") -> "EncoderConfig":
-        """The configuration in a parsed config.json. Raises UserError."""
-        expect({"model_type": "", **raw}, where, model_type=["wav2vec2-bert"])
-        expect(raw, where, position_embeddings_type=["relative_key"])
-        expect(raw, where, feature_projection_input_dim=[160], hidden_act=list(ACTIVATIONS))
-        with one_line_errors(where, COPY_CONFIG):
-            return cls(**known_fields(cls, raw))
+    def from_dict(cls, raw: dict) -> "EncoderConfig":
+        """The configuration in a parsed config.json. Raises some error for one that is none."""
+        raw = {"model_type": "", **raw}
+        expect(raw, model_type=["wav2vec2-bert"], position_embeddings_type=["relative_key"])
+        expect(raw, feature_projection_input_dim=[160], hidden_act=list(ACTIVATIONS))
+        return cls(**known_fields(cls, raw))
 
     def to_dict(self) -> dict:
         return asdict(self) | {"position_embeddings_type": "relative_key"}
@@ -217,14 +213,13 @@ class WhisperConfig(EncoderConfig):
     max_source_positions: int = 1500
 
     @classmethod
-    def from_dict(cls, raw: dict, where: object = "config.json") -> "WhisperConfig":
-        expect({"num_mel_bins": 0, **raw}, where, num_mel_bins=[80, 128])
-        expect(raw, where, encoder_layerdrop=[0], apply_spec_augment=[False])
-        expect(raw, where, activation_function=list(ACTIVATIONS))
-        with one_line_errors(where, COPY_CONFIG):
-            ours = {name: raw[theirs] for theirs, name in WHISPER_NAMES.items() if theirs in raw}
-            ours["feature_projection_input_dim"] = 2 * raw["num_mel_bins"]
-            return cls(**known_fields(cls, ours))
+    def from_dict(cls, raw: dict) -> "WhisperConfig":
+        raw = {"num_mel_bins": 0, **raw}
+        expect(raw, num_mel_bins=[80, 128], encoder_layerdrop=[0], apply_spec_augment=[False])
+        expect(raw, activation_function=list(ACTIVATIONS))
+        ours = {name: raw.get(theirs) for theirs, name in WHISPER_NAMES.items()}
+        ours["feature_projection_input_dim"] = 2 * raw["num_mel_bins"]
+        return cls(**known_fields(cls, ours))
 
     def to_dict(self) -> dict:
         theirs = {name: getattr(self, ours) for name, ours in WHISPER_NAMES.items()}
@@ -248,8 +243,8 @@ class AdapterConfig(EncoderConfig):
         """That of an adapter between models of two configurations, which give its widths whatever
         `adapter`, its other fields, says."""
         raw = adapter | asdict(encoder) | {"output_size": llm.hidden_size}
-        expect(raw, "the adapter", adapter_act=list(ACTIVATIONS))
         with one_line_errors("the adapter", COPY_CONFIG):
+            expect(raw, adapter_act=list(ACTIVATIONS))
             return cls(**known_fields(cls, raw))
 
 
@@ -282,31 +277,33 @@ class LLMConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, raw: dict, where: object = "config.json", generation: dict | None = None):
-        """raw: the parsed config.json; generation: the parsed generation_config.json, whose end
-        tokens win. Raises UserError."""
-        expect({"model_type": "", **raw}, where, model_type=["qwen2", "qwen3", "llama"])
-        expect(raw, where, hidden_act=["silu"], mlp_bias=[False], partial_rotary_factor=[1.0])
-        expect(raw, where, num_experts=[0], num_local_experts=[0], quantization_config=[])
-        expect(raw, where, use_sliding_window=[False])
-        end_ids = (generation or {}).get("eos_token_id", raw.get("eos_token_id"))
-        with one_line_errors(where, COPY_CONFIG):
-            for kind in raw.get("layer_types") or []:
-                expect({"layer_types": kind}, where, layer_types=["full_attention"])
-            config = cls(**known_fields(cls, raw | rope_fields(raw, where)))
-            config.eos_token_id = check_end_ids(end_ids, config.vocab_size)
-            return config
+    def from_dict(cls, raw: dict) -> "LLMConfig":
+        """The configuration in a parsed config.json. Raises some error for one that is none."""
+        raw = {"model_type": "", **raw}
+        expect(raw, model_type=["qwen2", "qwen3", "llama"], hidden_act=["silu"], mlp_bias=[False])
+        expect(raw, partial_rotary_factor=[1.0], use_sliding_window=[False], quantization_config=[])
+        expect(raw, num_experts=[0], num_local_experts=[0])
+        for kind in raw.get("layer_types") or []:
+            expect({"layer_types": kind}, layer_types=["full_attention"])
+        end_ids = raw.get("eos_token_id")
+        raw["eos_token_id"] = end_ids if isinstance(end_ids, list) else [end_ids]
+        config = cls(**known_fields(cls, raw | rope_fields(raw)))
+        valid = [type(x) is int and 0 <= x < config.vocab_size for x in config.eos_token_id]
+        if not valid or not all(valid):
+            expected = f"integers below {config.vocab_size}, the vocab_size"
+            raise ValueError(f"eos_token_id is {reprlib.repr(end_ids)}, expected {expected}")
+        return config
 
 
 LLAMA3_FIELDS = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 
 
-def rope_fields(raw: dict, where: object) -> dict:
+def rope_fields(raw: dict) -> dict:
     """rope_theta and, if it is Llama 3's, rope_scaling, from whichever of their places has them."""
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    expect({"rope_type": kind}, where, rope_type=["default", "llama3"])
-    expect(scaling, where, partial_rotary_factor=[1.0])
+    expect({"rope_type": kind}, rope_type=["default", "llama3"])
+    expect(scaling, partial_rotary_factor=[1.0])
     numbers = {"rope_theta": scaling.get("rope_theta", raw.get("rope_theta", 10000.0))}
     if kind == "llama3":
         numbers |= {name: scaling.get(name) for name in LLAMA3_FIELDS}
@@ -315,15 +312,6 @@ def rope_fields(raw: dict, where: object) -> dict:
             raise ValueError(f"{name} is {reprlib.repr(value)}, expected a positive number")
     llama3 = {**scaling, "rope_type": kind} if kind == "llama3" else None
     return {"rope_theta": numbers["rope_theta"], "rope_scaling": llama3}
-
-
-def check_end_ids(end_ids: object, vocab_size: int) -> list[int]:
-    """The end tokens as a list. Raises ValueError if there is none or one beyond the vocabulary."""
-    ids = end_ids if isinstance(end_ids, list) else [end_ids]
-    if not ids or any(type(token) is not int or not 0 <= token < vocab_size for token in ids):
-        expected = f"integers below {vocab_size}, the vocab_size"
-        raise ValueError(f"eos_token_id is {reprlib.repr(end_ids)}, expected {expected}")
-    return ids
 
 
 # --- Layers that state their precision: weights in any dtype, products in the input's
@@ -418,8 +406,13 @@ class Pretrained(nn.Module):
 
     @classmethod
     def read_config(cls, directory: Path):
-        where = directory / "config.json"
-        return cls.config_class.from_dict(read_json(where), where)
+        """The configuration of a checkpoint. Raises UserError."""
+        where, generation = directory / "config.json", directory / "generation_config.json"
+        raw = read_json(where)
+        if generation.exists():  # its end tokens win
+            raw |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id"}
+        with one_line_errors(where, COPY_CONFIG):
+            return cls.config_class.from_dict(raw)
 
     @classmethod
     def from_pretrained(
@@ -894,9 +887,10 @@ ENCODERS = {"wav2vec2-bert": SpeechEncoder, "whisper": WhisperEncoder}
 def encoder_class(path_or_hub_id: str | Path) -> type[Pretrained]:
     """The class of an encoder's checkpoint. Raises UserError."""
     where = fetch(path_or_hub_id) / "config.json"
-    raw = {"model_type": "", **read_json(where)}
-    expect(raw, where, model_type=list(ENCODERS))
-    return ENCODERS[raw["model_type"]]
+    with one_line_errors(where, COPY_CONFIG):
+        raw = {"model_type": "", **read_json(where)}
+        expect(raw, model_type=list(ENCODERS))
+        return ENCODERS[raw["model_type"]]
 
 
 # --- Length adapter: the reference system's (arXiv 2506.17019), 20 ms frames of the encoder's width
@@ -1063,6 +1057,8 @@ class DecoderLayer(nn.Module):
 
 
 class LLM(Pretrained):
+    config_class = LLMConfig
+
     def __init__(self, config: LLMConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
@@ -1113,19 +1109,10 @@ class LLM(Pretrained):
         return F.linear(hidden, self.head.to(hidden.dtype)).float()
 
     @staticmethod
-    def read_config(directory: Path) -> LLMConfig:
-        where, generation = directory / "config.json", directory / "generation_config.json"
-        end_tokens = read_json(generation) if generation.exists() else None
-        config = LLMConfig.from_dict(read_json(where), where, end_tokens)
-        if config.tie_word_embeddings:
-            check_tied(directory)
-        return config
-
-    @staticmethod
     def module_key(config: LLMConfig, key: str) -> str | None:
-        # Without tables of RoPE, and the copy of a tied head.
-        tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
-        return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
+        if config.tie_word_embeddings and key.endswith("lm_head.weight"):
+            return "model.embed_tokens.weight"  # of which it is a copy
+        return None if key.endswith("rotary_emb.inv_freq") else key
 
 
 # --- SpeechLM: the join, and its loss
@@ -1399,20 +1386,6 @@ def fingerprint(path_or_hub_id: str | Path) -> dict[str, str]:
     return {"path": str(place), "sha256": digest.hexdigest()}
 
 
-def check_tied(directory: Path) -> None:
-    """Raises UserError if the output layer is to be the embedding, but the file has another one."""
-    pair = {}
-    for path in weight_files(directory):
-        with one_line_errors(path, DOWNLOAD_AGAIN), safe_open(path, framework="pt") as file:
-            for key in {"lm_head.weight", "model.embed_tokens.weight"}.intersection(file.keys()):
-                pair[key] = file.get_tensor(key)
-    if len(pair) == 2 and not torch.equal(*pair.values()):
-        raise UserError(
-            f"{directory}: tie_word_embeddings is true in config.json, but lm_head.weight differs "
-            "from the embedding; set it to false to use both"
-        )
-
-
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer.json of an LLM's directory. Raises UserError."""
     path = Path(directory) / "tokenizer.json"
@@ -1449,10 +1422,13 @@ def read_state(directory: Path, rename: Callable, dtype: torch.dtype, device: st
         with one_line_errors(path, DOWNLOAD_AGAIN), safe_open(path, framework="pt") as file:
             for key in file.keys():
                 name = rename(key)
-                if name in state:
-                    raise ValueError(f"{key} is there twice")
-                if name is not None:
-                    state[name] = read_tensor(path, key, dtype, device)
+                if name is None:
+                    continue
+                tensor = read_tensor(path, key, dtype, device)
+                if name in state and not torch.equal(state[name], tensor):
+                    expected = "one, or tie_word_embeddings false in config.json"
+                    raise ValueError(f"there are two different {name}, expected {expected}")
+                state[name] = tensor
     return state
 
 
