@@ -25,7 +25,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -96,9 +96,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def one_line_errors(
-    where: object, remedy: str, error_type: type[UserError] = UserError
-) -> Iterator[None]:
+def one_line_errors(where: object, remedy: str, kind: type = UserError) -> Iterator[None]:
     """The boundary of a loader: whatever a library raises inside becomes one line about `where`."""
     try:
         yield
@@ -106,7 +104,7 @@ def one_line_errors(
         raise
     except BaseException as error:  # tokenizers panics with something that is no Exception
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise error_type(f"{where}: {reason}; {remedy}") from error
+        raise kind(f"{where}: {reason}; {remedy}") from error
 
 
 # --- Configurations: field names and defaults are those of the checkpoints' config.json
@@ -389,12 +387,7 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(y, self.normalized_shape, weight, bias, self.eps).type_as(x)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
@@ -490,19 +483,15 @@ def attend(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tenso
     biases = [None] * len(rows.lengths) if bias is None else bias.split(rows.lengths)
     parts = zip(*(x.split(rows.lengths) for x in (q, k, v)), biases, strict=True)
     outputs = []
-    for q_n, k_n, v_n, bias_n in parts:
-        heads = [x.transpose(0, 1)[None] for x in (q_n, k_n, v_n)]  # (1, H, n, d)
+    for *qkv, bias_n in parts:
+        qkv = [x.transpose(0, 1)[None] for x in qkv]  # (1, H, n, d)
         mask = None if bias_n is None else spread_bias(bias_n.transpose(0, 1), left)[None]
-        y = F.scaled_dot_product_attention(
-            *heads, mask, dropout_p=dropout, is_causal=causal, enable_gqa=shared
-        )
+        y = F.scaled_dot_product_attention(*qkv, mask, dropout, causal, enable_gqa=shared)
         outputs.append(y[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
-def attend_padded(
-    q: Tensor, k: Tensor, v: Tensor, rows: Rows, bias: Tensor, left: int, dropout=0.0
-):
+def attend_padded(q, k, v, rows, bias, left, dropout=0.0) -> Tensor:
     """The same with a bias, all sequences at once. Within this function alone they are filled up to
     the longest, and no query sees a key that only fills up."""
     B, n = len(rows.lengths), max(rows.lengths)
@@ -513,7 +502,7 @@ def attend_padded(
 
     beyond = torch.arange(n, device=q.device) >= rows.count[:, None]  # (B, n)
     mask = spread_bias(pad(bias), left).masked_fill(beyond[:, None, None], float("-inf"))
-    y = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), mask, dropout_p=dropout)
+    y = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), mask, dropout)
     return y.transpose(1, 2)[rows.row, rows.offset]
 
 
@@ -577,7 +566,7 @@ def pick_device() -> str:
 
 def default_kernels(device: str) -> Kernels:
     """The fastest operators for a device. Those for the CPU are optional and in extras/."""
-    try:
+    with suppress(ImportError):
         if str(device).startswith("cuda"):
             import torch.nn.attention.varlen  # noqa: F401  (since PyTorch 2.10)
 
@@ -586,8 +575,6 @@ def default_kernels(device: str) -> Kernels:
             from extras import cpu
 
             return Kernels(attend=cpu.attend, depthwise=cpu.depthwise)
-    except ImportError:
-        pass
     return PLAIN
 
 
@@ -645,8 +632,7 @@ class SelfAttention(nn.Module):
         self.linear_k = Linear(D, D)
         self.linear_v = Linear(D, D)
         self.linear_out = Linear(D, D)
-        self.config = config
-        self.kernels = kernels
+        self.config, self.kernels = config, kernels
         self.distance_embedding = None
         if relative_key:
             places = config.left_max_position_embeddings + 1 + config.right_max_position_embeddings
@@ -715,9 +701,7 @@ ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector
 class SpeechEncoder(Pretrained):
     config_class = EncoderConfig
 
-    def __init__(
-        self, config: EncoderConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN
-    ):
+    def __init__(self, config: EncoderConfig, compute_dtype=torch.float32, kernels=PLAIN):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
         self.feature_projection = FeatureProjection(config)
@@ -839,9 +823,7 @@ class WhisperLayer(nn.Module):
 class WhisperEncoder(Pretrained):
     config_class = WhisperConfig
 
-    def __init__(
-        self, config: WhisperConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN
-    ):
+    def __init__(self, config: WhisperConfig, compute_dtype=torch.float32, kernels=PLAIN):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
         D = config.hidden_size
@@ -925,9 +907,7 @@ class AdapterLayer(nn.Module):
 
 
 class LengthAdapter(nn.Module):
-    def __init__(
-        self, config: AdapterConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN
-    ):
+    def __init__(self, config: AdapterConfig, compute_dtype=torch.float32, kernels=PLAIN):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
         layers = [AdapterLayer(config, kernels) for _ in range(config.num_adapter_layers)]
@@ -1006,8 +986,7 @@ class Attention(nn.Module):
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(d, config.rms_norm_eps)
             self.k_norm = RMSNorm(d, config.rms_norm_eps)
-        self.config = config
-        self.kernels = kernels
+        self.config, self.kernels = config, kernels
 
     def forward(self, x, rows, cos, sin, update=None, mask=None):
         """Causal attention, x (N, D) -> (N, D). update(k, v, rows) puts new keys and values into a
@@ -1059,7 +1038,7 @@ class DecoderLayer(nn.Module):
 class LLM(Pretrained):
     config_class = LLMConfig
 
-    def __init__(self, config: LLMConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN):
+    def __init__(self, config: LLMConfig, compute_dtype=torch.float32, kernels=PLAIN):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
         embedding = Embedding(config.vocab_size, config.hidden_size)
@@ -1090,8 +1069,7 @@ class LLM(Pretrained):
         if start is not None:
             last = start[:, None] + torch.arange(max(lengths), device=x.device)  # (B, n)
             mask = torch.arange(cache.size, device=x.device) <= last[..., None]  # (B, n, S)
-        cos, sin = rope(rows.position, self.config)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        cos, sin = (angle.to(x.dtype) for angle in rope(rows.position, self.config))
         for i, layer in enumerate(self.model.layers):
             chosen = wanted if i == self.config.num_hidden_layers - 1 else None
             update = None if cache is None else partial(cache.update, i)
@@ -1191,10 +1169,8 @@ class SpeechLM(nn.Module):
             return x
         placeholder = ids == AUDIO
         if not torch.is_grad_enabled() and placeholder.sum() != len(audio):
-            raise ValueError(
-                f"ids hold {int(placeholder.sum())} audio placeholders for {len(audio)} audio "
-                "frames; adapter_length(frames) says how many a recording needs"
-            )
+            found = f"{int(placeholder.sum())} audio placeholders for {len(audio)} audio frames"
+            raise ValueError(f"ids hold {found}; adapter_length says how many a recording needs")
         frame = (placeholder.cumsum(0) - 1).clamp(0, len(audio) - 1)  # (N,)
         return torch.where(placeholder[:, None], audio.to(x.dtype)[frame], x)
 
@@ -1242,10 +1218,9 @@ class SpeechLM(nn.Module):
         if not len(targets):
             return 0 * audio.float().sum()
         rows = Rows(ids_lengths, ids.device)
-        row = rows.row[targets]
-        inner = rows.offset[targets] + 1 < rows.count[row]
-        counts = row[inner].bincount(minlength=len(ids_lengths))
-        used, labels = ids[targets][inner].unique(return_inverse=True)
+        spelled = targets[~torch.isin(targets, rows.begin + rows.count - 1)]
+        counts = rows.row[spelled].bincount(minlength=len(ids_lengths))
+        used, labels = ids[spelled].unique(return_inverse=True)
         # Tokens of no answer in the batch count as one, so that CTC's table is small.
         scores = self.token_scores(audio)
         blank = scores.new_full((len(scores), 1), math.log(scores.shape[1]))
@@ -1398,9 +1373,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     config = path.with_name("config.json")
     size = read_json(config).get("vocab_size") if config.exists() else None
     if largest < 0 or (is_number(size) and largest >= size):
-        raise UserError(
-            f"{path}: has tokens up to {largest}, config.json {size}; copy both from the same LLM"
-        )
+        found = f"has tokens up to {largest}, config.json {size}"
+        raise UserError(f"{path}: {found}; copy both from the same LLM")
     return tokenizer
 
 
@@ -1459,11 +1433,10 @@ def save_weights(directory, config: dict, state: dict[str, Tensor], end_ids=None
     if end_ids is not None:
         objects["generation_config.json"] = {"eos_token_id": end_ids}
     weights = directory / "model.safetensors.tmp"
-    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(contiguous, weights, metadata={"format": "pt"})
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(state, weights, metadata={"format": "pt"})
     for name, values in objects.items():
-        text = json.dumps(values, indent=2) + "\n"
-        (directory / f"{name}.tmp").write_text(text, encoding="utf-8")
+        (directory / f"{name}.tmp").write_text(json.dumps(values, indent=2) + "\n")
     shutil.copymode(directory / "config.json.tmp", weights)  # safetensors lets nobody else read it
     for name in ("model.safetensors", *objects):
         os.replace(directory / f"{name}.tmp", directory / name)
@@ -1496,9 +1469,9 @@ def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) ->
         for name, base in bases.items():
             trained = checkpoint["bases"][name]
             if trained["sha256"] != base["sha256"]:
+                found = f"{trained['path']}, found another model at {base['path']}"
                 raise UserError(
-                    f"{path}: was trained on the {name} {trained['path']}, found another model at "
-                    f"{base['path']}; give the same --{name}"
+                    f"{path}: was trained on the {name} {found}; give the same --{name}"
                 )
         state = checkpoint["model"]
         complete = changed_parts(state)
@@ -1507,8 +1480,8 @@ def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) ->
             state = merged_state(model, state, checkpoint["config"]["lora_alpha"])
         missing, unexpected = model.load_state_dict(state, strict=False)
         # Parts of which it holds nothing, or low-rank updates alone, are the base models'.
-        misfits = [n for n in missing if n.split(".")[0] in complete and not is_update(n)]
-        misfits += unexpected
+        missing = [n for n in missing if n.split(".")[0] in complete and not is_update(n)]
+        misfits = missing + unexpected
         if misfits:
             raise ValueError(f"{len(misfits)} tensors do not fit, {min(misfits)} first")
         return changed_parts(state)
