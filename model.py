@@ -271,8 +271,7 @@ class LLMConfig:
         usual = self.hidden_size // self.num_attention_heads
         self.head_dim = self.head_dim or (128 if self.model_type == "qwen3" else usual)
 
-    def to_dict(self) -> dict:
-        return asdict(self)
+    to_dict = asdict
 
     @classmethod
     def from_dict(cls, raw: dict) -> "LLMConfig":
@@ -303,12 +302,13 @@ def rope_fields(raw: dict) -> dict:
     expect({"rope_type": kind}, rope_type=["default", "llama3"])
     expect(scaling, partial_rotary_factor=[1.0])
     numbers = {"rope_theta": scaling.get("rope_theta", raw.get("rope_theta", 10000.0))}
+    llama3 = None
     if kind == "llama3":
         numbers |= {name: scaling.get(name) for name in LLAMA3_FIELDS}
+        llama3 = {**scaling, "rope_type": kind}
     for name, value in numbers.items():
         if not is_number(value) or not 0 < float(value) < float("inf"):
             raise ValueError(f"{name} is {reprlib.repr(value)}, expected a positive number")
-    llama3 = {**scaling, "rope_type": kind} if kind == "llama3" else None
     return {"rope_theta": numbers["rope_theta"], "rope_scaling": llama3}
 
 
@@ -409,20 +409,15 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path,
-        dtype: torch.dtype = torch.float32,
-        compute_dtype: torch.dtype | None = None,
-        device: str = "cpu",
-        kernels: "Kernels | None" = None,
+        cls, source: str | Path, dtype=torch.float32, compute_dtype=None, device="cpu", kernels=None
     ):
-        """Loads a checkpoint, single-file or sharded, in eval mode. Raises UserError, which names
-        missing, unexpected or mis-shaped tensors, and ValueError for another dtype than float32
-        and bfloat16."""
+        """Loads the checkpoint of a directory or Hub id, in eval mode. Raises UserError, which
+        names missing, unexpected or mis-shaped tensors, and ValueError for another dtype than
+        float32 and bfloat16."""
         compute_dtype = compute_dtype or dtype
         if {dtype, compute_dtype} - {torch.float32, torch.bfloat16}:
             raise ValueError(f"found {dtype}, {compute_dtype}, expected torch.float32 or bfloat16")
-        directory = fetch(path_or_hub_id)
+        directory = fetch(source)
         config = cls.read_config(directory)
         state = read_state(directory, partial(cls.module_key, config), dtype, device)
         with one_line_errors(directory, "the weights and config.json are of different models"):
@@ -582,11 +577,10 @@ def keep_freed_memory() -> None:
     """Freed memory stays with the process, for its next step: the C library would return tensors of
     32 MB and more to the system at once, which hands them out again page by page, filled with zeros
     (a fifth of a training step on a CPU). Where the C library is not glibc, nothing happens."""
-    trim_threshold, mmap_max = -1, -4  # names of glibc's malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
+        mallopt(-4, 0)  # M_MMAP_MAX of glibc's malloc.h
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 # --- Speech encoder: w2v-BERT 2.0 (arXiv 2312.05187), a Conformer (arXiv 2005.08100) with relative
@@ -1279,13 +1273,12 @@ def is_update(name: str) -> bool:
 def merged_state(module: nn.Module, state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """A state dict in which every low-rank update is added into its layer's weight, which is the
     module's where the state has none, in the weight's dtype."""
-    merged = dict(state)
-    for name in filter(is_update, state):
+    merged = {name: tensor for name, tensor in state.items() if not is_update(name)}
+    for name, a in state.items():
         layer, _, matrix = name.rpartition(".")
         if matrix == "lora_a":
-            a, b = merged.pop(f"{layer}.lora_a"), merged.pop(f"{layer}.lora_b")
             weight = merged.get(f"{layer}.weight", module.get_submodule(layer).weight.detach())
-            update = (alpha / len(a) * b @ a).to(weight.device)
+            update = (alpha / len(a) * state[f"{layer}.lora_b"] @ a).to(weight.device)
             merged[f"{layer}.weight"] = (weight.float() + update).to(weight.dtype)
     return merged
 
@@ -1328,20 +1321,13 @@ def read_json(path: Path) -> dict:
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint directory, single or sharded. Raises UserError."""
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        pickled = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".ckpt")]
-        raise UserError(
-            f"{directory}: found {', '.join(sorted(pickled)) or 'no weights'}, expected "
-            "model.safetensors or its index; take the checkpoint's safetensors version"
-        )
-    with one_line_errors(index, "copy it from the checkpoint again"):
-        names = sorted(set(read_json(index)["weight_map"].values()))
+    names, index = ["model.safetensors"], directory / "model.safetensors.index.json"
+    with one_line_errors(directory, "take all files of the checkpoint's safetensors version"):
+        if index.exists() and not (directory / names[0]).is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
         missing = [name for name in names if not (directory / name).is_file()]
-    if missing or not names:
-        raise UserError(f"{index}: no shard {', '.join(missing)} beside it; download them all")
+        if missing or not names:
+            raise ValueError(f"no {', '.join(missing) or 'weights'}")
     return [directory / name for name in names]
 
 
