@@ -1,8 +1,8 @@
 """The speech-language model, in data-flow order: speech encoder, length adapter, LLM, their join.
 
-This file knows tensors and weights, no audio and no text. The sequences of a batch are packed: they
-stand end to end in one dimension (see Rows), so that no layer computes padding. Modules are named
-as in the pretrained checkpoints, so that loading is one strict load_state_dict.
+The sequences of a batch are packed: they stand end to end in one dimension (see Rows), so that no
+layer computes padding. Modules are named as in the pretrained checkpoints, so that loading is one
+strict load_state_dict.
 
 Letters in shape comments: B sequences of a batch, N positions of all of them together, n positions
 of one, S positions of a key/value cache, D width, H heads, d width of a head, V vocabulary.
@@ -76,9 +76,9 @@ class SteadyFile(io.FileIO):
 
 
 def steady_output() -> None:
-    """Lets no print end a program, which calls it first: standard output and error then escape what
-    their encoding lacks, and are dropped from where they are closed or full. Others that someone
-    put in their place stay as they are. Warnings of libraries are left out."""
+    """Lets no print end a program: standard output and error, but no others in their place, escape
+    what their encoding lacks, and are dropped from where they are closed or full. Warnings of
+    libraries are left out."""
     warnings.simplefilter("ignore")
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -97,7 +97,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def one_line_errors(where: object, remedy: str, kind: type = UserError) -> Iterator[None]:
-    """The boundary of a loader: whatever a library raises inside becomes one line about `where`."""
+    """The boundary of a loader: whatever a library raises inside is one UserError about `where`."""
     try:
         yield
     except (UserError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -227,8 +227,7 @@ class WhisperConfig(EncoderConfig):
 
 @dataclass
 class AdapterConfig(EncoderConfig):
-    """The encoder's configuration, which gives the adapter its width, heads, feed-forward layers
-    and dropout, and the adapter's own."""
+    """The encoder's configuration, of which the adapter has its sizes and dropout, and its own."""
 
     output_size: int = 1536  # width of the LLM
     num_adapter_layers: int = 2
@@ -238,8 +237,7 @@ class AdapterConfig(EncoderConfig):
 
     @classmethod
     def between(cls, encoder: EncoderConfig, llm: "LLMConfig", **adapter) -> "AdapterConfig":
-        """That of an adapter between models of two configurations, which give its widths whatever
-        `adapter`, its other fields, says."""
+        """That of an adapter, of whose fields these two have the last word. Raises UserError."""
         raw = adapter | asdict(encoder) | {"output_size": llm.hidden_size}
         with one_line_errors("the adapter", COPY_CONFIG):
             expect(raw, adapter_act=list(ACTIVATIONS))
@@ -332,28 +330,25 @@ class Linear(nn.Linear):
 
 class Conv1d(nn.Conv1d):
     """A convolution over time as one product: each output reads the frames that it is given,
-    x (N, kernel, D) -> (N, out)."""
+    x (N, D), reads (N', kernel) -> (N', out). Without them it is one frame each."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, reads: Tensor | None = None) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        frames = x.transpose(1, 2).flatten(1)  # (N, D * kernel)
-        return F.linear(frames, self.weight.to(x.dtype).flatten(1), bias)
+        if reads is not None:  # frame N is of zeros
+            x = F.pad(x, (0, 0, 0, 1))[reads].transpose(1, 2).flatten(1)  # (N', D * kernel)
+        return F.linear(x, self.weight.to(x.dtype).flatten(1), bias)
 
 
-def convolved_frames(rows: "Rows", pooled: "Rows", kernel: int, stride: int) -> Tensor:
-    """The frames (N', kernel), of N, that each output of a convolution reads, which pads kernel //
-    2 frames: N for a frame of zeros, which stands for those beyond either end of the sequence.
-    rows, pooled: the sequences before and after it."""
+def convolved_frames(rows: "Rows", pooled: "Rows", conv: Conv1d) -> Tensor:
+    """The frames (N', kernel) that each output of a convolution reads, of N, or N itself beyond
+    either end of the sequence. rows, pooled: the sequences before and after it."""
     N = len(rows.row)
+    (kernel,), (stride,) = conv.kernel_size, conv.stride
     tap = torch.arange(kernel, device=rows.row.device) - kernel // 2
     middle = rows.begin[pooled.row] + stride * pooled.offset  # (N',)
     frame = middle[:, None] + tap
     owner = F.pad(rows.row, (0, 1), value=-1)[frame.clamp(-1, N)]
     return torch.where(owner == pooled.row[:, None], frame, N)
-
-
-def with_zeros(x: Tensor) -> Tensor:  # (N, D) -> (N + 1, D), the last of which is zeros
-    return F.pad(x, (0, 0, 0, 1))
 
 
 class DepthwiseConv1d(nn.Conv1d):
@@ -394,8 +389,7 @@ class RMSNorm(nn.RMSNorm):
 
 class Pretrained(nn.Module):
     """A module that is read from a checkpoint directory. Its classes have a config_class, and a
-    module_key(config, key), which gives the module's name of a checkpoint's tensor, or None for one
-    that is not needed."""
+    module_key(config, key): the module's name of a checkpoint's tensor, None if not needed."""
 
     @classmethod
     def read_config(cls, directory: Path):
@@ -429,16 +423,14 @@ class Pretrained(nn.Module):
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        end_ids = getattr(self.config, "eos_token_id", None)
-        save_weights(directory, self.config.to_dict(), self.state_dict(), end_ids)
+        save_weights(directory, self.config.to_dict(), self.state_dict())
 
 
 # --- Packed sequences, and attention within each of them
 
 
 class Rows:
-    """Whose each position of a packed batch is: sequences of these lengths stand end to end. Made
-    once a batch and shared by all layers. Lengths are Python integers, as they shape the computing.
+    """Whose each position of a packed batch is: sequences of these lengths stand end to end.
 
     lengths: list of B; count (B,): the same; begin (B,): where each sequence begins; row (N,): the
     sequence of each position; offset (N,): its place among the batch's own positions of that
@@ -502,8 +494,7 @@ def attend_padded(q, k, v, rows, bias, left, dropout=0.0) -> Tensor:
 
 
 def attend_varlen(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tensor:
-    """attend for CUDA, one kernel for all sequences. PyTorch's kernel for packed sequences takes
-    neither a bias nor dropout nor float32, which go the other ways."""
+    """attend for CUDA, one kernel for all sequences, which takes no bias, dropout or float32."""
     if bias is not None:
         return attend_padded(q, k, v, rows, bias, left, dropout)
     if dropout or q.dtype == torch.float32:
@@ -541,8 +532,7 @@ def call_layer(layer: nn.Module, *inputs) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The operators that have faster versions for some machines. A model gets them once, when it is
-    built: see default_kernels and train.training_kernels."""
+    """The operators that have faster versions, see default_kernels and train.training_kernels."""
 
     attend: Callable = attend
     depthwise: Callable = depthwise
@@ -616,8 +606,7 @@ class FeedForward(nn.Module):
 
 class SelfAttention(nn.Module):
     """Bidirectional attention of encoder and adapter. With relative keys, the score of query i and
-    key j gains q_i . E[clip(j - i, -left, right)]: the product with all left + 1 + right embeddings
-    is taken once a query, and attention picks from it for every key."""
+    key j gains q_i . E[clip(j - i, -left, right)], picked from the products with all of E."""
 
     def __init__(self, config: EncoderConfig, kernels: Kernels, relative_key: bool):
         super().__init__()
@@ -660,9 +649,9 @@ class ConvolutionModule(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (N, D) -> (N, D)
-        x = F.glu(self.pointwise_conv1(self.layer_norm(x)[:, None]))
+        x = F.glu(self.pointwise_conv1(self.layer_norm(x)))
         x = self.act(self.depthwise_layer_norm(self.depthwise_conv(x, rows)))
-        x = self.pointwise_conv2(x[:, None])
+        x = self.pointwise_conv2(x)
         return F.dropout(x, self.config.conformer_conv_dropout, self.training)
 
 
@@ -743,8 +732,7 @@ class SpeechEncoder(Pretrained):
 
     @staticmethod
     def module_key(config: EncoderConfig, key: str) -> str | None:
-        """Of a fine-tune of the encoder (CTC, classification), too, whose head, adapter and
-        intermediate feed-forward layers are left out."""
+        """Of a fine-tune of the encoder (CTC, classification), too, without what it adds."""
         key = key.removeprefix("wav2vec2_bert.")
         masks = config.mask_time_prob > 0 or config.mask_feature_prob > 0
         if key.startswith(ENCODER_KEYS_LEFT_OUT) or (key == "masked_spec_embed" and not masks):
@@ -822,7 +810,7 @@ class WhisperEncoder(Pretrained):
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
         D = config.hidden_size
         self.conv1 = Conv1d(config.feature_projection_input_dim // 2, D, 3)
-        self.conv2 = Conv1d(D, D, 3)
+        self.conv2 = Conv1d(D, D, 3, 2)
         self.embed_positions = Embedding(config.max_source_positions, D)
         layers = [WhisperLayer(config, kernels) for _ in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
@@ -841,8 +829,8 @@ class WhisperEncoder(Pretrained):
         rows = Rows(lengths, features.device)
         rows_of_10_ms = Rows([2 * n for n in lengths], features.device)
         x = features.to(self.compute_dtype).reshape(2 * len(features), -1)  # (2 N, bins)
-        x = F.gelu(self.conv1(with_zeros(x)[convolved_frames(rows_of_10_ms, rows_of_10_ms, 3, 1)]))
-        x = F.gelu(self.conv2(with_zeros(x)[convolved_frames(rows_of_10_ms, rows, 3, 2)]))  # (N, D)
+        x = F.gelu(self.conv1(x, convolved_frames(rows_of_10_ms, rows_of_10_ms, self.conv1)))
+        x = F.gelu(self.conv2(x, convolved_frames(rows_of_10_ms, rows, self.conv2)))  # (N, D)
         x = x + self.embed_positions.weight.to(x.dtype)[rows.position]
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         for layer in self.layers:
@@ -888,14 +876,10 @@ class AdapterLayer(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor, reads: Tensor, rows: Rows) -> Tensor:
-        """x (N, D) -> (N', D). Output i convolves the frames reads[i], of (N', kernel), of x, where
-        N stands for a frame of zeros; rows are those after the stride."""
-
-        def pool(norm: nn.Module, conv: nn.Module) -> Tensor:
-            return F.glu(conv(with_zeros(norm(x))[reads]))  # (N', D)
-
-        residual = pool(self.residual_layer_norm, self.residual_conv)
-        y = self.self_attn(pool(self.self_attn_layer_norm, self.self_attn_conv), rows)
+        """x (N, D) -> (N', D). reads: see convolved_frames; rows: those after the stride."""
+        residual = F.glu(self.residual_conv(self.residual_layer_norm(x), reads))  # (N', D)
+        y = F.glu(self.self_attn_conv(self.self_attn_layer_norm(x), reads))
+        y = self.self_attn(y, rows)
         x = residual + F.dropout(y, self.config.conformer_conv_dropout, self.training)
         return x + self.ffn(self.ffn_layer_norm(x))
 
@@ -909,8 +893,7 @@ class LengthAdapter(nn.Module):
         self.enc_to_dec_proj = Linear(config.hidden_size, config.output_size)
 
     def forward(self, x: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
-        """x (N, D): encoder states of 20 ms, lengths of the sequences -> (N', D of the LLM) of
-        80 ms, their lengths.
+        """x (N, D): encoder states of 20 ms, their lengths -> (N', D of the LLM) of 80 ms, theirs.
 
         Source: Wav2Vec2BertAdapter of transformers and the reference's projection, with two
         differences. A convolution reads zeros past a sequence's end (there it reads padding, unless
@@ -920,8 +903,7 @@ class LengthAdapter(nn.Module):
         rows = Rows(lengths, x.device)
         for layer in self.layers:
             pooled = Rows([strided_length(n, self.config) for n in rows.lengths], x.device)
-            kernel, stride = self.config.adapter_kernel_size, self.config.adapter_stride
-            reads = convolved_frames(rows, pooled, kernel, stride)
+            reads = convolved_frames(rows, pooled, layer.residual_conv)
             x = self.kernels.call_layer(layer, x, reads, pooled)
             rows = pooled
         return self.enc_to_dec_proj(x), rows.lengths
@@ -1139,11 +1121,8 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, with_gradient: bool) 
 
 class SpeechLM(nn.Module):
     """A sequence is audio frames, instruction tokens, answer tokens (and before them a begin token,
-    if the LLM has one), without holes; the sequences of a batch stand end to end.
-
-    `ids` (N,) holds the tokens, and AUDIO at the position of every audio frame; adapter_length says
-    how many frames a recording gives. Lengths, in frames or in ids, are lists of Python integers.
-    """
+    if the LLM has one), without holes. `ids` (N,) holds the tokens, and AUDIO at the position of
+    every audio frame, of which adapter_length says how many a recording gives."""
 
     def __init__(self, encoder: nn.Module, adapter: LengthAdapter, llm: LLM, prompt: str = "plain"):
         super().__init__()
@@ -1297,10 +1276,8 @@ def fetch(path_or_hub_id: str | Path) -> Path:
     if os.path.isdir(path):
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
-        raise UserError(
-            f"{path}: no such directory; give the directory of a checkpoint (config.json and "
-            "model.safetensors) or a Hub id such as Qwen/Qwen2.5-1.5B by --encoder or --llm"
-        )
+        remedy = "give the directory of a checkpoint or a Hub id such as Qwen/Qwen2.5-1.5B"
+        raise UserError(f"{path}: no such directory; {remedy}")
     from huggingface_hub import snapshot_download  # takes half a second, so only when needed
 
     configs = ["config.json", "generation_config.json", "tokenizer.json"]
@@ -1311,7 +1288,7 @@ def fetch(path_or_hub_id: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """The object of a JSON file of a checkpoint. Raises UserError."""
+    """The object in a JSON file. Raises UserError."""
     with one_line_errors(path, "a checkpoint has config.json and model.safetensors: copy it again"):
         raw = json.loads(path.read_bytes())
         if not isinstance(raw, dict):
@@ -1410,14 +1387,14 @@ def read_tensor(path: Path, key: str, dtype: torch.dtype, device: str) -> Tensor
     return tensor
 
 
-def save_weights(directory, config: dict, state: dict[str, Tensor], end_ids=None) -> None:
+def save_weights(directory: str | Path, config: dict, state: dict[str, Tensor]) -> None:
     """Writes the weights and the JSON files of a checkpoint directory; each replaces its forerunner
     only when all of them are on disk."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     objects = {"config.json": config}
-    if end_ids is not None:
-        objects["generation_config.json"] = {"eos_token_id": end_ids}
+    if "eos_token_id" in config:
+        objects["generation_config.json"] = {"eos_token_id": config["eos_token_id"]}
     weights = directory / "model.safetensors.tmp"
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(state, weights, metadata={"format": "pt"})
@@ -1447,10 +1424,9 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) -> set[str]:
-    """Puts the parts that a checkpoint holds into the model. Low-rank updates go into the model's
-    own where these are of the same layers and rank, else into the layers' weights. bases: the
-    fingerprints of the models that it was built from. Returns the parts that differ from these by
-    more than low-rank updates. Raises UserError if the checkpoint is of others, or does not fit."""
+    """Puts the parts of a checkpoint into a model of bases with these fingerprints. Its low-rank
+    updates go into the model's if these are of the same layers and rank, else into the weights.
+    Returns the parts that differ from the bases by more than low-rank updates. Raises UserError."""
     with one_line_errors(path, "it is damaged or of another version: train it again"):
         for name, base in bases.items():
             trained = checkpoint["bases"][name]
