@@ -296,18 +296,16 @@ LLAMA3_FIELDS = "factor low_freq_factor high_freq_factor original_max_position_e
 def rope_fields(raw: dict) -> dict:
     """rope_theta and, if it is Llama 3's, rope_scaling, from whichever of their places has them."""
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    expect({"rope_type": kind}, rope_type=["default", "llama3"])
-    expect(scaling, partial_rotary_factor=[1.0])
+    scaling = {**scaling, "rope_type": scaling.get("rope_type", scaling.get("type", "default"))}
+    expect(scaling, rope_type=["default", "llama3"], partial_rotary_factor=[1.0])
     numbers = {"rope_theta": scaling.get("rope_theta", raw.get("rope_theta", 10000.0))}
-    llama3 = None
-    if kind == "llama3":
+    llama3 = scaling["rope_type"] == "llama3"
+    if llama3:
         numbers |= {name: scaling.get(name) for name in LLAMA3_FIELDS}
-        llama3 = {**scaling, "rope_type": kind}
     for name, value in numbers.items():
         if not is_number(value) or not 0 < float(value) < float("inf"):
             raise ValueError(f"{name} is {reprlib.repr(value)}, expected a positive number")
-    return {"rope_theta": numbers["rope_theta"], "rope_scaling": llama3}
+    return {"rope_theta": numbers["rope_theta"], "rope_scaling": scaling if llama3 else None}
 
 
 # --- Layers that state their precision: weights in any dtype, products in the input's
@@ -564,9 +562,9 @@ def default_kernels(device: str) -> Kernels:
 
 
 def keep_freed_memory() -> None:
-    """Freed memory stays with the process, for its next step: the C library would return tensors of
-    32 MB and more to the system at once, which hands them out again page by page, filled with zeros
-    (a fifth of a training step on a CPU). Where the C library is not glibc, nothing happens."""
+    """Freed memory stays with the process, for its next step: glibc (no other is changed) would
+    return tensors of 32 MB and more to the system, which fills their pages with zeros when it hands
+    them out again (a fifth of a training step on a CPU)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX of glibc's malloc.h
@@ -695,8 +693,7 @@ class SpeechEncoder(Pretrained):
 
     def forward(self, features: Tensor, lengths: list[int]) -> Tensor:
         """Hidden states of the last layer. features (N, 160): log-mel frames of 20 ms, sequence
-        after sequence; lengths: how many frames each has, at least 1 -> (N, D). In training,
-        dropout, layerdrop and SpecAugment apply as the config says.
+        after sequence; lengths: how many frames each has, at least 1 -> (N, D).
 
         Source: Wav2Vec2BertModel of transformers."""
         rows = Rows(lengths, features.device)
@@ -775,10 +772,9 @@ class WhisperAttention(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (N, D) -> (N, D)
         heads = self.config.num_attention_heads
-        q, k, v = (  # (N, H, d)
-            project(x).view(len(x), heads, -1)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = self.q_proj(x).view(len(x), heads, -1)  # (N, H, d)
+        k = self.k_proj(x).view(len(x), heads, -1)
+        v = self.v_proj(x).view(len(x), heads, -1)
         dropout = self.config.attention_dropout if self.training else 0.0
         return self.out_proj(self.kernels.attend(q, k, v, rows, dropout=dropout).flatten(1))
 
@@ -817,9 +813,8 @@ class WhisperEncoder(Pretrained):
         self.layer_norm = LayerNorm(D, config.layer_norm_eps)
 
     def forward(self, features: Tensor, lengths: list[int]) -> Tensor:
-        """Hidden states of the last layer. features (N, 2 * mel bins): log-mel frames of 20 ms,
-        sequence after sequence; lengths: how many frames each has -> (N, D). Windows have their
-        real length, not 30 s. Raises UserError for a longer window than there are positions.
+        """As SpeechEncoder's, of features (N, 2 * mel bins). Windows have their real length, not
+        30 s. Raises UserError for a longer window than there are positions.
 
         Source: WhisperEncoder of transformers."""
         longest = self.config.max_source_positions
@@ -1035,8 +1030,7 @@ class LLM(Pretrained):
 
     def hidden(self, x: Tensor, lengths: list[int], cache=None, start=None, wanted=None) -> Tensor:
         """x (N, D) embeddings, sequence after sequence of these lengths -> (N, D) states after the
-        final norm, or those of the `wanted` positions alone (n, D): behind its keys and values, the
-        last layer computes no others.
+        final norm, or of the `wanted` positions alone (n, D), for which the last layer does less.
 
         cache: a sample.KVCache, written in place. start (B,): how many positions of each sequence
         it already holds; None means none, and the sequences begin here."""
@@ -1157,12 +1151,11 @@ class SpeechLM(nn.Module):
         warm_start: bool = False,
     ) -> tuple[Tensor, int]:
         """Summed cross-entropy of the answers, or with warm_start their ctc_loss, for which the LLM
-        is not run; and the number of their tokens.
+        is not run; and the number of their tokens, by which to divide over a step's batches.
 
-        features and lengths as in encode; ids (N',) int64 and ids_lengths, with as many
-        placeholders in a sequence as adapter_length says; targets: the places in ids of every
-        supervised token (the answer from its first token to its end token), none of them a
-        sequence's first. Divide by the count over all batches of a step, not by each batch's."""
+        features and lengths as in encode; ids (N',) int64 of sequences of ids_lengths; targets: the
+        places in ids of every supervised token (the answer from its first token to its end token),
+        none of them a sequence's first."""
         audio, audio_lengths = self.encode(features, lengths)
         if warm_start:
             return self.ctc_loss(audio, audio_lengths, ids, ids_lengths, targets), len(targets)
@@ -1276,7 +1269,7 @@ def fetch(path_or_hub_id: str | Path) -> Path:
     if os.path.isdir(path):
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
-        remedy = "give the directory of a checkpoint or a Hub id such as Qwen/Qwen2.5-1.5B"
+        remedy = "give the directory of a checkpoint or a Hub id (a/b) by --encoder or --llm"
         raise UserError(f"{path}: no such directory; {remedy}")
     from huggingface_hub import snapshot_download  # takes half a second, so only when needed
 
@@ -1350,9 +1343,9 @@ def fast_dtype(directory: Path, device: str) -> torch.dtype:
 
 
 def read_state(directory: Path, rename: Callable, dtype: torch.dtype, device: str) -> dict:
-    """The tensors of a checkpoint by the names that rename(key) gives, but for those where it gives
-    None. Tensors already in `dtype` stay memory-mapped; others are converted in blocks of 64 MB, so
-    that loading needs hardly more memory than the weights. Raises UserError."""
+    """The tensors of a checkpoint by the names that rename(key) gives, without those of None.
+    Tensors already in `dtype` stay memory-mapped; others are converted in blocks of 64 MB, so that
+    loading needs hardly more memory than the weights. Raises UserError."""
     device = str(torch.empty(0, device=device).device)  # "cuda" alone would be GPU 0
     state = {}
     for path in weight_files(directory):
@@ -1363,8 +1356,7 @@ def read_state(directory: Path, rename: Callable, dtype: torch.dtype, device: st
                     continue
                 tensor = read_tensor(path, key, dtype, device)
                 if name in state and not torch.equal(state[name], tensor):
-                    expected = "one, or tie_word_embeddings false in config.json"
-                    raise ValueError(f"there are two different {name}, expected {expected}")
+                    raise ValueError(f"two different {name}, expected one (tie_word_embeddings?)")
                 state[name] = tensor
     return state
 
@@ -1431,10 +1423,8 @@ def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) ->
         for name, base in bases.items():
             trained = checkpoint["bases"][name]
             if trained["sha256"] != base["sha256"]:
-                found = f"{trained['path']}, found another model at {base['path']}"
-                raise UserError(
-                    f"{path}: was trained on the {name} {found}; give the same --{name}"
-                )
+                found = f"{name} {trained['path']}, found another model at {base['path']}"
+                raise UserError(f"{path}: was trained on the {found}; give the same --{name}")
         state = checkpoint["model"]
         complete = changed_parts(state)
         shapes = {name: p.shape for name, p in model.named_parameters() if is_update(name)}

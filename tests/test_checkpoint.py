@@ -304,7 +304,7 @@ def test_doubled_and_quantised_tensors(parts):
     files = dict.fromkeys(state, "a.safetensors") | {norm: "b.safetensors"}
     weights.with_suffix(".safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     weights.unlink()
-    refused(f"there are two different {norm}, expected one", LLM.from_pretrained, directory)
+    refused(f"two different {norm}, expected one", LLM.from_pretrained, directory)
 
 
 def test_tied_checkpoint_with_another_output_layer(parts):
@@ -316,7 +316,7 @@ def test_tied_checkpoint_with_another_output_layer(parts):
     LLM.from_pretrained(directory)
     state["lm_head.weight"][100, 3] += 1
     save_file(state, directory / "model.safetensors")
-    message = "two different model.embed_tokens.weight, .* or tie_word_embeddings false"
+    message = "two different model.embed_tokens.weight, expected one .tie_word_embeddings"
     refused(message, LLM.from_pretrained, directory)
 
 
