@@ -285,12 +285,9 @@ class LLMConfig:
         config = cls(**known_fields(cls, raw | rope_fields(raw)))
         valid = [type(x) is int and 0 <= x < config.vocab_size for x in config.eos_token_id]
         if not valid or not all(valid):
-            expected = f"integers below {config.vocab_size}, the vocab_size"
-            raise ValueError(f"eos_token_id is {reprlib.repr(end_ids)}, expected {expected}")
+            found = f"eos_token_id is {reprlib.repr(end_ids)}"
+            raise ValueError(f"{found}, expected integers below {config.vocab_size}")
         return config
-
-
-LLAMA3_FIELDS = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 
 
 def rope_fields(raw: dict) -> dict:
@@ -301,7 +298,8 @@ def rope_fields(raw: dict) -> dict:
     numbers = {"rope_theta": scaling.get("rope_theta", raw.get("rope_theta", 10000.0))}
     llama3 = scaling["rope_type"] == "llama3"
     if llama3:
-        numbers |= {name: scaling.get(name) for name in LLAMA3_FIELDS}
+        names = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+        numbers |= {name: scaling.get(name) for name in names}
     for name, value in numbers.items():
         if not is_number(value) or not 0 < float(value) < float("inf"):
             raise ValueError(f"{name} is {reprlib.repr(value)}, expected a positive number")
@@ -571,8 +569,7 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
-# --- Speech encoder: w2v-BERT 2.0 (arXiv 2312.05187), a Conformer (arXiv 2005.08100) with relative
-# keys (arXiv 1803.02155)
+# --- Encoder: w2v-BERT 2.0 (arXiv 2312.05187), a Conformer (2005.08100), relative keys (1803.02155)
 
 
 class FeatureProjection(nn.Module):
@@ -676,9 +673,6 @@ class ConformerLayer(nn.Module):
         return self.final_layer_norm(x)
 
 
-ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
-
-
 class SpeechEncoder(Pretrained):
     config_class = EncoderConfig
 
@@ -731,8 +725,9 @@ class SpeechEncoder(Pretrained):
     def module_key(config: EncoderConfig, key: str) -> str | None:
         """Of a fine-tune of the encoder (CTC, classification), too, without what it adds."""
         key = key.removeprefix("wav2vec2_bert.")
+        added = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
         masks = config.mask_time_prob > 0 or config.mask_feature_prob > 0
-        if key.startswith(ENCODER_KEYS_LEFT_OUT) or (key == "masked_spec_embed" and not masks):
+        if key.startswith(added) or (key == "masked_spec_embed" and not masks):
             return None
         return key
 
@@ -757,7 +752,7 @@ def span_mask(lengths: Tensor, size: int, prob: float, span: int, min_spans: int
     return begun > F.pad(begun, (span, 0))[:, :size]
 
 
-# --- Speech encoder: Whisper's (arXiv 2212.04356), a Transformer
+# --- Encoder: Whisper's (arXiv 2212.04356), a Transformer
 
 
 class WhisperAttention(nn.Module):
@@ -852,8 +847,7 @@ def encoder_class(path_or_hub_id: str | Path) -> type[Pretrained]:
         return ENCODERS[raw["model_type"]]
 
 
-# --- Length adapter: the reference system's (arXiv 2506.17019), 20 ms frames of the encoder's width
-# in, 80 ms frames of the LLM's width out
+# --- Length adapter: the reference system's (arXiv 2506.17019), 20 ms frames in, 80 ms frames out
 
 
 class AdapterLayer(nn.Module):
@@ -890,10 +884,9 @@ class LengthAdapter(nn.Module):
     def forward(self, x: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
         """x (N, D): encoder states of 20 ms, their lengths -> (N', D of the LLM) of 80 ms, theirs.
 
-        Source: Wav2Vec2BertAdapter of transformers and the reference's projection, with two
-        differences. A convolution reads zeros past a sequence's end (there it reads padding, unless
-        a length divides by 4), and there is no layerdrop (there a dropped layer keeps its input's
-        length, and half of the frames get masked out)."""
+        Source: Wav2Vec2BertAdapter of transformers and the reference's projection, but past a
+        sequence's end a convolution reads zeros (there padding, unless a length divides by 4), and
+        no layer is dropped (there it keeps its input's length, and half of the frames are lost)."""
         x = x.to(self.compute_dtype)
         rows = Rows(lengths, x.device)
         for layer in self.layers:
@@ -927,8 +920,7 @@ def rope(positions: Tensor, config: LLMConfig) -> tuple[Tensor, Tensor]:
     those under context / high_freq_factor are kept, those between are interpolated."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent  # (d / 2,)
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
+    if scaling := config.rope_scaling:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         context = scaling["original_max_position_embeddings"]
         turns = context * frequency / (2 * torch.pi)  # within the original context
@@ -1350,10 +1342,8 @@ def read_state(directory: Path, rename: Callable, dtype: torch.dtype, device: st
     state = {}
     for path in weight_files(directory):
         with one_line_errors(path, DOWNLOAD_AGAIN), safe_open(path, framework="pt") as file:
-            for key in file.keys():
+            for key in filter(rename, file.keys()):
                 name = rename(key)
-                if name is None:
-                    continue
                 tensor = read_tensor(path, key, dtype, device)
                 if name in state and not torch.equal(state[name], tensor):
                     raise ValueError(f"two different {name}, expected one (tie_word_embeddings?)")
