@@ -1,8 +1,8 @@
 """The speech-language model, in data-flow order: speech encoder, length adapter, LLM, their join.
 
-This file knows tensors and weights, no audio and no text. The sequences of a batch are packed: they
-stand end to end in one dimension (see Rows), so that no layer computes padding. Modules are named
-as in the pretrained checkpoints, so that loading is one strict load_state_dict.
+The sequences of a batch are packed: they stand end to end in one dimension (see Rows), so that no
+layer computes padding. Modules are named as in the pretrained checkpoints, so that loading is one
+strict load_state_dict.
 
 Letters in shape comments: B sequences of a batch, N positions of all of them together, n positions
 of one, S positions of a key/value cache, D width, H heads, d width of a head, V vocabulary.
@@ -25,7 +25,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -76,9 +76,9 @@ class SteadyFile(io.FileIO):
 
 
 def steady_output() -> None:
-    """Lets no print end a program, which calls it first: standard output and error then escape what
-    their encoding lacks, and are dropped from where they are closed or full. Others that someone
-    put in their place stay as they are. Warnings of libraries are left out."""
+    """Lets no print end a program: standard output and error, but no others in their place, escape
+    what their encoding lacks, and are dropped from where they are closed or full. Warnings of
+    libraries are left out."""
     warnings.simplefilter("ignore")
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -96,33 +96,28 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def one_line_errors(
-    where: object, remedy: str, error_type: type[UserError] = UserError
-) -> Iterator[None]:
-    """The boundary of a loader: whatever a library raises inside becomes one line about `where`."""
+def one_line_errors(where: object, remedy: str, kind: type = UserError) -> Iterator[None]:
+    """The boundary of a loader: whatever a library raises inside is one UserError about `where`."""
     try:
         yield
     except (UserError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # tokenizers panics with something that is no Exception
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise error_type(f"{where}: {reason}; {remedy}") from error
+        raise kind(f"{where}: {reason}; {remedy}") from error
 
 
 # --- Configurations: field names and defaults are those of the checkpoints' config.json
 
-COPY_CONFIG = "copy the checkpoint's own config.json again"
+COPY_CONFIG = "copy the checkpoint's own config.json again, or choose another checkpoint"
 
 
-def expect(raw: dict, where: object, **allowed: list) -> None:
-    """Raises UserError unless each field of raw is absent, null or has an allowed value."""
+def expect(raw: dict, **allowed: list) -> None:
+    """Raises ValueError unless each field of raw is absent, null or has an allowed value."""
     for name, values in allowed.items():
-        value = raw.get(name)
-        if value is not None and value not in values:
-            raise UserError(
-                f"{where}: {name} is {reprlib.repr(value)}, expected "
-                f"{' or '.join(map(repr, values)) or 'none'}; choose another checkpoint"
-            )
+        if raw.get(name) is not None and raw[name] not in values:
+            expected = " or ".join(map(repr, values)) or "none"
+            raise ValueError(f"{name} is {reprlib.repr(raw[name])}, expected {expected}")
 
 
 def is_number(value: object) -> bool:
@@ -183,13 +178,12 @@ class EncoderConfig:
         check_divides(self, "hidden_size", "num_attention_heads")
 
     @classmethod
-    def from_dict(cls, raw: dict, where: object = "config.json") -> "EncoderConfig":
-        """The configuration in a parsed config.json. Raises UserError."""
-        expect({"model_type": "", **raw}, where, model_type=["wav2vec2-bert"])
-        expect(raw, where, position_embeddings_type=["relative_key"])
-        expect(raw, where, feature_projection_input_dim=[160], hidden_act=list(ACTIVATIONS))
-        with one_line_errors(where, COPY_CONFIG):
-            return cls(**known_fields(cls, raw))
+    def from_dict(cls, raw: dict) -> "EncoderConfig":
+        """The configuration in a parsed config.json. Raises some error for one that is none."""
+        raw = {"model_type": "", **raw}
+        expect(raw, model_type=["wav2vec2-bert"], position_embeddings_type=["relative_key"])
+        expect(raw, feature_projection_input_dim=[160], hidden_act=list(ACTIVATIONS))
+        return cls(**known_fields(cls, raw))
 
     def to_dict(self) -> dict:
         return asdict(self) | {"position_embeddings_type": "relative_key"}
@@ -217,14 +211,13 @@ class WhisperConfig(EncoderConfig):
     max_source_positions: int = 1500
 
     @classmethod
-    def from_dict(cls, raw: dict, where: object = "config.json") -> "WhisperConfig":
-        expect({"num_mel_bins": 0, **raw}, where, num_mel_bins=[80, 128])
-        expect(raw, where, encoder_layerdrop=[0], apply_spec_augment=[False])
-        expect(raw, where, activation_function=list(ACTIVATIONS))
-        with one_line_errors(where, COPY_CONFIG):
-            ours = {name: raw[theirs] for theirs, name in WHISPER_NAMES.items() if theirs in raw}
-            ours["feature_projection_input_dim"] = 2 * raw["num_mel_bins"]
-            return cls(**known_fields(cls, ours))
+    def from_dict(cls, raw: dict) -> "WhisperConfig":
+        raw = {"num_mel_bins": 0, **raw}
+        expect(raw, num_mel_bins=[80, 128], encoder_layerdrop=[0], apply_spec_augment=[False])
+        expect(raw, activation_function=list(ACTIVATIONS))
+        ours = {name: raw.get(theirs) for theirs, name in WHISPER_NAMES.items()}
+        ours["feature_projection_input_dim"] = 2 * raw["num_mel_bins"]
+        return cls(**known_fields(cls, ours))
 
     def to_dict(self) -> dict:
         theirs = {name: getattr(self, ours) for name, ours in WHISPER_NAMES.items()}
@@ -234,8 +227,7 @@ class WhisperConfig(EncoderConfig):
 
 @dataclass
 class AdapterConfig(EncoderConfig):
-    """The encoder's configuration, which gives the adapter its width, heads, feed-forward layers
-    and dropout, and the adapter's own."""
+    """The encoder's configuration, of which the adapter has its sizes and dropout, and its own."""
 
     output_size: int = 1536  # width of the LLM
     num_adapter_layers: int = 2
@@ -245,11 +237,10 @@ class AdapterConfig(EncoderConfig):
 
     @classmethod
     def between(cls, encoder: EncoderConfig, llm: "LLMConfig", **adapter) -> "AdapterConfig":
-        """That of an adapter between models of two configurations, which give its widths whatever
-        `adapter`, its other fields, says."""
+        """That of an adapter, of whose fields these two have the last word. Raises UserError."""
         raw = adapter | asdict(encoder) | {"output_size": llm.hidden_size}
-        expect(raw, "the adapter", adapter_act=list(ACTIVATIONS))
         with one_line_errors("the adapter", COPY_CONFIG):
+            expect(raw, adapter_act=list(ACTIVATIONS))
             return cls(**known_fields(cls, raw))
 
 
@@ -278,52 +269,41 @@ class LLMConfig:
         usual = self.hidden_size // self.num_attention_heads
         self.head_dim = self.head_dim or (128 if self.model_type == "qwen3" else usual)
 
-    def to_dict(self) -> dict:
-        return asdict(self)
+    to_dict = asdict
 
     @classmethod
-    def from_dict(cls, raw: dict, where: object = "config.json", generation: dict | None = None):
-        """raw: the parsed config.json; generation: the parsed generation_config.json, whose end
-        tokens win. Raises UserError."""
-        expect({"model_type": "", **raw}, where, model_type=["qwen2", "qwen3", "llama"])
-        expect(raw, where, hidden_act=["silu"], mlp_bias=[False], partial_rotary_factor=[1.0])
-        expect(raw, where, num_experts=[0], num_local_experts=[0], quantization_config=[])
-        expect(raw, where, use_sliding_window=[False])
-        end_ids = (generation or {}).get("eos_token_id", raw.get("eos_token_id"))
-        with one_line_errors(where, COPY_CONFIG):
-            for kind in raw.get("layer_types") or []:
-                expect({"layer_types": kind}, where, layer_types=["full_attention"])
-            config = cls(**known_fields(cls, raw | rope_fields(raw, where)))
-            config.eos_token_id = check_end_ids(end_ids, config.vocab_size)
-            return config
+    def from_dict(cls, raw: dict) -> "LLMConfig":
+        """The configuration in a parsed config.json. Raises some error for one that is none."""
+        raw = {"model_type": "", **raw}
+        expect(raw, model_type=["qwen2", "qwen3", "llama"], hidden_act=["silu"], mlp_bias=[False])
+        expect(raw, partial_rotary_factor=[1.0], use_sliding_window=[False], quantization_config=[])
+        expect(raw, num_experts=[0], num_local_experts=[0])
+        for kind in raw.get("layer_types") or []:
+            expect({"layer_types": kind}, layer_types=["full_attention"])
+        end_ids = raw.get("eos_token_id")
+        raw["eos_token_id"] = end_ids if isinstance(end_ids, list) else [end_ids]
+        config = cls(**known_fields(cls, raw | rope_fields(raw)))
+        valid = [type(x) is int and 0 <= x < config.vocab_size for x in config.eos_token_id]
+        if not valid or not all(valid):
+            found = f"eos_token_id is {reprlib.repr(end_ids)}"
+            raise ValueError(f"{found}, expected integers below {config.vocab_size}")
+        return config
 
 
-LLAMA3_FIELDS = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
-
-
-def rope_fields(raw: dict, where: object) -> dict:
+def rope_fields(raw: dict) -> dict:
     """rope_theta and, if it is Llama 3's, rope_scaling, from whichever of their places has them."""
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    expect({"rope_type": kind}, where, rope_type=["default", "llama3"])
-    expect(scaling, where, partial_rotary_factor=[1.0])
+    scaling = {**scaling, "rope_type": scaling.get("rope_type", scaling.get("type", "default"))}
+    expect(scaling, rope_type=["default", "llama3"], partial_rotary_factor=[1.0])
     numbers = {"rope_theta": scaling.get("rope_theta", raw.get("rope_theta", 10000.0))}
-    if kind == "llama3":
-        numbers |= {name: scaling.get(name) for name in LLAMA3_FIELDS}
+    llama3 = scaling["rope_type"] == "llama3"
+    if llama3:
+        names = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+        numbers |= {name: scaling.get(name) for name in names}
     for name, value in numbers.items():
         if not is_number(value) or not 0 < float(value) < float("inf"):
             raise ValueError(f"{name} is {reprlib.repr(value)}, expected a positive number")
-    llama3 = {**scaling, "rope_type": kind} if kind == "llama3" else None
-    return {"rope_theta": numbers["rope_theta"], "rope_scaling": llama3}
-
-
-def check_end_ids(end_ids: object, vocab_size: int) -> list[int]:
-    """The end tokens as a list. Raises ValueError if there is none or one beyond the vocabulary."""
-    ids = end_ids if isinstance(end_ids, list) else [end_ids]
-    if not ids or any(type(token) is not int or not 0 <= token < vocab_size for token in ids):
-        expected = f"integers below {vocab_size}, the vocab_size"
-        raise ValueError(f"eos_token_id is {reprlib.repr(end_ids)}, expected {expected}")
-    return ids
+    return {"rope_theta": numbers["rope_theta"], "rope_scaling": scaling if llama3 else None}
 
 
 # --- Layers that state their precision: weights in any dtype, products in the input's
@@ -346,28 +326,25 @@ class Linear(nn.Linear):
 
 class Conv1d(nn.Conv1d):
     """A convolution over time as one product: each output reads the frames that it is given,
-    x (N, kernel, D) -> (N, out)."""
+    x (N, D), reads (N', kernel) -> (N', out). Without them it is one frame each."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, reads: Tensor | None = None) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        frames = x.transpose(1, 2).flatten(1)  # (N, D * kernel)
-        return F.linear(frames, self.weight.to(x.dtype).flatten(1), bias)
+        if reads is not None:  # frame N is of zeros
+            x = F.pad(x, (0, 0, 0, 1))[reads].transpose(1, 2).flatten(1)  # (N', D * kernel)
+        return F.linear(x, self.weight.to(x.dtype).flatten(1), bias)
 
 
-def convolved_frames(rows: "Rows", pooled: "Rows", kernel: int, stride: int) -> Tensor:
-    """The frames (N', kernel), of N, that each output of a convolution reads, which pads kernel //
-    2 frames: N for a frame of zeros, which stands for those beyond either end of the sequence.
-    rows, pooled: the sequences before and after it."""
+def convolved_frames(rows: "Rows", pooled: "Rows", conv: Conv1d) -> Tensor:
+    """The frames (N', kernel) that each output of a convolution reads, of N, or N itself beyond
+    either end of the sequence. rows, pooled: the sequences before and after it."""
     N = len(rows.row)
+    (kernel,), (stride,) = conv.kernel_size, conv.stride
     tap = torch.arange(kernel, device=rows.row.device) - kernel // 2
     middle = rows.begin[pooled.row] + stride * pooled.offset  # (N',)
     frame = middle[:, None] + tap
     owner = F.pad(rows.row, (0, 1), value=-1)[frame.clamp(-1, N)]
     return torch.where(owner == pooled.row[:, None], frame, N)
-
-
-def with_zeros(x: Tensor) -> Tensor:  # (N, D) -> (N + 1, D), the last of which is zeros
-    return F.pad(x, (0, 0, 0, 1))
 
 
 class DepthwiseConv1d(nn.Conv1d):
@@ -401,42 +378,36 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(y, self.normalized_shape, weight, bias, self.eps).type_as(x)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
 class Pretrained(nn.Module):
     """A module that is read from a checkpoint directory. Its classes have a config_class, and a
-    module_key(config, key), which gives the module's name of a checkpoint's tensor, or None for one
-    that is not needed."""
+    module_key(config, key): the module's name of a checkpoint's tensor, None if not needed."""
 
     @classmethod
     def read_config(cls, directory: Path):
-        where = directory / "config.json"
-        return cls.config_class.from_dict(read_json(where), where)
+        """The configuration of a checkpoint. Raises UserError."""
+        where, generation = directory / "config.json", directory / "generation_config.json"
+        raw = read_json(where)
+        if generation.exists():  # its end tokens win
+            raw |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id"}
+        with one_line_errors(where, COPY_CONFIG):
+            return cls.config_class.from_dict(raw)
 
     @classmethod
     def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path,
-        dtype: torch.dtype = torch.float32,
-        compute_dtype: torch.dtype | None = None,
-        device: str = "cpu",
-        kernels: "Kernels | None" = None,
+        cls, source: str | Path, dtype=torch.float32, compute_dtype=None, device="cpu", kernels=None
     ):
-        """Loads a checkpoint, single-file or sharded, in eval mode. Raises UserError, which names
-        missing, unexpected or mis-shaped tensors, and ValueError for another dtype than float32
-        and bfloat16."""
+        """Loads the checkpoint of a directory or Hub id, in eval mode. Raises UserError, which
+        names missing, unexpected or mis-shaped tensors, and ValueError for another dtype than
+        float32 and bfloat16."""
         compute_dtype = compute_dtype or dtype
         if {dtype, compute_dtype} - {torch.float32, torch.bfloat16}:
             raise ValueError(f"found {dtype}, {compute_dtype}, expected torch.float32 or bfloat16")
-        directory = fetch(path_or_hub_id)
+        directory = fetch(source)
         config = cls.read_config(directory)
         state = read_state(directory, partial(cls.module_key, config), dtype, device)
         with one_line_errors(directory, "the weights and config.json are of different models"):
@@ -448,16 +419,14 @@ class Pretrained(nn.Module):
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        end_ids = getattr(self.config, "eos_token_id", None)
-        save_weights(directory, self.config.to_dict(), self.state_dict(), end_ids)
+        save_weights(directory, self.config.to_dict(), self.state_dict())
 
 
 # --- Packed sequences, and attention within each of them
 
 
 class Rows:
-    """Whose each position of a packed batch is: sequences of these lengths stand end to end. Made
-    once a batch and shared by all layers. Lengths are Python integers, as they shape the computing.
+    """Whose each position of a packed batch is: sequences of these lengths stand end to end.
 
     lengths: list of B; count (B,): the same; begin (B,): where each sequence begins; row (N,): the
     sequence of each position; offset (N,): its place among the batch's own positions of that
@@ -497,19 +466,15 @@ def attend(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tenso
     biases = [None] * len(rows.lengths) if bias is None else bias.split(rows.lengths)
     parts = zip(*(x.split(rows.lengths) for x in (q, k, v)), biases, strict=True)
     outputs = []
-    for q_n, k_n, v_n, bias_n in parts:
-        heads = [x.transpose(0, 1)[None] for x in (q_n, k_n, v_n)]  # (1, H, n, d)
+    for *qkv, bias_n in parts:
+        qkv = [x.transpose(0, 1)[None] for x in qkv]  # (1, H, n, d)
         mask = None if bias_n is None else spread_bias(bias_n.transpose(0, 1), left)[None]
-        y = F.scaled_dot_product_attention(
-            *heads, mask, dropout_p=dropout, is_causal=causal, enable_gqa=shared
-        )
+        y = F.scaled_dot_product_attention(*qkv, mask, dropout, causal, enable_gqa=shared)
         outputs.append(y[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
-def attend_padded(
-    q: Tensor, k: Tensor, v: Tensor, rows: Rows, bias: Tensor, left: int, dropout=0.0
-):
+def attend_padded(q, k, v, rows, bias, left, dropout=0.0) -> Tensor:
     """The same with a bias, all sequences at once. Within this function alone they are filled up to
     the longest, and no query sees a key that only fills up."""
     B, n = len(rows.lengths), max(rows.lengths)
@@ -520,13 +485,12 @@ def attend_padded(
 
     beyond = torch.arange(n, device=q.device) >= rows.count[:, None]  # (B, n)
     mask = spread_bias(pad(bias), left).masked_fill(beyond[:, None, None], float("-inf"))
-    y = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), mask, dropout_p=dropout)
+    y = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), mask, dropout)
     return y.transpose(1, 2)[rows.row, rows.offset]
 
 
 def attend_varlen(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tensor:
-    """attend for CUDA, one kernel for all sequences. PyTorch's kernel for packed sequences takes
-    neither a bias nor dropout nor float32, which go the other ways."""
+    """attend for CUDA, one kernel for all sequences, which takes no bias, dropout or float32."""
     if bias is not None:
         return attend_padded(q, k, v, rows, bias, left, dropout)
     if dropout or q.dtype == torch.float32:
@@ -564,8 +528,7 @@ def call_layer(layer: nn.Module, *inputs) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The operators that have faster versions for some machines. A model gets them once, when it is
-    built: see default_kernels and train.training_kernels."""
+    """The operators that have faster versions, see default_kernels and train.training_kernels."""
 
     attend: Callable = attend
     depthwise: Callable = depthwise
@@ -584,7 +547,7 @@ def pick_device() -> str:
 
 def default_kernels(device: str) -> Kernels:
     """The fastest operators for a device. Those for the CPU are optional and in extras/."""
-    try:
+    with suppress(ImportError):
         if str(device).startswith("cuda"):
             import torch.nn.attention.varlen  # noqa: F401  (since PyTorch 2.10)
 
@@ -593,24 +556,20 @@ def default_kernels(device: str) -> Kernels:
             from extras import cpu
 
             return Kernels(attend=cpu.attend, depthwise=cpu.depthwise)
-    except ImportError:
-        pass
     return PLAIN
 
 
 def keep_freed_memory() -> None:
-    """Freed memory stays with the process, for its next step: the C library would return tensors of
-    32 MB and more to the system at once, which hands them out again page by page, filled with zeros
-    (a fifth of a training step on a CPU). Where the C library is not glibc, nothing happens."""
-    trim_threshold, mmap_max = -1, -4  # names of glibc's malloc.h
+    """Freed memory stays with the process, for its next step: glibc (no other is changed) would
+    return tensors of 32 MB and more to the system, which fills their pages with zeros when it hands
+    them out again (a fifth of a training step on a CPU)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
+        mallopt(-4, 0)  # M_MMAP_MAX of glibc's malloc.h
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
-# --- Speech encoder: w2v-BERT 2.0 (arXiv 2312.05187), a Conformer (arXiv 2005.08100) with relative
-# keys (arXiv 1803.02155)
+# --- Encoder: w2v-BERT 2.0 (arXiv 2312.05187), a Conformer (2005.08100), relative keys (1803.02155)
 
 
 class FeatureProjection(nn.Module):
@@ -642,8 +601,7 @@ class FeedForward(nn.Module):
 
 class SelfAttention(nn.Module):
     """Bidirectional attention of encoder and adapter. With relative keys, the score of query i and
-    key j gains q_i . E[clip(j - i, -left, right)]: the product with all left + 1 + right embeddings
-    is taken once a query, and attention picks from it for every key."""
+    key j gains q_i . E[clip(j - i, -left, right)], picked from the products with all of E."""
 
     def __init__(self, config: EncoderConfig, kernels: Kernels, relative_key: bool):
         super().__init__()
@@ -652,8 +610,7 @@ class SelfAttention(nn.Module):
         self.linear_k = Linear(D, D)
         self.linear_v = Linear(D, D)
         self.linear_out = Linear(D, D)
-        self.config = config
-        self.kernels = kernels
+        self.config, self.kernels = config, kernels
         self.distance_embedding = None
         if relative_key:
             places = config.left_max_position_embeddings + 1 + config.right_max_position_embeddings
@@ -687,9 +644,9 @@ class ConvolutionModule(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (N, D) -> (N, D)
-        x = F.glu(self.pointwise_conv1(self.layer_norm(x)[:, None]))
+        x = F.glu(self.pointwise_conv1(self.layer_norm(x)))
         x = self.act(self.depthwise_layer_norm(self.depthwise_conv(x, rows)))
-        x = self.pointwise_conv2(x[:, None])
+        x = self.pointwise_conv2(x)
         return F.dropout(x, self.config.conformer_conv_dropout, self.training)
 
 
@@ -716,15 +673,10 @@ class ConformerLayer(nn.Module):
         return self.final_layer_norm(x)
 
 
-ENCODER_KEYS_LEFT_OUT = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
-
-
 class SpeechEncoder(Pretrained):
     config_class = EncoderConfig
 
-    def __init__(
-        self, config: EncoderConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN
-    ):
+    def __init__(self, config: EncoderConfig, compute_dtype=torch.float32, kernels=PLAIN):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
         self.feature_projection = FeatureProjection(config)
@@ -735,8 +687,7 @@ class SpeechEncoder(Pretrained):
 
     def forward(self, features: Tensor, lengths: list[int]) -> Tensor:
         """Hidden states of the last layer. features (N, 160): log-mel frames of 20 ms, sequence
-        after sequence; lengths: how many frames each has, at least 1 -> (N, D). In training,
-        dropout, layerdrop and SpecAugment apply as the config says.
+        after sequence; lengths: how many frames each has, at least 1 -> (N, D).
 
         Source: Wav2Vec2BertModel of transformers."""
         rows = Rows(lengths, features.device)
@@ -772,11 +723,11 @@ class SpeechEncoder(Pretrained):
 
     @staticmethod
     def module_key(config: EncoderConfig, key: str) -> str | None:
-        """Of a fine-tune of the encoder (CTC, classification), too, whose head, adapter and
-        intermediate feed-forward layers are left out."""
+        """Of a fine-tune of the encoder (CTC, classification), too, without what it adds."""
         key = key.removeprefix("wav2vec2_bert.")
+        added = ("adapter.", "intermediate_ffn.", "lm_head.", "projector.", "classifier.")
         masks = config.mask_time_prob > 0 or config.mask_feature_prob > 0
-        if key.startswith(ENCODER_KEYS_LEFT_OUT) or (key == "masked_spec_embed" and not masks):
+        if key.startswith(added) or (key == "masked_spec_embed" and not masks):
             return None
         return key
 
@@ -801,7 +752,7 @@ def span_mask(lengths: Tensor, size: int, prob: float, span: int, min_spans: int
     return begun > F.pad(begun, (span, 0))[:, :size]
 
 
-# --- Speech encoder: Whisper's (arXiv 2212.04356), a Transformer
+# --- Encoder: Whisper's (arXiv 2212.04356), a Transformer
 
 
 class WhisperAttention(nn.Module):
@@ -816,10 +767,9 @@ class WhisperAttention(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (N, D) -> (N, D)
         heads = self.config.num_attention_heads
-        q, k, v = (  # (N, H, d)
-            project(x).view(len(x), heads, -1)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = self.q_proj(x).view(len(x), heads, -1)  # (N, H, d)
+        k = self.k_proj(x).view(len(x), heads, -1)
+        v = self.v_proj(x).view(len(x), heads, -1)
         dropout = self.config.attention_dropout if self.training else 0.0
         return self.out_proj(self.kernels.attend(q, k, v, rows, dropout=dropout).flatten(1))
 
@@ -846,23 +796,20 @@ class WhisperLayer(nn.Module):
 class WhisperEncoder(Pretrained):
     config_class = WhisperConfig
 
-    def __init__(
-        self, config: WhisperConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN
-    ):
+    def __init__(self, config: WhisperConfig, compute_dtype=torch.float32, kernels=PLAIN):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
         D = config.hidden_size
         self.conv1 = Conv1d(config.feature_projection_input_dim // 2, D, 3)
-        self.conv2 = Conv1d(D, D, 3)
+        self.conv2 = Conv1d(D, D, 3, 2)
         self.embed_positions = Embedding(config.max_source_positions, D)
         layers = [WhisperLayer(config, kernels) for _ in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
         self.layer_norm = LayerNorm(D, config.layer_norm_eps)
 
     def forward(self, features: Tensor, lengths: list[int]) -> Tensor:
-        """Hidden states of the last layer. features (N, 2 * mel bins): log-mel frames of 20 ms,
-        sequence after sequence; lengths: how many frames each has -> (N, D). Windows have their
-        real length, not 30 s. Raises UserError for a longer window than there are positions.
+        """As SpeechEncoder's, of features (N, 2 * mel bins). Windows have their real length, not
+        30 s. Raises UserError for a longer window than there are positions.
 
         Source: WhisperEncoder of transformers."""
         longest = self.config.max_source_positions
@@ -872,8 +819,8 @@ class WhisperEncoder(Pretrained):
         rows = Rows(lengths, features.device)
         rows_of_10_ms = Rows([2 * n for n in lengths], features.device)
         x = features.to(self.compute_dtype).reshape(2 * len(features), -1)  # (2 N, bins)
-        x = F.gelu(self.conv1(with_zeros(x)[convolved_frames(rows_of_10_ms, rows_of_10_ms, 3, 1)]))
-        x = F.gelu(self.conv2(with_zeros(x)[convolved_frames(rows_of_10_ms, rows, 3, 2)]))  # (N, D)
+        x = F.gelu(self.conv1(x, convolved_frames(rows_of_10_ms, rows_of_10_ms, self.conv1)))
+        x = F.gelu(self.conv2(x, convolved_frames(rows_of_10_ms, rows, self.conv2)))  # (N, D)
         x = x + self.embed_positions.weight.to(x.dtype)[rows.position]
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         for layer in self.layers:
@@ -894,13 +841,13 @@ ENCODERS = {"wav2vec2-bert": SpeechEncoder, "whisper": WhisperEncoder}
 def encoder_class(path_or_hub_id: str | Path) -> type[Pretrained]:
     """The class of an encoder's checkpoint. Raises UserError."""
     where = fetch(path_or_hub_id) / "config.json"
-    raw = {"model_type": "", **read_json(where)}
-    expect(raw, where, model_type=list(ENCODERS))
-    return ENCODERS[raw["model_type"]]
+    with one_line_errors(where, COPY_CONFIG):
+        raw = {"model_type": "", **read_json(where)}
+        expect(raw, model_type=list(ENCODERS))
+        return ENCODERS[raw["model_type"]]
 
 
-# --- Length adapter: the reference system's (arXiv 2506.17019), 20 ms frames of the encoder's width
-# in, 80 ms frames of the LLM's width out
+# --- Length adapter: the reference system's (arXiv 2506.17019), 20 ms frames in, 80 ms frames out
 
 
 class AdapterLayer(nn.Module):
@@ -918,22 +865,16 @@ class AdapterLayer(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor, reads: Tensor, rows: Rows) -> Tensor:
-        """x (N, D) -> (N', D). Output i convolves the frames reads[i], of (N', kernel), of x, where
-        N stands for a frame of zeros; rows are those after the stride."""
-
-        def pool(norm: nn.Module, conv: nn.Module) -> Tensor:
-            return F.glu(conv(with_zeros(norm(x))[reads]))  # (N', D)
-
-        residual = pool(self.residual_layer_norm, self.residual_conv)
-        y = self.self_attn(pool(self.self_attn_layer_norm, self.self_attn_conv), rows)
+        """x (N, D) -> (N', D). reads: see convolved_frames; rows: those after the stride."""
+        residual = F.glu(self.residual_conv(self.residual_layer_norm(x), reads))  # (N', D)
+        y = F.glu(self.self_attn_conv(self.self_attn_layer_norm(x), reads))
+        y = self.self_attn(y, rows)
         x = residual + F.dropout(y, self.config.conformer_conv_dropout, self.training)
         return x + self.ffn(self.ffn_layer_norm(x))
 
 
 class LengthAdapter(nn.Module):
-    def __init__(
-        self, config: AdapterConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN
-    ):
+    def __init__(self, config: AdapterConfig, compute_dtype=torch.float32, kernels=PLAIN):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
         layers = [AdapterLayer(config, kernels) for _ in range(config.num_adapter_layers)]
@@ -941,19 +882,16 @@ class LengthAdapter(nn.Module):
         self.enc_to_dec_proj = Linear(config.hidden_size, config.output_size)
 
     def forward(self, x: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
-        """x (N, D): encoder states of 20 ms, lengths of the sequences -> (N', D of the LLM) of
-        80 ms, their lengths.
+        """x (N, D): encoder states of 20 ms, their lengths -> (N', D of the LLM) of 80 ms, theirs.
 
-        Source: Wav2Vec2BertAdapter of transformers and the reference's projection, with two
-        differences. A convolution reads zeros past a sequence's end (there it reads padding, unless
-        a length divides by 4), and there is no layerdrop (there a dropped layer keeps its input's
-        length, and half of the frames get masked out)."""
+        Source: Wav2Vec2BertAdapter of transformers and the reference's projection, but past a
+        sequence's end a convolution reads zeros (there padding, unless a length divides by 4), and
+        no layer is dropped (there it keeps its input's length, and half of the frames are lost)."""
         x = x.to(self.compute_dtype)
         rows = Rows(lengths, x.device)
         for layer in self.layers:
             pooled = Rows([strided_length(n, self.config) for n in rows.lengths], x.device)
-            kernel, stride = self.config.adapter_kernel_size, self.config.adapter_stride
-            reads = convolved_frames(rows, pooled, kernel, stride)
+            reads = convolved_frames(rows, pooled, layer.residual_conv)
             x = self.kernels.call_layer(layer, x, reads, pooled)
             rows = pooled
         return self.enc_to_dec_proj(x), rows.lengths
@@ -982,8 +920,7 @@ def rope(positions: Tensor, config: LLMConfig) -> tuple[Tensor, Tensor]:
     those under context / high_freq_factor are kept, those between are interpolated."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent  # (d / 2,)
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
+    if scaling := config.rope_scaling:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         context = scaling["original_max_position_embeddings"]
         turns = context * frequency / (2 * torch.pi)  # within the original context
@@ -1012,8 +949,7 @@ class Attention(nn.Module):
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(d, config.rms_norm_eps)
             self.k_norm = RMSNorm(d, config.rms_norm_eps)
-        self.config = config
-        self.kernels = kernels
+        self.config, self.kernels = config, kernels
 
     def forward(self, x, rows, cos, sin, update=None, mask=None):
         """Causal attention, x (N, D) -> (N, D). update(k, v, rows) puts new keys and values into a
@@ -1063,7 +999,9 @@ class DecoderLayer(nn.Module):
 
 
 class LLM(Pretrained):
-    def __init__(self, config: LLMConfig, compute_dtype=torch.float32, kernels: Kernels = PLAIN):
+    config_class = LLMConfig
+
+    def __init__(self, config: LLMConfig, compute_dtype=torch.float32, kernels=PLAIN):
         super().__init__()
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, kernels
         embedding = Embedding(config.vocab_size, config.hidden_size)
@@ -1084,8 +1022,7 @@ class LLM(Pretrained):
 
     def hidden(self, x: Tensor, lengths: list[int], cache=None, start=None, wanted=None) -> Tensor:
         """x (N, D) embeddings, sequence after sequence of these lengths -> (N, D) states after the
-        final norm, or those of the `wanted` positions alone (n, D): behind its keys and values, the
-        last layer computes no others.
+        final norm, or of the `wanted` positions alone (n, D), for which the last layer does less.
 
         cache: a sample.KVCache, written in place. start (B,): how many positions of each sequence
         it already holds; None means none, and the sequences begin here."""
@@ -1094,8 +1031,7 @@ class LLM(Pretrained):
         if start is not None:
             last = start[:, None] + torch.arange(max(lengths), device=x.device)  # (B, n)
             mask = torch.arange(cache.size, device=x.device) <= last[..., None]  # (B, n, S)
-        cos, sin = rope(rows.position, self.config)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        cos, sin = (angle.to(x.dtype) for angle in rope(rows.position, self.config))
         for i, layer in enumerate(self.model.layers):
             chosen = wanted if i == self.config.num_hidden_layers - 1 else None
             update = None if cache is None else partial(cache.update, i)
@@ -1113,19 +1049,10 @@ class LLM(Pretrained):
         return F.linear(hidden, self.head.to(hidden.dtype)).float()
 
     @staticmethod
-    def read_config(directory: Path) -> LLMConfig:
-        where, generation = directory / "config.json", directory / "generation_config.json"
-        end_tokens = read_json(generation) if generation.exists() else None
-        config = LLMConfig.from_dict(read_json(where), where, end_tokens)
-        if config.tie_word_embeddings:
-            check_tied(directory)
-        return config
-
-    @staticmethod
     def module_key(config: LLMConfig, key: str) -> str | None:
-        # Without tables of RoPE, and the copy of a tied head.
-        tied_copy = config.tie_word_embeddings and key.endswith("lm_head.weight")
-        return None if tied_copy or key.endswith("rotary_emb.inv_freq") else key
+        if config.tie_word_embeddings and key.endswith("lm_head.weight"):
+            return "model.embed_tokens.weight"  # of which it is a copy
+        return None if key.endswith("rotary_emb.inv_freq") else key
 
 
 # --- SpeechLM: the join, and its loss
@@ -1180,11 +1107,8 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, with_gradient: bool) 
 
 class SpeechLM(nn.Module):
     """A sequence is audio frames, instruction tokens, answer tokens (and before them a begin token,
-    if the LLM has one), without holes; the sequences of a batch stand end to end.
-
-    `ids` (N,) holds the tokens, and AUDIO at the position of every audio frame; adapter_length says
-    how many frames a recording gives. Lengths, in frames or in ids, are lists of Python integers.
-    """
+    if the LLM has one), without holes. `ids` (N,) holds the tokens, and AUDIO at the position of
+    every audio frame, of which adapter_length says how many a recording gives."""
 
     def __init__(self, encoder: nn.Module, adapter: LengthAdapter, llm: LLM, prompt: str = "plain"):
         super().__init__()
@@ -1204,10 +1128,8 @@ class SpeechLM(nn.Module):
             return x
         placeholder = ids == AUDIO
         if not torch.is_grad_enabled() and placeholder.sum() != len(audio):
-            raise ValueError(
-                f"ids hold {int(placeholder.sum())} audio placeholders for {len(audio)} audio "
-                "frames; adapter_length(frames) says how many a recording needs"
-            )
+            found = f"{int(placeholder.sum())} audio placeholders for {len(audio)} audio frames"
+            raise ValueError(f"ids hold {found}; adapter_length says how many a recording needs")
         frame = (placeholder.cumsum(0) - 1).clamp(0, len(audio) - 1)  # (N,)
         return torch.where(placeholder[:, None], audio.to(x.dtype)[frame], x)
 
@@ -1221,12 +1143,11 @@ class SpeechLM(nn.Module):
         warm_start: bool = False,
     ) -> tuple[Tensor, int]:
         """Summed cross-entropy of the answers, or with warm_start their ctc_loss, for which the LLM
-        is not run; and the number of their tokens.
+        is not run; and the number of their tokens, by which to divide over a step's batches.
 
-        features and lengths as in encode; ids (N',) int64 and ids_lengths, with as many
-        placeholders in a sequence as adapter_length says; targets: the places in ids of every
-        supervised token (the answer from its first token to its end token), none of them a
-        sequence's first. Divide by the count over all batches of a step, not by each batch's."""
+        features and lengths as in encode; ids (N',) int64 of sequences of ids_lengths; targets: the
+        places in ids of every supervised token (the answer from its first token to its end token),
+        none of them a sequence's first."""
         audio, audio_lengths = self.encode(features, lengths)
         if warm_start:
             return self.ctc_loss(audio, audio_lengths, ids, ids_lengths, targets), len(targets)
@@ -1255,10 +1176,9 @@ class SpeechLM(nn.Module):
         if not len(targets):
             return 0 * audio.float().sum()
         rows = Rows(ids_lengths, ids.device)
-        row = rows.row[targets]
-        inner = rows.offset[targets] + 1 < rows.count[row]
-        counts = row[inner].bincount(minlength=len(ids_lengths))
-        used, labels = ids[targets][inner].unique(return_inverse=True)
+        spelled = targets[~torch.isin(targets, rows.begin + rows.count - 1)]
+        counts = rows.row[spelled].bincount(minlength=len(ids_lengths))
+        used, labels = ids[spelled].unique(return_inverse=True)
         # Tokens of no answer in the batch count as one, so that CTC's table is small.
         scores = self.token_scores(audio)
         blank = scores.new_full((len(scores), 1), math.log(scores.shape[1]))
@@ -1317,13 +1237,12 @@ def is_update(name: str) -> bool:
 def merged_state(module: nn.Module, state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """A state dict in which every low-rank update is added into its layer's weight, which is the
     module's where the state has none, in the weight's dtype."""
-    merged = dict(state)
-    for name in filter(is_update, state):
+    merged = {name: tensor for name, tensor in state.items() if not is_update(name)}
+    for name, a in state.items():
         layer, _, matrix = name.rpartition(".")
         if matrix == "lora_a":
-            a, b = merged.pop(f"{layer}.lora_a"), merged.pop(f"{layer}.lora_b")
             weight = merged.get(f"{layer}.weight", module.get_submodule(layer).weight.detach())
-            update = (alpha / len(a) * b @ a).to(weight.device)
+            update = (alpha / len(a) * state[f"{layer}.lora_b"] @ a).to(weight.device)
             merged[f"{layer}.weight"] = (weight.float() + update).to(weight.dtype)
     return merged
 
@@ -1342,10 +1261,8 @@ def fetch(path_or_hub_id: str | Path) -> Path:
     if os.path.isdir(path):
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
-        raise UserError(
-            f"{path}: no such directory; give the directory of a checkpoint (config.json and "
-            "model.safetensors) or a Hub id such as Qwen/Qwen2.5-1.5B by --encoder or --llm"
-        )
+        remedy = "give the directory of a checkpoint or a Hub id (a/b) by --encoder or --llm"
+        raise UserError(f"{path}: no such directory; {remedy}")
     from huggingface_hub import snapshot_download  # takes half a second, so only when needed
 
     configs = ["config.json", "generation_config.json", "tokenizer.json"]
@@ -1356,7 +1273,7 @@ def fetch(path_or_hub_id: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """The object of a JSON file of a checkpoint. Raises UserError."""
+    """The object in a JSON file. Raises UserError."""
     with one_line_errors(path, "a checkpoint has config.json and model.safetensors: copy it again"):
         raw = json.loads(path.read_bytes())
         if not isinstance(raw, dict):
@@ -1366,20 +1283,13 @@ def read_json(path: Path) -> dict:
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint directory, single or sharded. Raises UserError."""
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        pickled = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".ckpt")]
-        raise UserError(
-            f"{directory}: found {', '.join(sorted(pickled)) or 'no weights'}, expected "
-            "model.safetensors or its index; take the checkpoint's safetensors version"
-        )
-    with one_line_errors(index, "copy it from the checkpoint again"):
-        names = sorted(set(read_json(index)["weight_map"].values()))
+    names, index = ["model.safetensors"], directory / "model.safetensors.index.json"
+    with one_line_errors(directory, "take all files of the checkpoint's safetensors version"):
+        if index.exists() and not (directory / names[0]).is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
         missing = [name for name in names if not (directory / name).is_file()]
-    if missing or not names:
-        raise UserError(f"{index}: no shard {', '.join(missing)} beside it; download them all")
+        if missing or not names:
+            raise ValueError(f"no {', '.join(missing) or 'weights'}")
     return [directory / name for name in names]
 
 
@@ -1399,20 +1309,6 @@ def fingerprint(path_or_hub_id: str | Path) -> dict[str, str]:
     return {"path": str(place), "sha256": digest.hexdigest()}
 
 
-def check_tied(directory: Path) -> None:
-    """Raises UserError if the output layer is to be the embedding, but the file has another one."""
-    pair = {}
-    for path in weight_files(directory):
-        with one_line_errors(path, DOWNLOAD_AGAIN), safe_open(path, framework="pt") as file:
-            for key in {"lm_head.weight", "model.embed_tokens.weight"}.intersection(file.keys()):
-                pair[key] = file.get_tensor(key)
-    if len(pair) == 2 and not torch.equal(*pair.values()):
-        raise UserError(
-            f"{directory}: tie_word_embeddings is true in config.json, but lm_head.weight differs "
-            "from the embedding; set it to false to use both"
-        )
-
-
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer.json of an LLM's directory. Raises UserError."""
     path = Path(directory) / "tokenizer.json"
@@ -1425,9 +1321,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     config = path.with_name("config.json")
     size = read_json(config).get("vocab_size") if config.exists() else None
     if largest < 0 or (is_number(size) and largest >= size):
-        raise UserError(
-            f"{path}: has tokens up to {largest}, config.json {size}; copy both from the same LLM"
-        )
+        found = f"has tokens up to {largest}, config.json {size}"
+        raise UserError(f"{path}: {found}; copy both from the same LLM")
     return tokenizer
 
 
@@ -1440,19 +1335,19 @@ def fast_dtype(directory: Path, device: str) -> torch.dtype:
 
 
 def read_state(directory: Path, rename: Callable, dtype: torch.dtype, device: str) -> dict:
-    """The tensors of a checkpoint by the names that rename(key) gives, but for those where it gives
-    None. Tensors already in `dtype` stay memory-mapped; others are converted in blocks of 64 MB, so
-    that loading needs hardly more memory than the weights. Raises UserError."""
+    """The tensors of a checkpoint by the names that rename(key) gives, without those of None.
+    Tensors already in `dtype` stay memory-mapped; others are converted in blocks of 64 MB, so that
+    loading needs hardly more memory than the weights. Raises UserError."""
     device = str(torch.empty(0, device=device).device)  # "cuda" alone would be GPU 0
     state = {}
     for path in weight_files(directory):
         with one_line_errors(path, DOWNLOAD_AGAIN), safe_open(path, framework="pt") as file:
-            for key in file.keys():
+            for key in filter(rename, file.keys()):
                 name = rename(key)
-                if name in state:
-                    raise ValueError(f"{key} is there twice")
-                if name is not None:
-                    state[name] = read_tensor(path, key, dtype, device)
+                tensor = read_tensor(path, key, dtype, device)
+                if name in state and not torch.equal(state[name], tensor):
+                    raise ValueError(f"two different {name}, expected one (tie_word_embeddings?)")
+                state[name] = tensor
     return state
 
 
@@ -1474,20 +1369,19 @@ def read_tensor(path: Path, key: str, dtype: torch.dtype, device: str) -> Tensor
     return tensor
 
 
-def save_weights(directory, config: dict, state: dict[str, Tensor], end_ids=None) -> None:
+def save_weights(directory: str | Path, config: dict, state: dict[str, Tensor]) -> None:
     """Writes the weights and the JSON files of a checkpoint directory; each replaces its forerunner
     only when all of them are on disk."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     objects = {"config.json": config}
-    if end_ids is not None:
-        objects["generation_config.json"] = {"eos_token_id": end_ids}
+    if "eos_token_id" in config:
+        objects["generation_config.json"] = {"eos_token_id": config["eos_token_id"]}
     weights = directory / "model.safetensors.tmp"
-    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(contiguous, weights, metadata={"format": "pt"})
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(state, weights, metadata={"format": "pt"})
     for name, values in objects.items():
-        text = json.dumps(values, indent=2) + "\n"
-        (directory / f"{name}.tmp").write_text(text, encoding="utf-8")
+        (directory / f"{name}.tmp").write_text(json.dumps(values, indent=2) + "\n")
     shutil.copymode(directory / "config.json.tmp", weights)  # safetensors lets nobody else read it
     for name in ("model.safetensors", *objects):
         os.replace(directory / f"{name}.tmp", directory / name)
@@ -1512,18 +1406,15 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) -> set[str]:
-    """Puts the parts that a checkpoint holds into the model. Low-rank updates go into the model's
-    own where these are of the same layers and rank, else into the layers' weights. bases: the
-    fingerprints of the models that it was built from. Returns the parts that differ from these by
-    more than low-rank updates. Raises UserError if the checkpoint is of others, or does not fit."""
+    """Puts the parts of a checkpoint into a model of bases with these fingerprints. Its low-rank
+    updates go into the model's if these are of the same layers and rank, else into the weights.
+    Returns the parts that differ from the bases by more than low-rank updates. Raises UserError."""
     with one_line_errors(path, "it is damaged or of another version: train it again"):
         for name, base in bases.items():
             trained = checkpoint["bases"][name]
             if trained["sha256"] != base["sha256"]:
-                raise UserError(
-                    f"{path}: was trained on the {name} {trained['path']}, found another model at "
-                    f"{base['path']}; give the same --{name}"
-                )
+                found = f"{name} {trained['path']}, found another model at {base['path']}"
+                raise UserError(f"{path}: was trained on the {found}; give the same --{name}")
         state = checkpoint["model"]
         complete = changed_parts(state)
         shapes = {name: p.shape for name, p in model.named_parameters() if is_update(name)}
@@ -1531,8 +1422,8 @@ def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) ->
             state = merged_state(model, state, checkpoint["config"]["lora_alpha"])
         missing, unexpected = model.load_state_dict(state, strict=False)
         # Parts of which it holds nothing, or low-rank updates alone, are the base models'.
-        misfits = [n for n in missing if n.split(".")[0] in complete and not is_update(n)]
-        misfits += unexpected
+        missing = [n for n in missing if n.split(".")[0] in complete and not is_update(n)]
+        misfits = missing + unexpected
         if misfits:
             raise ValueError(f"{len(misfits)} tensors do not fit, {min(misfits)} first")
         return changed_parts(state)

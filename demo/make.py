@@ -285,9 +285,9 @@ def learning_rate(i, steps, peak):
     return peak * warm_up * (0.01 + 0.99 * cosine)
 
 
-def save_bfloat16(directory, config, weights, end_ids=None):
+def save_bfloat16(directory, config, weights):
     weights = {name: p.bfloat16() for name, p in weights.items()}
-    save_weights(directory, config, weights, end_ids)
+    save_weights(directory, config, weights)
 
 
 def word_error_rate(pairs: list[tuple[str, str]]) -> float:
@@ -650,7 +650,7 @@ def pretrain_llm():
         if (i + 1) % 100 == 0 or i + 1 == LLM_STEPS:
             figures = llm_figures(model, tokenizer, "dev", 120)
             bar.write(f"step {i + 1}: loss {loss.item():.3f}, {figures}")
-            save_bfloat16(directory, asdict(config), model.state_dict(), sequences.end)
+            save_bfloat16(directory, asdict(config), model.state_dict())
 
 
 @torch.no_grad()

@@ -237,7 +237,7 @@ def figure_lines(examples: list[dict], sounds: dict[Recording, Sound]):
 def look_over(args: argparse.Namespace) -> dict:
     """The report. Raises UserError."""
     directory = model.fetch(args.tokenizer)
-    config = model.LLMConfig.from_dict(model.read_json(directory / "config.json"), directory)
+    config = model.LLM.read_config(directory)
     tokenizer = model.load_tokenizer(directory)
     prompt = data.make_prompt(tokenizer, config.eos_token_id)
     context = (tokenizer, prompt, config.max_position_embeddings)
