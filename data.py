@@ -339,40 +339,25 @@ def fbank(waves: list[Tensor]) -> tuple[Tensor, list[int]]:
     two of them make one 20 ms output frame, so a wave has (1 + (N - 400) // 160) // 2. An odd last
     10 ms frame only counts for the mean and variance. Raises AudioError for a wave that is too
     short, not 1-d or not floating point."""
+    window, mel = fbank_constants(waves[0].device)
+    size = 128 if waves[0].device.type == "cpu" else 16384  # 10 ms frames, for a CPU's cache
+    features = []
     for i, wave in enumerate(waves):
         if wave.ndim != 1 or not wave.is_floating_point() or len(wave) < MIN_SAMPLES:
             raise AudioError(
                 f"wave {i}: found {tuple(wave.shape)} {wave.dtype}, expected (N,) float, N >= 560"
             )
-
-    # All waves stand in one line, each from a whole hop on. The few frames that cross from one to
-    # the next are computed and not used.
-    device = waves[0].device
-    hops = [math.ceil(len(wave) / HOP) for wave in waves]
-    starts = [sum(hops[:i]) for i in range(len(waves))]
-    line = torch.zeros(sum(hops) * HOP + FFT, dtype=torch.float32, device=device)
-    for wave, start in zip(waves, starts, strict=True):
-        line[start * HOP : start * HOP + len(wave)] = wave
-
-    window, mel = fbank_constants(device)
-    energies = torch.empty(sum(hops), 80, dtype=mel.dtype, device=device)
-    size = 128 if device.type == "cpu" else 16384  # 10 ms frames at a time, for a CPU's cache
-    for i in range(0, len(energies), size):
-        out = energies[i : i + size]
-        mel_energies(line[i * HOP : (i + len(out) - 1) * HOP + FFT + 1], window, mel, out)
-    energies.clamp_(min=1.192092955078125e-07).log_()
-
-    # Each wave is normalised over all its frames, then pairs of frames are joined.
-    frames = [1 + (len(wave) - WINDOW) // HOP for wave in waves]
-    lengths = [n // 2 for n in frames]
-    features = torch.empty(sum(lengths), 160, dtype=torch.float32, device=device)
-    outputs = features.split(lengths)
-    for output, start, n in zip(outputs, starts, frames, strict=True):
-        x = energies[start : start + n].double()  # (n, 80)
+        padded = F.pad(wave.float(), (0, FFT))
+        energies = mel.new_empty(1 + (len(wave) - WINDOW) // HOP, 80)
+        for k, out in enumerate(energies.split(size)):
+            samples = padded[k * size * HOP :][: (len(out) - 1) * HOP + FFT + 1]
+            mel_energies(samples, window, mel, out)
+        # Each wave is normalised over all its frames, then pairs of frames are joined.
+        x = energies.clamp_(min=1.192092955078125e-07).log_().double()  # (n, 80)
         x = x - x.mean(0)
-        x = x / (x.square().sum(0) / (n - 1) + 1e-7).sqrt()
-        output.copy_(x[: 2 * len(output)].view(-1, 160))
-    return features, lengths
+        x = x / (x.square().sum(0) / (len(x) - 1) + 1e-7).sqrt()
+        features.append(x[: len(x) // 2 * 2].float().view(-1, 160))
+    return torch.cat(features), [len(x) for x in features]
 
 
 def mel_energies(x: Tensor, window: Tensor, mel: Tensor, out: Tensor) -> None:
