@@ -790,15 +790,8 @@ FIELD_NAMES = {
     "license": "licence",
 }
 # The fields of an example that does not state them.
-EXAMPLE = {
-    "start": 0.0,
-    "duration": None,
-    "licence": "unknown",
-    "corpus": "unknown",
-    "speaker": "unknown",
-    "style": "written",
-    "sources": [],
-}
+UNKNOWN = dict.fromkeys(("licence", "corpus", "speaker"), "unknown")
+EXAMPLE = {"start": 0.0, "duration": None, **UNKNOWN, "style": "written", "sources": []}
 TEXT_FIELDS = "audio text licence corpus speaker".split()
 
 
