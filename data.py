@@ -35,7 +35,6 @@ from torch import Tensor
 
 from model import (
     AUDIO,
-    AdapterConfig,
     EncoderConfig,
     UserError,
     adapter_length,
@@ -1020,15 +1019,7 @@ def usable_rows(manifest: Manifest, tasks, check: Callable, least: int) -> Itera
         )
 
 
-def find_excess(
-    example: dict,
-    seconds: float,
-    tokenizer: Tokenizer,
-    prompt: "Prompt",
-    adapter: AdapterConfig,
-    max_seconds: float,
-    room: int,
-) -> str | None:
+def find_excess(example, seconds, tokenizer, prompt, adapter, max_seconds, room) -> str | None:
     """Why an example is too long to be trained on, or None: it takes more seconds than max_seconds,
     or more LLM positions than room."""
     if seconds > max_seconds:
