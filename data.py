@@ -33,16 +33,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import (
-    AUDIO,
-    EncoderConfig,
-    UserError,
-    adapter_length,
-    first_line,
-    is_number,
-    one_line_errors,
-    visible,
-)
+from model import AUDIO, EncoderConfig, UserError, adapter_length, one_line_errors, visible
 
 
 class AudioError(UserError):
@@ -171,7 +162,7 @@ def open_sound(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, io.IOBas
             file.seek(0)
             head = file.read(16)
             content = f"content that starts with {head}" if head else "0 bytes"
-            reason = first_line(error).rpartition(": ")[2]  # libsndfile's own
+            reason = str(error).rpartition(": ")[2]  # libsndfile's own
             raise AudioError(
                 f"{path}: found {content} ({reason}), expected audio such as wav, flac, ogg; "
                 f"{READ_AGAIN}"
@@ -820,7 +811,7 @@ def parse_example(line: str | bytes, where: str) -> dict:
             refuse(name, "text")
     for name in ("start", "duration"):
         value = example[name]
-        if value is not None and not (is_number(value) and 0 <= value < 1e6):
+        if value is not None and not (type(value) in (int, float) and 0 <= value < 1e6):
             refuse(name, "a number of seconds")
     sources = example["sources"]
     pairs = sources if isinstance(sources, list) else [None]
