@@ -667,14 +667,13 @@ ATTRIBUTIONS = json.loads(ATTRIBUTIONS_FILE.read_text(encoding="utf-8"))
 def accepted(licence: str, allowed: tuple[str, ...] = ()) -> bool:
     """Whether training takes data of an SPDX licence: CC0, public domain, CC-BY, MIT, Apache-2.0,
     or one that is named in `allowed`. Of "A AND B" both must be accepted, of "A OR B" one."""
-    if licence in allowed:
-        return True
-    licence = licence.strip("() ")
-    for choice in licence.split(" OR ") if "(" not in licence else []:
-        parts = [part.strip() for part in choice.split(" AND ")]
-        if all(FREE.fullmatch(part) or part in allowed for part in parts):
-            return True
-    return False
+
+    def is_free(part: str) -> bool:
+        return part.strip() in allowed or FREE.fullmatch(part.strip()) is not None
+
+    plain = re.fullmatch(r"\s*[(]?([^()]*)[)]?\s*", licence)  # no part of it is in brackets
+    choices = plain[1].split(" OR ") if plain else []
+    return licence in allowed or any(all(map(is_free, x.split(" AND "))) for x in choices)
 
 
 def letters(text: str) -> str:
