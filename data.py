@@ -727,17 +727,13 @@ def check_licence(example: dict, allowed: tuple[str, ...], hashes: frozenset[str
     """Raises UserError if an example must not be trained on: a licence of its is refused, it is
     marked test_only, or its text (of sqa, its question) is among the protected_hashes. Texts of
     under 20 letters are too short to tell where they are from."""
-    where = example["where"]
     expect_none(refused_licences(example, allowed))
-    if example.get("test_only"):
-        raise UserError(
-            f"{where}: the corpus {example['corpus']!r} is for testing only; leave the row out"
-        )
     text = example["question"] if example["task"] == "sqa" else example["text"]
+    reason = example.get("test_only") and f"the corpus {example['corpus']!r} is for testing only"
     if hashes and letter_count(text) >= 20 and text_hash(text) in hashes:
-        raise UserError(
-            f"{where}: {text[:40]!r} is of a test-only corpus, by *.fingerprints; leave the row out"
-        )
+        reason = f"{text[:40]!r} is of a test-only corpus, by *.fingerprints"
+    if reason:
+        raise UserError(f"{example['where']}: {reason}; leave the row out")
 
 
 def merge_hours(*data: list) -> list:
