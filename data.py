@@ -1144,8 +1144,10 @@ def schedule(manifests, weights, size, max_frames, max_tokens, seed, position=No
         random = np.random.default_rng([seed, position["pool"]])
         counts = random.multinomial(min(POOL, sum(map(len, manifests))), share).tolist()
         sizes = []
-        for m, (manifest, taken) in enumerate(zip(manifests, position["taken"], strict=True)):
-            for key in shuffled_rows(m, len(manifest), taken, counts[m], seed):
+        for m, taken in enumerate(position["taken"]):
+            for k in range(taken, taken + counts[m]):
+                turn, place = divmod(k, len(manifests[m]))
+                key = m, int(shuffled_rows(len(manifests[m]), seed, m, turn)[place]), turn
                 sizes.append((*size(*key), key))
         batches = cut_batches(sorted(sizes), max_frames, max_tokens)
         random.shuffle(batches)
@@ -1157,12 +1159,9 @@ def schedule(manifests, weights, size, max_frames, max_tokens, seed, position=No
         position = next_pool
 
 
-def shuffled_rows(m: int, length: int, taken: int, count: int, seed: int) -> Iterator[tuple]:
-    """The next `count` (manifest, row, turn) of manifest m, of whose rows so many were taken."""
-    for turn, group in itertools.groupby(range(taken, taken + count), lambda k: k // length):
-        order = np.random.default_rng([seed, m, turn]).permutation(length)
-        for k in group:
-            yield m, int(order[k % length]), turn
+@lru_cache(maxsize=1)
+def shuffled_rows(length: int, *seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(length)
 
 
 class Examples(torch.utils.data.Dataset):
