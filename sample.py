@@ -215,14 +215,14 @@ def generate(
 
 def check_options(max_new_tokens, num_beams, temperature, top_p, on_token) -> None:
     """Raises ValueError for options of generate that are impossible or exclude each other."""
-    if max_new_tokens < 1 or num_beams < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+    possible = (
+        min(max_new_tokens, num_beams) >= 1 and 0 <= temperature < math.inf and 0 < top_p <= 1
+    )
+    if not possible or num_beams > 1 and (temperature > 0 or on_token is not None):
         raise ValueError(
             f"max_new_tokens {max_new_tokens} and num_beams {num_beams} must be at least 1, "
-            f"temperature {temperature} at least 0 and finite, top_p {top_p} above 0 and at most 1"
-        )
-    if num_beams > 1 and (temperature > 0 or on_token is not None):
-        raise ValueError(
-            "beam search neither samples nor streams; give num_beams, or temperature and on_token"
+            f"temperature {temperature} at least 0 and finite, top_p {top_p} above 0 and at most "
+            "1; and beam search neither samples nor streams"
         )
 
 
