@@ -481,28 +481,25 @@ def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options
     options = options | {"max_new_tokens": most, "prefix": prefix, "prefix_rows": prefix_rows}
     ids, lengths = pack(instructions, device)
     outputs = generate(llm, llm.embed(ids), lengths, **options)
-    end = data.make_prompt(tokenizer, llm.config.eos_token_id, model.prompt).end
     answers = []
     for b, request in enumerate(batch):
         example, output = examples[request.example], outputs[b]
         cut = len(output) == most
         answer = Answer(tokenizer.decode(output).strip(), cut=cut)
         if weigh and example["task"] == "sqa":
-            about = {"prefix_rows": [prefix_rows[b]], "on_token": None}
-            inputs = example["target_language"], instructions[b], output, end, refuse_above
-            answer = weigh_answer(llm, tokenizer, *inputs, options | about)._replace(cut=cut)
+            alone = options | {"prefix_rows": [prefix_rows[b]], "on_token": None}
+            inputs = example["target_language"], instructions[b], output, refuse_above
+            answer = weigh_answer(model, tokenizer, *inputs, alone)._replace(cut=cut)
         answers.append(answer)
     return answers
 
 
-def weigh_answer(
-    llm, tokenizer, language, instruction, output, end, refuse_above, options
-) -> Answer:
-    """The Answer to a question, of which instruction, output and end are ids and whose prefix is
-    one of the options: what the model answered or, if it refused, the best that it would have
-    answered instead, against refusing, in the language of the question if known, else in the
-    likeliest."""
-    encode = partial(data.encode, tokenizer)
+def weigh_answer(model, tokenizer, language, instruction, output, refuse_above, options) -> Answer:
+    """The Answer to a question, of which instruction and output are ids and whose prefix is one of
+    the options: what the model answered or, if it refused, the best that it would have answered
+    instead, against refusing, in the language of the question if known, else in the likeliest."""
+    llm, encode = model.llm, partial(data.encode, tokenizer)
+    end = data.make_prompt(tokenizer, llm.config.eos_token_id, model.prompt).end
     texts = list(data.REFUSALS.values())
     refusals = [data.REFUSALS[language]] if language in data.REFUSALS else texts
     device = llm.model.norm.weight.device
