@@ -931,13 +931,7 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
     drawn as often as its examples to the power 1 / temperature. excess(example, seconds) says why
     an example is too long; these are left out. Raises UserError at the first bad row, or with all
     licences that must not be trained on."""
-    weighted = []
-    for path in paths:
-        name, weight = re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", path).groups("1")
-        if float(weight) == 0:
-            raise UserError(f"{path}: a manifest of weight 0; leave it out")
-        weighted.append((name, float(weight)))
-    hashes = protected_hashes([dev, *(path for path, _ in weighted)])
+    hashes = protected_hashes([dev, *paths])
     refused = {}  # licences, see refused_licences
 
     def check(example: dict, seconds: float) -> str | None:
@@ -950,7 +944,11 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
     manifests, groups, weights = [], [], []
     sizes = Counter()  # of each task and language over all files, weighted
     totals, longest, contents = Counter(), 0.0, []
-    for path, weight in weighted:
+    for name in paths:
+        path, weight = re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", name).groups("1")
+        weight = float(weight)
+        if not weight:
+            raise UserError(f"{name}: a manifest of weight 0; leave it out")
         manifest = Manifest(path)
         contents.append((path, *manifest.content, weight))
         rows = {}
