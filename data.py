@@ -684,9 +684,7 @@ def letters(text: str) -> str:
 
 def letter_count(text: str) -> int:
     """How many letters there are to know a text by. A Chinese character counts as three."""
-    characters = letters(text)
-    chinese = sum("\u4e00" <= character <= "\u9fff" for character in characters)
-    return len(characters) + 2 * chinese
+    return sum(3 if "\u4e00" <= character <= "\u9fff" else 1 for character in letters(text))
 
 
 def text_hash(text: str) -> str:
@@ -1023,8 +1021,7 @@ def find_excess(example, seconds, tokenizer, prompt, adapter, max_seconds, room)
 def join_texts(texts: Iterable[str]) -> str:
     """Answers about successive windows as one text, spaces between them but not behind Chinese."""
     joined = ""
-    for text in texts:
-        text = text.strip()
+    for text in map(str.strip, texts):
         if joined and text and re.search("[^\u3000-\u9fff\uff00-\uffef]$", joined):
             joined += " "
         joined += text
