@@ -340,27 +340,21 @@ def fbank(waves: list[Tensor]) -> tuple[Tensor, list[int]]:
         padded = F.pad(wave.float(), (0, FFT))
         energies = mel.new_empty(1 + (len(wave) - WINDOW) // HOP, 80)
         for k, out in enumerate(energies.split(size)):
-            samples = padded[k * size * HOP :][: (len(out) - 1) * HOP + FFT + 1]
-            mel_energies(samples, window, mel, out)
+            # Near-empty bins would drown in the rounding of a float32 FFT.
+            x = padded[k * size * HOP :][: (len(out) - 1) * HOP + FFT + 1].double()
+            means = x.unfold(0, WINDOW, HOP).mean(1, keepdim=True)  # (n, 1)
+            # A frame's mean m, had it been removed before the pre-emphasis, would have taken 0.03 m
+            # off every sample.
+            frames = (x[1:] - 0.97 * x[:-1]).unfold(0, FFT, HOP) - 0.03 * means  # (n, 512)
+            power = torch.view_as_real(torch.fft.rfft(frames * window)).square_()  # (n, 257, 2)
+            # Writing into `out` also keeps autocast away.
+            torch.mm((power[..., 0] + power[..., 1]).to(mel.dtype), mel, out=out)
         # Each wave is normalised over all its frames, then pairs of frames are joined.
         x = energies.clamp_(min=1.192092955078125e-07).log_().double()  # (n, 80)
         x = x - x.mean(0)
         x = x / (x.square().sum(0) / (len(x) - 1) + 1e-7).sqrt()
         features.append(x[: len(x) // 2 * 2].float().view(-1, 160))
     return torch.cat(features), [len(x) for x in features]
-
-
-def mel_energies(x: Tensor, window: Tensor, mel: Tensor, out: Tensor) -> None:
-    """The mel energies of n 10 ms frames into out (n, 80). x: their samples and one before them."""
-    x = x.double()  # near-empty bins drown in the rounding of a float32 FFT
-    means = x.unfold(0, WINDOW, HOP).mean(1, keepdim=True)  # (n, 1)
-    # A frame's mean m, had it been removed before the pre-emphasis, would have taken 0.03 m off
-    # every sample.
-    frames = (x[1:] - 0.97 * x[:-1]).unfold(0, FFT, HOP) - 0.03 * means  # (n, 512)
-    frames *= window
-    power = torch.view_as_real(torch.fft.rfft(frames)).square_()  # (n, 257, 2)
-    # Writing into `out` also keeps autocast away.
-    torch.mm((power[..., 0] + power[..., 1]).to(mel.dtype), mel, out=out)
 
 
 @lru_cache
