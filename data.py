@@ -379,30 +379,22 @@ def mel_scale(hertz: float) -> float:
     return 1127 * math.log(1 + hertz / 700)
 
 
-def fbank_length(samples: int) -> int:
-    return (1 + (samples - WINDOW) // HOP) // 2
-
-
 @torch.no_grad()
 def log_mel(waves: list[Tensor], bins: int) -> tuple[Tensor, list[int]]:
     """Log-mel features of 16 kHz waveforms (N,), as WhisperFeatureExtractor makes them, but of the
     waves' own length, as if followed by silence. Returns features (F, 2 * bins), each a pair of
     frames of 10 ms, one wave after another, and how many each has: ceil(N / 320)."""
-    lengths = [log_mel_length(len(wave)) for wave in waves]
     window, mel = log_mel_constants(waves[0].device, bins)
     features = []
-    for wave, frames in zip(waves, lengths, strict=True):
+    for wave in waves:
+        frames = math.ceil(len(wave) / (2 * HOP))
         x = F.pad(wave.float(), (0, 2 * HOP * frames + WINDOW - len(wave)))
         spectrum = torch.stft(x, WINDOW, HOP, window=window, return_complex=True)
         power = spectrum[:, : 2 * frames].abs().square()  # (201, 2 F)
         energies = (mel @ power).clamp(min=1e-10).log10()  # (bins, 2 F)
         energies = energies.maximum(energies.max() - 8)
         features.append(((energies + 4) / 4).T.reshape(frames, -1))
-    return torch.cat(features), lengths
-
-
-def log_mel_length(samples: int) -> int:
-    return -(-samples // (2 * HOP))
+    return torch.cat(features), [len(x) for x in features]
 
 
 @lru_cache
@@ -423,8 +415,8 @@ def log_mel_constants(device: torch.device, bins: int) -> tuple[Tensor, Tensor]:
 
 # By the model_type of an encoder: what makes its features, and samples to frames of 20 ms.
 FEATURES = {
-    "wav2vec2-bert": (lambda waves, bins: fbank(waves), fbank_length),
-    "whisper": (log_mel, log_mel_length),
+    "wav2vec2-bert": (lambda waves, bins: fbank(waves), lambda size: (size - WINDOW + HOP) // 320),
+    "whisper": (log_mel, lambda size: math.ceil(size / 320)),
 }
 
 
