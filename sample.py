@@ -92,8 +92,7 @@ class KVCache:
 
     def copy_from(self, other: "KVCache", sequences: list[int] | Tensor, size: int) -> None:
         """Writes the first positions of these sequences of another cache, or of itself."""
-        sources = other.keys + other.values
-        for store, source in zip(self.keys + self.values, sources, strict=True):
+        for store, source in zip(self.keys + self.values, other.keys + other.values, strict=True):
             store[:, :, :size] = source[sequences, :, :size]
 
 
@@ -136,11 +135,11 @@ def decode_step(llm: LLM, ids: Tensor, positions: Tensor, cache: KVCache, filled
 
 def fast_step() -> Callable:
     """The step of decoding to generate with: extras/decode.py's, or else the plain one."""
-    try:
+    with suppress(ImportError):
         from extras.decode import FastDecode
-    except ImportError:
-        return decode_step
-    return FastDecode(decode_step)
+
+        return FastDecode(decode_step)
+    return decode_step
 
 
 # --- Generation
@@ -416,6 +415,9 @@ def answer_examples(
     weigh = weigh or refuse_above is not None
     requests, failures = make_requests(model, tokenizer, examples, recordings)
     live = LiveText(tokenizer, on_text) if on_text else None
+    # The first answer of a search, or to a question that is weighed, may not be the last word.
+    streams = on_text is not None and options.get("num_beams", 1) == 1
+    streams = streams and not (weigh and examples[0]["task"] == "sqa")
     if live is None:
         requests.sort(key=lambda request: -len(request.audio))
     answers: list[dict[int, Answer]] = [{} for _ in examples]
@@ -426,10 +428,7 @@ def answer_examples(
         sizes.append((len(request.ids), batch_size if short else 1, request))
     options = {"max_new_tokens": max_new_tokens, "stop_loops": True, **options}
     for batch in data.cut_batches(sizes, BATCH_POSITIONS, batch_size):
-        streams = live is not None and batch[0].example == 0 and options.get("num_beams", 1) == 1
-        if weigh and examples[0]["task"] == "sqa":
-            streams = False  # its first answer may not be the last word
-        options["on_token"] = live.add if streams else None
+        options["on_token"] = live.add if streams and batch[0].example == 0 else None
         outputs = answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options)
         for request, answer in zip(batch, outputs, strict=True):
             answers[request.example][request.window] = answer
