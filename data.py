@@ -83,12 +83,10 @@ READ_AGAIN = "copy or download it again, or convert it to flac"
 
 
 def load_audio(path: str | Path, start: float = 0.0, duration: float | None = None) -> Tensor:
-    """Reads one audio file, or `duration` seconds of it from `start`, as a mono 16 kHz waveform.
-
-    path: any file that libsndfile decodes (wav, flac, ogg vorbis, opus, mp3, aiff, sphere, ...),
-    sampled at 1 to 200 kHz; SHARD.tar/MEMBER is a member of an uncompressed tar. Returns a (N,)
-    float32 tensor, full scale at +-1, channels averaged. For n samples at another rate N is
-    ceil(n * 16000 / rate), and sample k is the sound at k / 16000 s (no delay).
+    """An audio file, or `duration` seconds of it from `start`, as a mono 16 kHz waveform: (N,)
+    float32, full scale at +-1, channels averaged. path: any file that libsndfile decodes, sampled
+    at 1 to 200 kHz; SHARD.tar/MEMBER is a member of an uncompressed tar. For n samples at another
+    rate N is ceil(n * 16000 / rate), and sample k is the sound at k / 16000 s (no delay).
 
     Raises AudioError for a file that cannot be decoded, holds NaN or inf, is shorter than 35 ms, or
     gives 0.1 s less than asked for or less or more, up to its end, than its header promises."""
@@ -321,7 +319,6 @@ WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms windows every 10 ms
 @torch.no_grad()
 def fbank(waves: list[Tensor]) -> tuple[Tensor, list[int]]:
     """Log-mel filterbank features of 16 kHz waveforms, as SeamlessM4TFeatureExtractor makes them.
-
     waves: (N,) float tensors on one device, N >= 560 samples (35 ms), full scale at +-1. Returns
     features (F, 160) float32, the frames of one wave after another's, and how many each has.
 
@@ -551,9 +548,8 @@ def speechless_answer(example: dict) -> str | None:
 
 def instruction_of(example: dict, random=None) -> str:
     """The instruction of an example: its own, or else the first wording of its task, for sqa in the
-    question's language; a bare transcript is asked for as such. A random generator
-    (random.Random or numpy's) draws any wording, for asr and st in any language. Raises UserError
-    if there is no wording."""
+    question's language. A random generator (random.Random or numpy's) draws any wording, for asr
+    and st in any language. Raises UserError if there is none."""
     if example.get("instruction"):
         return example["instruction"]
     task, target = example["task"], example["target_language"]
@@ -708,9 +704,8 @@ def expect_none(refused: dict[str, str]) -> None:
 
 
 def check_licence(example: dict, allowed: tuple[str, ...], hashes: frozenset[str]) -> None:
-    """Raises UserError if an example must not be trained on: a licence of its is refused, it is
-    marked test_only, or its text (of sqa, its question) is among the protected_hashes. Texts of
-    under 20 letters are too short to tell where they are from."""
+    """Raises UserError if a licence of an example is refused, it is marked test_only, or its text
+    (of sqa, its question), if that has the 20 letters to know it by, is among protected_hashes."""
     expect_none(refused_licences(example, allowed))
     text = example["question"] if example["task"] == "sqa" else example["text"]
     reason = example.get("test_only") and f"the corpus {example['corpus']!r} is for testing only"
@@ -729,8 +724,7 @@ def merge_hours(*data: list) -> list:
 
 
 def notice(data: list) -> str:
-    """The text that goes with a trained model: whom its training data came from. data: a list of
-    (corpus, licence, language, seconds)."""
+    """Whom a model's training data came from. data: (corpus, licence, language, seconds) each."""
     hours = {}
     for corpus, licence, language, seconds in data:
         hours.setdefault((corpus, licence), []).append(f"{seconds / 3600:.2f} h into {language}")
@@ -834,8 +828,7 @@ def set_languages(example: dict, refuse: Callable) -> None:
 
 
 class Manifest:
-    """The examples of a JSON Lines file. Only their places in the file are kept; a line is parsed
-    when it is asked for.
+    """The examples of a JSON Lines file, which are parsed when they are asked for.
 
     An example has audio (a path relative to the manifest's folder, or SHARD.tar/MEMBER for a member
     of an uncompressed tar), text (what is to be answered), task (asr, st or sqa), licence (SPDX),
@@ -843,9 +836,7 @@ class Manifest:
     target_language (the same), question (sqa), instruction, speaker, corpus, style (of a
     transcript: written, or bare of case and punctuation), sources ([corpus, licence] of what it was
     derived from), test_only. FIELD_NAMES has other names of these. A row without a task is sqa if
-    it has a question, st if it has two languages, else asr.
-
-    content: the number of rows, and a hash of the file."""
+    it has a question, st if it has two languages, else asr."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -857,7 +848,7 @@ class Manifest:
                     lines.extend((number, end))
                 end += len(text)
         self.lines = np.array(lines).reshape(-1, 2)  # the number of each, and where it begins
-        self.content = len(self.lines), digest.hexdigest()
+        self.content = len(self.lines), digest.hexdigest()  # rows, and a hash of the file
         if not len(self.lines):
             raise UserError(f"{path}: found no rows, expected one JSON object a line")
 
@@ -963,9 +954,8 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
 
 
 def usable_rows(manifest: Manifest, tasks, check: Callable, least: int) -> Iterator[tuple]:
-    """(number, example, seconds) of each row of these tasks. Those for which check(example,
-    seconds) gives a reason are left out, counted and named. Raises UserError if there are fewer
-    than `least`."""
+    """(number, example, seconds) of each row of these tasks, but for those to which check(example,
+    seconds) gives a reason, which are counted and named. UserError if there are under `least`."""
     count, excess = 0, []
     for i, example in enumerate(manifest):
         if example["task"] not in tasks:
@@ -1058,7 +1048,7 @@ def make_prompt(tokenizer: Tokenizer, end_ids: list[int], kind: str = "auto") ->
 
 def render(example: dict, audio_frames: int, tokenizer: Tokenizer, prompt: Prompt):
     """The ids of a sequence, and how many at its end are the answer: the one place where prompt and
-    loss mask are made. The plain form and, of chat forms, ChatML:
+    loss mask are made, in the plain form or a chat form, such as ChatML:
 
         [begin token, if the tokenizer has one] audio \\n instruction \\n answer end
         <|im_start|>user\\n audio \\n instruction <|im_end|>\\n
@@ -1075,9 +1065,8 @@ def render(example: dict, audio_frames: int, tokenizer: Tokenizer, prompt: Promp
 
 
 def collate(sequences: list[tuple[list[int], int, Tensor]]) -> dict:
-    """Packs sequences, each (ids, answer size, features (F, D) or encoder states), into one
-    batch for SpeechLM.forward, without padding: features and ids of all end to end, how long those
-    of each are, and the places of the targets in ids."""
+    """A batch for SpeechLM.forward of sequences (ids, answer size, features or states (F, D)),
+    without padding: all end to end, how long each is, and the places of the targets in ids."""
     ids, answers, frames = zip(*sequences, strict=True)
     ends = itertools.accumulate(map(len, ids))
     targets = [torch.arange(end - size, end) for end, size in zip(ends, answers, strict=True)]
@@ -1115,9 +1104,8 @@ def schedule(manifests, weights, size, max_frames, max_tokens, seed, position=No
     Each pool takes from every manifest, by weight, the next rows of that manifest's shuffled order
     (a new order every time it has been gone through, which is its turn); the pool is sorted by
     length and cut by the budgets of 20 ms frames and LLM positions, and its batches are shuffled.
-    size(manifest, row, turn) gives (frames, positions). Yields (position, batch): starting again
-    from that position continues right behind the batch, whatever was prefetched. All choices derive
-    from seed and position."""
+    size(manifest, row, turn) gives (frames, positions). Yields (position, batch): from that
+    position it continues right behind the batch. All choices derive from seed and position."""
     position = position or {"pool": 0, "batch": 0, "taken": [0] * len(manifests)}
     share = np.array(weights, float) / sum(weights)
     while True:
@@ -1145,13 +1133,12 @@ def shuffled_rows(length: int, *seed: int) -> np.ndarray:
 
 
 class Examples(torch.utils.data.Dataset):
-    """Scheduled batches made into tensors, in worker processes: audio read, features computed,
-    sequences rendered.
+    """Scheduled batches made into tensors, in worker processes. An example whose audio cannot be
+    used is left out; the batch's "bad" has its (file and line, reason). A batch of which none is
+    left is silence without targets: its loss and gradients are 0.
 
     states: a function from a clip (see Manifest.clip) to encoder outputs (F, D), which then take
-    the place of audio and features. An example whose audio cannot be used is left out; the batch's
-    "bad" has its (file and line, reason). A batch of which none is left is silence without targets:
-    its loss and gradients are 0.
+    the place of audio and features.
 
     shares: of recordings that are changed (some get a tenth longer than budgets know; 0.3 times as
     many instructions are put as people type them), and of rows in which nobody speaks."""
