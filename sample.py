@@ -175,14 +175,13 @@ def generate(
     step: Callable = decode_step,
 ) -> list[list[int]]:
     """Continues sequences of embeddings, greedily unless told otherwise, until each meets an end
-    token. Returns the ids of each, without it.
+    token. Returns the ids of each, without it. Raises ValueError.
 
     x (N, D), sequence after sequence of these lengths: llm.embed(ids) or model.embed(ids, audio).
     num_beams > 1 is beam search with scores sum(log p) / n**length_penalty; temperature, top_p and
     generator are for sampling. on_token(row, id) is called for every token as it is made (not with
-    beams). prefix: sequences read before, of which prefix_rows are continued here (all in turn when
-    not given). never_first: ids that no answer begins with. stop_loops ends an answer that repeats
-    itself and keeps one turn of it. step: decode_step, or a faster one. Raises ValueError."""
+    beams). prefix: sequences read before, of which prefix_rows are continued here, or all in turn.
+    never_first: ids that no answer begins with. stop_loops keeps one turn of an answer's loop."""
     check_options(max_new_tokens, num_beams, temperature, top_p, on_token)
     if min(lengths) < 1 or sum(lengths) != len(x):
         raise ValueError(f"lengths {lengths} of {len(x)} positions, expected that sum, each >= 1")
@@ -276,8 +275,7 @@ def loop_size(ids: list[int]) -> int:
 def beam_search(
     logits, totals, cache, max_new_tokens, step, end_ids, K, length_penalty
 ) -> list[list[int]]:
-    """The best answer to each sequence of K beams. Arguments as those of extend. Same results as
-    beam search in transformers."""
+    """The best of K beams for each sequence, as in transformers. Arguments as those of extend."""
     (B, V), device = logits.shape, logits.device
     # Every sequence becomes K rows, of which only the first counts at the beginning.
     rows = torch.arange(B, device=device).repeat_interleave(K)
@@ -402,16 +400,15 @@ def answer_examples(
     max_new_tokens: int = MAX_NEW_TOKENS,
     **options,
 ) -> list[Answer | data.AudioError]:
-    """Answers the instruction of every example about its recording.
+    """Answers the instruction of every example about its recording. Returns for each an Answer, or
+    an AudioError if it does not fit into the LLM's context.
 
     examples: manifest rows, whose text is not shown to the model. recordings: for each example what
     encode_recordings gave for its recording; examples that share one share its place in the LLM's
     cache. sqa is asked of all windows at once, everything else window by window, and joined.
     refuse_above: a question with a greater margin is refused; None leaves that to the model, and
     weigh asks for the margins all the same. on_text gets each new piece of the first example's
-    answer as it is made, on_batch after each batch the number of examples that it began. options:
-    those of generate. Returns for each example an Answer, or an AudioError if it does not fit into
-    the LLM's context."""
+    answer as it is made, on_batch after each batch how many it began. options: as for generate."""
     weigh = weigh or refuse_above is not None
     requests, failures = make_requests(model, tokenizer, examples, recordings)
     live = LiveText(tokenizer, on_text) if on_text else None
@@ -568,8 +565,7 @@ def newest_checkpoint() -> Path:
 
 
 def locate_base(name: str, base: dict) -> str | Path:
-    """Where a base model of a checkpoint is: where it was in training, or else in demo/ beside this
-    file."""
+    """Where a base model of a checkpoint is: where it was in training, or in demo/ beside this."""
     for place in (base["path"], data.INSTRUCTIONS_FILE.with_name(name)):
         with suppress(UserError):
             if os.path.isdir(place) and fingerprint(place)["sha256"] == base["sha256"]:
@@ -580,10 +576,9 @@ def locate_base(name: str, base: dict) -> str | Path:
 def load_model(
     path: str | Path, device: str = "cpu", int8: bool = False, encoder: str = "", llm: str = ""
 ):
-    """The model of a checkpoint on its two base models, in float32 or, where that is faster, in
-    bfloat16, or with the LLM's weights rounded to 8 bits; its tokenizer; the checkpoint without
-    weights. encoder, llm: directories or Hub ids of the base models, if they are not where they
-    were in training. Raises UserError."""
+    """The model of a checkpoint, in float32 or, where that is faster, in bfloat16, with int8 of the
+    LLM's weights rounded to 8 bits; its tokenizer; the checkpoint without weights. encoder, llm:
+    where its base models are, if not where they were in training. Raises UserError."""
     checkpoint = load_checkpoint(path)
     encoder = encoder or locate_base("encoder", checkpoint["bases"]["encoder"])
     llm = llm or locate_base("llm", checkpoint["bases"]["llm"])
@@ -605,8 +600,7 @@ def load_model(
 
 def ask(model, tokenizer, checkpoint, recording, instruction, task=None, **options):
     """The task and the Answer of an instruction in words about a recording as encode_waves gave it.
-    task: sqa to ask about all of it at once; None leaves that to task_of. options: those of
-    answer_examples. Raises AudioError."""
+    task: sqa asks about all of it at once. options: of answer_examples. Raises AudioError."""
     likely_task, wording = data.recognise(instruction)
     task = task or likely_task
     example = {"instruction": wording, "task": task, "target_language": None}
