@@ -191,9 +191,7 @@ def generate(
         totals = [n + prefix.lengths[r] for n, r in zip(lengths, prefix_rows, strict=True)]
     needed, context = max(totals) + max_new_tokens, llm.config.max_position_embeddings
     if needed > context:
-        raise ValueError(
-            f"a row needs {needed} positions with its new tokens, the model's context has {context}"
-        )
+        raise ValueError(f"{needed} positions with the new tokens, the LLM's context has {context}")
 
     # Read what is given, then make the answers token by token.
     if prefix is None:
@@ -226,7 +224,7 @@ def check_options(max_new_tokens, num_beams, temperature, top_p, on_token) -> No
 
 def extend(
     logits, totals, cache, max_new_tokens, step, end_ids, draw, on_token, stop_loops
-) -> list[list[int]]:
+) -> list:
     """The answer to each sequence, token by token. logits (B, V) and cache as prefill leaves them;
     totals: how many positions each sequence fills; a loop is left at the end of its answer."""
     answers: list[list[int]] = [[] for _ in totals]
@@ -272,9 +270,7 @@ def loop_size(ids: list[int]) -> int:
     return 0
 
 
-def beam_search(
-    logits, totals, cache, max_new_tokens, step, end_ids, K, length_penalty
-) -> list[list[int]]:
+def beam_search(logits, totals, cache, max_new_tokens, step, end_ids, K, length_penalty) -> list:
     """The best of K beams for each sequence, as in transformers. Arguments as those of extend."""
     (B, V), device = logits.shape, logits.device
     # Every sequence becomes K rows, of which only the first counts at the beginning.
@@ -453,8 +449,7 @@ def make_requests(model, tokenizer, examples, recordings):
             if len(ids) + 32 > config.max_position_embeddings:
                 failures[i] = data.AudioError(
                     f"{0.08 * len(audio):.0f} s of audio and the instruction take {len(ids)} of "
-                    f"the LLM's {config.max_position_embeddings} positions, which leaves no room "
-                    "for an answer; ask about a shorter part"
+                    f"the LLM's {config.max_position_embeddings} positions; ask about a part"
                 )
     return [request for request in requests if request.example not in failures], failures
 
@@ -558,9 +553,7 @@ def newest_checkpoint() -> Path:
     """The newest of out/ift.pt and out/align.pt. Raises UserError if there is none."""
     paths = [path for path in (Path("out/align.pt"), Path("out/ift.pt")) if path.exists()]
     if not paths:
-        raise UserError(
-            "no out/align.pt or out/ift.pt; run python train.py --phase align first, or give --ckpt"
-        )
+        raise UserError("no out/align.pt or out/ift.pt; run python train.py first, or give --ckpt")
     return max(paths, key=lambda path: path.stat().st_mtime)
 
 
@@ -622,12 +615,11 @@ def warn(text: str) -> None:
 
 
 FILE_NAME = re.compile(
-    r"\S*[.](?=\d*[a-z])[a-z0-9]{2,5}"  # one word with a suffix
+    r"(?is)\S*[.](?=\d*[a-z])[a-z0-9]{2,5}"  # one word with a suffix
     r"|(?=.*[0-9_])[a-z0-9_-]+"  # one word with digits
     r"|(?!.*[\s⺀-鿿]).*[/\\].*[^.?!]"  # one word with a slash, but not "and/or?" and no Chinese
     r"|([a-z]:|~|[.]+)?[/\\].*"
-    r"|.*[.](wave?|flac|mp[34]|mpe?g|og[ag]|opus|aif[fc]?|m4[ab]|aac|amr|wma|webm|mk[av]|mov|avi)",
-    re.IGNORECASE | re.DOTALL,
+    r"|.*[.](wave?|flac|mp[34]|mpe?g|og[ag]|opus|aif[fc]?|m4[ab]|aac|amr|wma|webm|mk[av]|mov|avi)"
 )
 
 
