@@ -635,9 +635,8 @@ def task_of(instruction: str) -> str | None:
 # --- Licences: what training accepts, and whom a trained model owes a mention
 
 FREE = re.compile(
-    r"CC0-1\.0|PDDL-1\.0|LicenseRef-PublicDomain|public domain|MIT|Apache-2\.0"
-    r"|CC-BY(-[1-4]\.\d(-(?!NC|ND|SA)[A-Z]{2,3})?)?",
-    re.IGNORECASE,
+    r"(?i)CC0-1\.0|PDDL-1\.0|LicenseRef-PublicDomain|public domain|MIT|Apache-2\.0"
+    r"|CC-BY(-[1-4]\.\d(-(?!NC|ND|SA)[A-Z]{2,3})?)?"
 )
 NO_CREDIT_NEEDED = re.compile("CC0-.*|PDDL-.*|LicenseRef-PublicDomain|public domain", re.IGNORECASE)
 # What the corpora that prepare/corpora.py knows want to be said.
@@ -944,9 +943,10 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
     scales = {group: size ** (1 / temperature - 1) for group, size in sizes.items()}
     weights = [weight * scales[group] for weight, group in zip(weights, groups, strict=True)]
     for group, size in sorted(sizes.items()):
-        drawn = 100 * size * scales[group] / sum(weights)
-        share = f"{size:.0f} rows, {drawn:.1f} % of those drawn"
-        print(visible(f"data: {group[0]} into {group[1]}: {share}"))
+        share = 100 * size * scales[group] / sum(weights)
+        print(
+            visible(f"data: {' into '.join(group)}: {size:.0f} rows, {share:.1f} % of those drawn")
+        )
     hours = [[*key, round(total)] for key, total in sorted(totals.items())]
     for corpus, licence, language, total in hours:
         print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))
