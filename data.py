@@ -785,8 +785,7 @@ def parse_example(line: str | bytes, where: str) -> dict:
         value = example[name]
         if value is not None and not (type(value) in (int, float) and 0 <= value < 1e6):
             refuse(name, "a number of seconds")
-    sources = example["sources"]
-    pairs = sources if isinstance(sources, list) else [None]
+    pairs = example["sources"] if isinstance(example["sources"], list) else [None]
     if not all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in pairs):
         refuse("sources", "a list of [corpus, licence]")
     return example
@@ -943,10 +942,8 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
     scales = {group: size ** (1 / temperature - 1) for group, size in sizes.items()}
     weights = [weight * scales[group] for weight, group in zip(weights, groups, strict=True)]
     for group, size in sorted(sizes.items()):
-        share = 100 * size * scales[group] / sum(weights)
-        print(
-            visible(f"data: {' into '.join(group)}: {size:.0f} rows, {share:.1f} % of those drawn")
-        )
+        share = f"{100 * size * scales[group] / sum(weights):.1f} % of those drawn"
+        print(visible(f"data: {' into '.join(group)}: {size:.0f} rows, {share}"))
     hours = [[*key, round(total)] for key, total in sorted(totals.items())]
     for corpus, licence, language, total in hours:
         print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))

@@ -222,9 +222,7 @@ def check_options(max_new_tokens, num_beams, temperature, top_p, on_token) -> No
         )
 
 
-def extend(
-    logits, totals, cache, max_new_tokens, step, end_ids, draw, on_token, stop_loops
-) -> list:
+def extend(logits, totals, cache, max_new_tokens, step, end_ids, draw, on_token, stop_loops):
     """The answer to each sequence, token by token. logits (B, V) and cache as prefill leaves them;
     totals: how many positions each sequence fills; a loop is left at the end of its answer."""
     answers: list[list[int]] = [[] for _ in totals]
@@ -645,10 +643,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--llm", help="directory or Hub id of the LLM, if it is not where it was")
     args = parser.parse_intermixed_args(argv)
     args.instruction = None
-    if len(args.audio) > 1 and not is_recording(args.audio[-1]):
+    if len(args.audio) > 1 and args.audio[-1].strip() and not is_recording(args.audio[-1]):
         args.instruction = args.audio.pop()
-        if not args.instruction.strip():
-            parser.error('the instruction is empty; say what to do, such as "Translate to German"')
     for word in args.audio:
         if not is_recording(word):
             parser.error(f'"{visible(word)}" is no file; give the instruction behind recordings')
