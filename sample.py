@@ -191,7 +191,7 @@ def generate(
         totals = [n + prefix.lengths[r] for n, r in zip(lengths, prefix_rows, strict=True)]
     needed, context = max(totals) + max_new_tokens, llm.config.max_position_embeddings
     if needed > context:
-        raise ValueError(f"{needed} positions with the new tokens, the LLM's context has {context}")
+        raise ValueError(f"a row needs {needed} positions, the LLM's context has {context}")
 
     # Read what is given, then make the answers token by token.
     if prefix is None:
