@@ -659,15 +659,10 @@ def main(argv: list[str] | None = None) -> None:
     steady_output()
     args = parse(argv)
     device = pick_device()
-    options = {
-        "num_beams": args.beams,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "generator": torch.Generator(device).manual_seed(args.seed % 2**63),
-        "step": fast_step(),
-        "task": "sqa" if args.whole else None,
-        "on_text": None if args.json else print_piece,
-    }
+    generator = torch.Generator(device).manual_seed(args.seed % 2**63)
+    drawing = {"temperature": args.temperature, "top_p": args.top_p, "generator": generator}
+    options = {"num_beams": args.beams, "step": fast_step(), "task": "sqa" if args.whole else None}
+    options |= drawing | {"on_text": None if args.json else print_piece}
     try:
         waves = {path: data.load_audio(path) for path in args.audio}
         bases = args.encoder, args.llm
