@@ -640,8 +640,7 @@ FREE = re.compile(
 )
 NO_CREDIT_NEEDED = re.compile("CC0-.*|PDDL-.*|LicenseRef-PublicDomain|public domain", re.IGNORECASE)
 # What the corpora that prepare/corpora.py knows want to be said.
-ATTRIBUTIONS_FILE = INSTRUCTIONS_FILE.with_name("attributions.json")
-ATTRIBUTIONS = json.loads(ATTRIBUTIONS_FILE.read_text(encoding="utf-8"))
+ATTRIBUTIONS = json.loads(INSTRUCTIONS_FILE.with_name("attributions.json").read_text("utf-8"))
 
 
 @lru_cache
@@ -740,17 +739,15 @@ def notice(data: list) -> str:
 # --- Manifests: JSON Lines, one example a row
 
 # What other people's manifests, NeMo's first, call the fields.
-FIELD_NAMES = {
-    "audio_filepath": "audio",
-    "file_name": "audio",
-    "offset": "start",
-    "transcription": "text",
-    "answer": "text",
-    "lang": "source_language",
-    "source_lang": "source_language",
-    "target_lang": "target_language",
-    "license": "licence",
+OTHER_NAMES = {
+    "audio": ["audio_filepath", "file_name"],
+    "start": ["offset"],
+    "text": ["transcription", "answer"],
+    "source_language": ["lang", "source_lang"],
+    "target_language": ["target_lang"],
+    "licence": ["license"],
 }
+FIELD_NAMES = {theirs: ours for ours, names in OTHER_NAMES.items() for theirs in names}
 # The fields of an example that does not state them.
 UNKNOWN = dict.fromkeys(("licence", "corpus", "speaker"), "unknown")
 EXAMPLE = {"start": 0.0, "duration": None, **UNKNOWN, "style": "written", "sources": []}
@@ -833,7 +830,7 @@ class Manifest:
     and may have start and duration (seconds within the audio), source_language (en),
     target_language (the same), question (sqa), instruction, speaker, corpus, style (of a
     transcript: written, or bare of case and punctuation), sources ([corpus, licence] of what it was
-    derived from), test_only. FIELD_NAMES has other names of these. A row without a task is sqa if
+    derived from), test_only. OTHER_NAMES has other names of these. A row without a task is sqa if
     it has a question, st if it has two languages, else asr."""
 
     def __init__(self, path: str | Path):

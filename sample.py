@@ -67,8 +67,7 @@ class KVCache:
         config = llm.config
         size = max(256, 1 << (size - 1).bit_length())
         shape = (batch, config.num_key_value_heads, size, config.head_dim)
-        device = llm.model.norm.weight.device
-        zeros = partial(torch.zeros, shape, dtype=llm.compute_dtype, device=device)
+        zeros = partial(llm.model.norm.weight.new_zeros, shape, dtype=llm.compute_dtype)
         layers = range(config.num_hidden_layers)
         return cls([zeros() for _ in layers], [zeros() for _ in layers])
 
@@ -441,8 +440,7 @@ def make_requests(model, tokenizer, examples, recordings):
         if example["task"] == "sqa":
             windows = joined.get(id(windows), windows)
         for w, audio in enumerate(windows):
-            unanswered = {**example, "text": None}
-            ids, _ = data.render(unanswered, len(audio), tokenizer, prompt)
+            ids, _ = data.render(example | {"text": None}, len(audio), tokenizer, prompt)
             requests.append(Request(i, w, audio, ids))
             if len(ids) + 32 > config.max_position_embeddings:
                 failures[i] = data.AudioError(
