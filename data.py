@@ -33,17 +33,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import (
-    AUDIO,
-    AdapterConfig,
-    EncoderConfig,
-    UserError,
-    adapter_length,
-    first_line,
-    is_number,
-    one_line_errors,
-    visible,
-)
+from model import AUDIO, EncoderConfig, UserError, adapter_length, one_line_errors, visible
 
 
 class AudioError(UserError):
@@ -93,12 +83,10 @@ READ_AGAIN = "copy or download it again, or convert it to flac"
 
 
 def load_audio(path: str | Path, start: float = 0.0, duration: float | None = None) -> Tensor:
-    """Reads one audio file, or `duration` seconds of it from `start`, as a mono 16 kHz waveform.
-
-    path: any file that libsndfile decodes (wav, flac, ogg vorbis, opus, mp3, aiff, sphere, ...),
-    sampled at 1 to 200 kHz; SHARD.tar/MEMBER is a member of an uncompressed tar. Returns a (N,)
-    float32 tensor, full scale at +-1, channels averaged. For n samples at another rate N is
-    ceil(n * 16000 / rate), and sample k is the sound at k / 16000 s (no delay).
+    """An audio file, or `duration` seconds of it from `start`, as a mono 16 kHz waveform: (N,)
+    float32, full scale at +-1, channels averaged. path: any file that libsndfile decodes, sampled
+    at 1 to 200 kHz; SHARD.tar/MEMBER is a member of an uncompressed tar. For n samples at another
+    rate N is ceil(n * 16000 / rate), and sample k is the sound at k / 16000 s (no delay).
 
     Raises AudioError for a file that cannot be decoded, holds NaN or inf, is shorter than 35 ms, or
     gives 0.1 s less than asked for or less or more, up to its end, than its header promises."""
@@ -172,7 +160,7 @@ def open_sound(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, io.IOBas
             file.seek(0)
             head = file.read(16)
             content = f"content that starts with {head}" if head else "0 bytes"
-            reason = first_line(error).rpartition(": ")[2]  # libsndfile's own
+            reason = str(error).rpartition(": ")[2]  # libsndfile's own
             raise AudioError(
                 f"{path}: found {content} ({reason}), expected audio such as wav, flac, ogg; "
                 f"{READ_AGAIN}"
@@ -331,7 +319,6 @@ WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms windows every 10 ms
 @torch.no_grad()
 def fbank(waves: list[Tensor]) -> tuple[Tensor, list[int]]:
     """Log-mel filterbank features of 16 kHz waveforms, as SeamlessM4TFeatureExtractor makes them.
-
     waves: (N,) float tensors on one device, N >= 560 samples (35 ms), full scale at +-1. Returns
     features (F, 160) float32, the frames of one wave after another's, and how many each has.
 
@@ -339,53 +326,32 @@ def fbank(waves: list[Tensor]) -> tuple[Tensor, list[int]]:
     two of them make one 20 ms output frame, so a wave has (1 + (N - 400) // 160) // 2. An odd last
     10 ms frame only counts for the mean and variance. Raises AudioError for a wave that is too
     short, not 1-d or not floating point."""
+    window, mel = fbank_constants(waves[0].device)
+    size = 128 if waves[0].device.type == "cpu" else 16384  # 10 ms frames, for a CPU's cache
+    features = []
     for i, wave in enumerate(waves):
         if wave.ndim != 1 or not wave.is_floating_point() or len(wave) < MIN_SAMPLES:
             raise AudioError(
                 f"wave {i}: found {tuple(wave.shape)} {wave.dtype}, expected (N,) float, N >= 560"
             )
-
-    # All waves stand in one line, each from a whole hop on. The few frames that cross from one to
-    # the next are computed and not used.
-    device = waves[0].device
-    hops = [math.ceil(len(wave) / HOP) for wave in waves]
-    starts = [sum(hops[:i]) for i in range(len(waves))]
-    line = torch.zeros(sum(hops) * HOP + FFT, dtype=torch.float32, device=device)
-    for wave, start in zip(waves, starts, strict=True):
-        line[start * HOP : start * HOP + len(wave)] = wave
-
-    window, mel = fbank_constants(device)
-    energies = torch.empty(sum(hops), 80, dtype=mel.dtype, device=device)
-    size = 128 if device.type == "cpu" else 16384  # 10 ms frames at a time, for a CPU's cache
-    for i in range(0, len(energies), size):
-        out = energies[i : i + size]
-        mel_energies(line[i * HOP : (i + len(out) - 1) * HOP + FFT + 1], window, mel, out)
-    energies.clamp_(min=1.192092955078125e-07).log_()
-
-    # Each wave is normalised over all its frames, then pairs of frames are joined.
-    frames = [1 + (len(wave) - WINDOW) // HOP for wave in waves]
-    lengths = [n // 2 for n in frames]
-    features = torch.empty(sum(lengths), 160, dtype=torch.float32, device=device)
-    outputs = features.split(lengths)
-    for output, start, n in zip(outputs, starts, frames, strict=True):
-        x = energies[start : start + n].double()  # (n, 80)
+        padded = F.pad(wave.float(), (0, FFT))
+        energies = mel.new_empty(1 + (len(wave) - WINDOW) // HOP, 80)
+        for k, out in enumerate(energies.split(size)):
+            # Near-empty bins would drown in the rounding of a float32 FFT.
+            x = padded[k * size * HOP :][: (len(out) - 1) * HOP + FFT + 1].double()
+            means = x.unfold(0, WINDOW, HOP).mean(1, keepdim=True)  # (n, 1)
+            # A frame's mean m, had it been removed before the pre-emphasis, would have taken 0.03 m
+            # off every sample.
+            frames = (x[1:] - 0.97 * x[:-1]).unfold(0, FFT, HOP) - 0.03 * means  # (n, 512)
+            power = torch.view_as_real(torch.fft.rfft(frames * window)).square_()  # (n, 257, 2)
+            # Writing into `out` also keeps autocast away.
+            torch.mm((power[..., 0] + power[..., 1]).to(mel.dtype), mel, out=out)
+        # Each wave is normalised over all its frames, then pairs of frames are joined.
+        x = energies.clamp_(min=1.192092955078125e-07).log_().double()  # (n, 80)
         x = x - x.mean(0)
-        x = x / (x.square().sum(0) / (n - 1) + 1e-7).sqrt()
-        output.copy_(x[: 2 * len(output)].view(-1, 160))
-    return features, lengths
-
-
-def mel_energies(x: Tensor, window: Tensor, mel: Tensor, out: Tensor) -> None:
-    """The mel energies of n 10 ms frames into out (n, 80). x: their samples and one before them."""
-    x = x.double()  # near-empty bins drown in the rounding of a float32 FFT
-    means = x.unfold(0, WINDOW, HOP).mean(1, keepdim=True)  # (n, 1)
-    # A frame's mean m, had it been removed before the pre-emphasis, would have taken 0.03 m off
-    # every sample.
-    frames = (x[1:] - 0.97 * x[:-1]).unfold(0, FFT, HOP) - 0.03 * means  # (n, 512)
-    frames *= window
-    power = torch.view_as_real(torch.fft.rfft(frames)).square_()  # (n, 257, 2)
-    # Writing into `out` also keeps autocast away.
-    torch.mm((power[..., 0] + power[..., 1]).to(mel.dtype), mel, out=out)
+        x = x / (x.square().sum(0) / (len(x) - 1) + 1e-7).sqrt()
+        features.append(x[: len(x) // 2 * 2].float().view(-1, 160))
+    return torch.cat(features), [len(x) for x in features]
 
 
 @lru_cache
@@ -410,30 +376,22 @@ def mel_scale(hertz: float) -> float:
     return 1127 * math.log(1 + hertz / 700)
 
 
-def fbank_length(samples: int) -> int:
-    return (1 + (samples - WINDOW) // HOP) // 2
-
-
 @torch.no_grad()
 def log_mel(waves: list[Tensor], bins: int) -> tuple[Tensor, list[int]]:
     """Log-mel features of 16 kHz waveforms (N,), as WhisperFeatureExtractor makes them, but of the
     waves' own length, as if followed by silence. Returns features (F, 2 * bins), each a pair of
     frames of 10 ms, one wave after another, and how many each has: ceil(N / 320)."""
-    lengths = [log_mel_length(len(wave)) for wave in waves]
     window, mel = log_mel_constants(waves[0].device, bins)
     features = []
-    for wave, frames in zip(waves, lengths, strict=True):
+    for wave in waves:
+        frames = math.ceil(len(wave) / (2 * HOP))
         x = F.pad(wave.float(), (0, 2 * HOP * frames + WINDOW - len(wave)))
         spectrum = torch.stft(x, WINDOW, HOP, window=window, return_complex=True)
         power = spectrum[:, : 2 * frames].abs().square()  # (201, 2 F)
         energies = (mel @ power).clamp(min=1e-10).log10()  # (bins, 2 F)
         energies = energies.maximum(energies.max() - 8)
         features.append(((energies + 4) / 4).T.reshape(frames, -1))
-    return torch.cat(features), lengths
-
-
-def log_mel_length(samples: int) -> int:
-    return -(-samples // (2 * HOP))
+    return torch.cat(features), [len(x) for x in features]
 
 
 @lru_cache
@@ -454,8 +412,8 @@ def log_mel_constants(device: torch.device, bins: int) -> tuple[Tensor, Tensor]:
 
 # By the model_type of an encoder: what makes its features, and samples to frames of 20 ms.
 FEATURES = {
-    "wav2vec2-bert": (lambda waves, bins: fbank(waves), fbank_length),
-    "whisper": (log_mel, log_mel_length),
+    "wav2vec2-bert": (lambda waves, bins: fbank(waves), lambda size: (size - WINDOW + HOP) // 320),
+    "whisper": (log_mel, lambda size: math.ceil(size / 320)),
 }
 
 
@@ -590,9 +548,8 @@ def speechless_answer(example: dict) -> str | None:
 
 def instruction_of(example: dict, random=None) -> str:
     """The instruction of an example: its own, or else the first wording of its task, for sqa in the
-    question's language; a bare transcript is asked for as such. A random generator
-    (random.Random or numpy's) draws any wording, for asr and st in any language. Raises UserError
-    if there is no wording."""
+    question's language. A random generator (random.Random or numpy's) draws any wording, for asr
+    and st in any language. Raises UserError if there is none."""
     if example.get("instruction"):
         return example["instruction"]
     task, target = example["task"], example["target_language"]
@@ -678,28 +635,25 @@ def task_of(instruction: str) -> str | None:
 # --- Licences: what training accepts, and whom a trained model owes a mention
 
 FREE = re.compile(
-    r"CC0-1\.0|PDDL-1\.0|LicenseRef-PublicDomain|public domain|MIT|Apache-2\.0"
-    r"|CC-BY(-[1-4]\.\d(-(?!NC|ND|SA)[A-Z]{2,3})?)?",
-    re.IGNORECASE,
+    r"(?i)CC0-1\.0|PDDL-1\.0|LicenseRef-PublicDomain|public domain|MIT|Apache-2\.0"
+    r"|CC-BY(-[1-4]\.\d(-(?!NC|ND|SA)[A-Z]{2,3})?)?"
 )
 NO_CREDIT_NEEDED = re.compile("CC0-.*|PDDL-.*|LicenseRef-PublicDomain|public domain", re.IGNORECASE)
 # What the corpora that prepare/corpora.py knows want to be said.
-ATTRIBUTIONS_FILE = INSTRUCTIONS_FILE.with_name("attributions.json")
-ATTRIBUTIONS = json.loads(ATTRIBUTIONS_FILE.read_text(encoding="utf-8"))
+ATTRIBUTIONS = json.loads(INSTRUCTIONS_FILE.with_name("attributions.json").read_text("utf-8"))
 
 
 @lru_cache
 def accepted(licence: str, allowed: tuple[str, ...] = ()) -> bool:
     """Whether training takes data of an SPDX licence: CC0, public domain, CC-BY, MIT, Apache-2.0,
     or one that is named in `allowed`. Of "A AND B" both must be accepted, of "A OR B" one."""
-    if licence in allowed:
-        return True
-    licence = licence.strip("() ")
-    for choice in licence.split(" OR ") if "(" not in licence else []:
-        parts = [part.strip() for part in choice.split(" AND ")]
-        if all(FREE.fullmatch(part) or part in allowed for part in parts):
-            return True
-    return False
+
+    def is_free(part: str) -> bool:
+        return part.strip() in allowed or FREE.fullmatch(part.strip()) is not None
+
+    plain = re.fullmatch(r"\s*[(]?([^()]*)[)]?\s*", licence)  # no part of it is in brackets
+    choices = plain[1].split(" OR ") if plain else []
+    return licence in allowed or any(all(map(is_free, x.split(" AND "))) for x in choices)
 
 
 def letters(text: str) -> str:
@@ -710,9 +664,7 @@ def letters(text: str) -> str:
 
 def letter_count(text: str) -> int:
     """How many letters there are to know a text by. A Chinese character counts as three."""
-    characters = letters(text)
-    chinese = sum("\u4e00" <= character <= "\u9fff" for character in characters)
-    return len(characters) + 2 * chinese
+    return sum(3 if "\u4e00" <= character <= "\u9fff" else 1 for character in letters(text))
 
 
 def text_hash(text: str) -> str:
@@ -750,20 +702,15 @@ def expect_none(refused: dict[str, str]) -> None:
 
 
 def check_licence(example: dict, allowed: tuple[str, ...], hashes: frozenset[str]) -> None:
-    """Raises UserError if an example must not be trained on: a licence of its is refused, it is
-    marked test_only, or its text (of sqa, its question) is among the protected_hashes. Texts of
-    under 20 letters are too short to tell where they are from."""
-    where = example["where"]
+    """Raises UserError if a licence of an example is refused, it is marked test_only, or its text
+    (of sqa, its question), if that has the 20 letters to know it by, is among protected_hashes."""
     expect_none(refused_licences(example, allowed))
-    if example.get("test_only"):
-        raise UserError(
-            f"{where}: the corpus {example['corpus']!r} is for testing only; leave the row out"
-        )
     text = example["question"] if example["task"] == "sqa" else example["text"]
+    reason = example.get("test_only") and f"the corpus {example['corpus']!r} is for testing only"
     if hashes and letter_count(text) >= 20 and text_hash(text) in hashes:
-        raise UserError(
-            f"{where}: {text[:40]!r} is of a test-only corpus, by *.fingerprints; leave the row out"
-        )
+        reason = f"{text[:40]!r} is of a test-only corpus, by *.fingerprints"
+    if reason:
+        raise UserError(f"{example['where']}: {reason}; leave the row out")
 
 
 def merge_hours(*data: list) -> list:
@@ -775,8 +722,7 @@ def merge_hours(*data: list) -> list:
 
 
 def notice(data: list) -> str:
-    """The text that goes with a trained model: whom its training data came from. data: a list of
-    (corpus, licence, language, seconds)."""
+    """Whom a model's training data came from. data: (corpus, licence, language, seconds) each."""
     hours = {}
     for corpus, licence, language, seconds in data:
         hours.setdefault((corpus, licence), []).append(f"{seconds / 3600:.2f} h into {language}")
@@ -793,27 +739,18 @@ def notice(data: list) -> str:
 # --- Manifests: JSON Lines, one example a row
 
 # What other people's manifests, NeMo's first, call the fields.
-FIELD_NAMES = {
-    "audio_filepath": "audio",
-    "file_name": "audio",
-    "offset": "start",
-    "transcription": "text",
-    "answer": "text",
-    "lang": "source_language",
-    "source_lang": "source_language",
-    "target_lang": "target_language",
-    "license": "licence",
+OTHER_NAMES = {
+    "audio": ["audio_filepath", "file_name"],
+    "start": ["offset"],
+    "text": ["transcription", "answer"],
+    "source_language": ["lang", "source_lang"],
+    "target_language": ["target_lang"],
+    "licence": ["license"],
 }
+FIELD_NAMES = {theirs: ours for ours, names in OTHER_NAMES.items() for theirs in names}
 # The fields of an example that does not state them.
-EXAMPLE = {
-    "start": 0.0,
-    "duration": None,
-    "licence": "unknown",
-    "corpus": "unknown",
-    "speaker": "unknown",
-    "style": "written",
-    "sources": [],
-}
+UNKNOWN = dict.fromkeys(("licence", "corpus", "speaker"), "unknown")
+EXAMPLE = {"start": 0.0, "duration": None, **UNKNOWN, "style": "written", "sources": []}
 TEXT_FIELDS = "audio text licence corpus speaker".split()
 
 
@@ -843,10 +780,9 @@ def parse_example(line: str | bytes, where: str) -> dict:
             refuse(name, "text")
     for name in ("start", "duration"):
         value = example[name]
-        if value is not None and not (is_number(value) and 0 <= value < 1e6):
+        if value is not None and not (type(value) in (int, float) and 0 <= value < 1e6):
             refuse(name, "a number of seconds")
-    sources = example["sources"]
-    pairs = sources if isinstance(sources, list) else [None]
+    pairs = example["sources"] if isinstance(example["sources"], list) else [None]
     if not all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in pairs):
         refuse("sources", "a list of [corpus, licence]")
     return example
@@ -887,31 +823,27 @@ def set_languages(example: dict, refuse: Callable) -> None:
 
 
 class Manifest:
-    """The examples of a JSON Lines file. Only their places in the file are kept; a line is parsed
-    when it is asked for.
+    """The examples of a JSON Lines file, which are parsed when they are asked for.
 
     An example has audio (a path relative to the manifest's folder, or SHARD.tar/MEMBER for a member
     of an uncompressed tar), text (what is to be answered), task (asr, st or sqa), licence (SPDX),
     and may have start and duration (seconds within the audio), source_language (en),
     target_language (the same), question (sqa), instruction, speaker, corpus, style (of a
     transcript: written, or bare of case and punctuation), sources ([corpus, licence] of what it was
-    derived from), test_only. FIELD_NAMES has other names of these. A row without a task is sqa if
-    it has a question, st if it has two languages, else asr.
-
-    content: the number of rows, and a hash of the file."""
+    derived from), test_only. OTHER_NAMES has other names of these. A row without a task is sqa if
+    it has a question, st if it has two languages, else asr."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        # Where each line begins, and the file's end; and which lines are not blank.
-        bounds, lines, digest = array("q", [0]), array("q"), hashlib.sha256()
+        lines, end, digest = array("q"), 0, hashlib.sha256()
         with one_line_errors(path, "give the path of a manifest"), open(path, "rb") as file:
-            for line, text in enumerate(file):
+            for number, text in enumerate(file, 1):
                 digest.update(text)
-                bounds.append(bounds[-1] + len(text))
                 if not text.isspace():
-                    lines.append(line)
-        self.bounds, self.lines = np.array(bounds), np.array(lines)
-        self.content = len(self.lines), digest.hexdigest()
+                    lines.extend((number, end))
+                end += len(text)
+        self.lines = np.array(lines).reshape(-1, 2)  # the number of each, and where it begins
+        self.content = len(self.lines), digest.hexdigest()  # rows, and a hash of the file
         if not len(self.lines):
             raise UserError(f"{path}: found no rows, expected one JSON object a line")
 
@@ -923,9 +855,9 @@ class Manifest:
 
     def __iter__(self) -> Iterator[dict]:
         with open(self.path, "rb") as file:
-            for line in self.lines.tolist():
-                file.seek(self.bounds[line])
-                yield parse_example(file.readline(), f"{self.path} line {line + 1}")
+            for number, start in self.lines.tolist():
+                file.seek(start)
+                yield parse_example(file.readline(), f"{self.path} line {number}")
 
     def select(self, rows: Iterable[int]) -> "Manifest":
         """Those rows of this manifest, by their numbers in it, in the file's order."""
@@ -968,13 +900,7 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
     drawn as often as its examples to the power 1 / temperature. excess(example, seconds) says why
     an example is too long; these are left out. Raises UserError at the first bad row, or with all
     licences that must not be trained on."""
-    weighted = []
-    for path in paths:
-        name, weight = re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", path).groups("1")
-        if float(weight) == 0:
-            raise UserError(f"{path}: a manifest of weight 0; leave it out")
-        weighted.append((name, float(weight)))
-    hashes = protected_hashes([dev, *(path for path, _ in weighted)])
+    hashes = protected_hashes([dev, *paths])
     refused = {}  # licences, see refused_licences
 
     def check(example: dict, seconds: float) -> str | None:
@@ -987,7 +913,11 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
     manifests, groups, weights = [], [], []
     sizes = Counter()  # of each task and language over all files, weighted
     totals, longest, contents = Counter(), 0.0, []
-    for path, weight in weighted:
+    for name in paths:
+        path, weight = re.fullmatch(r"(.*?)(?:=(\d*[.]?\d+))?", name).groups("1")
+        weight = float(weight)
+        if not weight:
+            raise UserError(f"{name}: a manifest of weight 0; leave it out")
         manifest = Manifest(path)
         contents.append((path, *manifest.content, weight))
         rows = {}
@@ -1009,9 +939,8 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
     scales = {group: size ** (1 / temperature - 1) for group, size in sizes.items()}
     weights = [weight * scales[group] for weight, group in zip(weights, groups, strict=True)]
     for group, size in sorted(sizes.items()):
-        drawn = 100 * size * scales[group] / sum(weights)
-        share = f"{size:.0f} rows, {drawn:.1f} % of those drawn"
-        print(visible(f"data: {group[0]} into {group[1]}: {share}"))
+        share = f"{100 * size * scales[group] / sum(weights):.1f} % of those drawn"
+        print(visible(f"data: {' into '.join(group)}: {size:.0f} rows, {share}"))
     hours = [[*key, round(total)] for key, total in sorted(totals.items())]
     for corpus, licence, language, total in hours:
         print(visible(f"data: {corpus}, {licence}, into {language}: {total / 3600:.2f} h"))
@@ -1019,9 +948,8 @@ def open_mixture(paths, dev, tasks, allowed=(), temperature=1.0, excess=None) ->
 
 
 def usable_rows(manifest: Manifest, tasks, check: Callable, least: int) -> Iterator[tuple]:
-    """(number, example, seconds) of each row of these tasks. Those for which check(example,
-    seconds) gives a reason are left out, counted and named. Raises UserError if there are fewer
-    than `least`."""
+    """(number, example, seconds) of each row of these tasks, but for those to which check(example,
+    seconds) gives a reason, which are counted and named. UserError if there are under `least`."""
     count, excess = 0, []
     for i, example in enumerate(manifest):
         if example["task"] not in tasks:
@@ -1042,15 +970,7 @@ def usable_rows(manifest: Manifest, tasks, check: Callable, least: int) -> Itera
         )
 
 
-def find_excess(
-    example: dict,
-    seconds: float,
-    tokenizer: Tokenizer,
-    prompt: "Prompt",
-    adapter: AdapterConfig,
-    max_seconds: float,
-    room: int,
-) -> str | None:
+def find_excess(example, seconds, tokenizer, prompt, adapter, max_seconds, room) -> str | None:
     """Why an example is too long to be trained on, or None: it takes more seconds than max_seconds,
     or more LLM positions than room."""
     if seconds > max_seconds:
@@ -1071,8 +991,7 @@ def find_excess(
 def join_texts(texts: Iterable[str]) -> str:
     """Answers about successive windows as one text, spaces between them but not behind Chinese."""
     joined = ""
-    for text in texts:
-        text = text.strip()
+    for text in map(str.strip, texts):
         if joined and text and re.search("[^\u3000-\u9fff\uff00-\uffef]$", joined):
             joined += " "
         joined += text
@@ -1123,7 +1042,7 @@ def make_prompt(tokenizer: Tokenizer, end_ids: list[int], kind: str = "auto") ->
 
 def render(example: dict, audio_frames: int, tokenizer: Tokenizer, prompt: Prompt):
     """The ids of a sequence, and how many at its end are the answer: the one place where prompt and
-    loss mask are made. The plain form and, of chat forms, ChatML:
+    loss mask are made, in the plain form or a chat form, such as ChatML:
 
         [begin token, if the tokenizer has one] audio \\n instruction \\n answer end
         <|im_start|>user\\n audio \\n instruction <|im_end|>\\n
@@ -1140,9 +1059,8 @@ def render(example: dict, audio_frames: int, tokenizer: Tokenizer, prompt: Promp
 
 
 def collate(sequences: list[tuple[list[int], int, Tensor]]) -> dict:
-    """Packs sequences, each (ids, answer size, features (F, D) or encoder states), into one
-    batch for SpeechLM.forward, without padding: features and ids of all end to end, how long those
-    of each are, and the places of the targets in ids."""
+    """A batch for SpeechLM.forward of sequences (ids, answer size, features or states (F, D)),
+    without padding: all end to end, how long each is, and the places of the targets in ids."""
     ids, answers, frames = zip(*sequences, strict=True)
     ends = itertools.accumulate(map(len, ids))
     targets = [torch.arange(end - size, end) for end, size in zip(ends, answers, strict=True)]
@@ -1180,17 +1098,18 @@ def schedule(manifests, weights, size, max_frames, max_tokens, seed, position=No
     Each pool takes from every manifest, by weight, the next rows of that manifest's shuffled order
     (a new order every time it has been gone through, which is its turn); the pool is sorted by
     length and cut by the budgets of 20 ms frames and LLM positions, and its batches are shuffled.
-    size(manifest, row, turn) gives (frames, positions). Yields (position, batch): starting again
-    from that position continues right behind the batch, whatever was prefetched. All choices derive
-    from seed and position."""
+    size(manifest, row, turn) gives (frames, positions). Yields (position, batch): from that
+    position it continues right behind the batch. All choices derive from seed and position."""
     position = position or {"pool": 0, "batch": 0, "taken": [0] * len(manifests)}
     share = np.array(weights, float) / sum(weights)
     while True:
         random = np.random.default_rng([seed, position["pool"]])
         counts = random.multinomial(min(POOL, sum(map(len, manifests))), share).tolist()
         sizes = []
-        for m, (manifest, taken) in enumerate(zip(manifests, position["taken"], strict=True)):
-            for key in shuffled_rows(m, len(manifest), taken, counts[m], seed):
+        for m, taken in enumerate(position["taken"]):
+            for k in range(taken, taken + counts[m]):
+                turn, place = divmod(k, len(manifests[m]))
+                key = m, int(shuffled_rows(len(manifests[m]), seed, m, turn)[place]), turn
                 sizes.append((*size(*key), key))
         batches = cut_batches(sorted(sizes), max_frames, max_tokens)
         random.shuffle(batches)
@@ -1202,22 +1121,18 @@ def schedule(manifests, weights, size, max_frames, max_tokens, seed, position=No
         position = next_pool
 
 
-def shuffled_rows(m: int, length: int, taken: int, count: int, seed: int) -> Iterator[tuple]:
-    """The next `count` (manifest, row, turn) of manifest m, of whose rows so many were taken."""
-    for turn, group in itertools.groupby(range(taken, taken + count), lambda k: k // length):
-        order = np.random.default_rng([seed, m, turn]).permutation(length)
-        for k in group:
-            yield m, int(order[k % length]), turn
+@lru_cache(maxsize=1)
+def shuffled_rows(length: int, *seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(length)
 
 
 class Examples(torch.utils.data.Dataset):
-    """Scheduled batches made into tensors, in worker processes: audio read, features computed,
-    sequences rendered.
+    """Scheduled batches made into tensors, in worker processes. An example whose audio cannot be
+    used is left out; the batch's "bad" has its (file and line, reason). A batch of which none is
+    left is silence without targets: its loss and gradients are 0.
 
     states: a function from a clip (see Manifest.clip) to encoder outputs (F, D), which then take
-    the place of audio and features. An example whose audio cannot be used is left out; the batch's
-    "bad" has its (file and line, reason). A batch of which none is left is silence without targets:
-    its loss and gradients are 0.
+    the place of audio and features.
 
     shares: of recordings that are changed (some get a tenth longer than budgets know; 0.3 times as
     many instructions are put as people type them), and of rows in which nobody speaks."""

@@ -67,8 +67,7 @@ class KVCache:
         config = llm.config
         size = max(256, 1 << (size - 1).bit_length())
         shape = (batch, config.num_key_value_heads, size, config.head_dim)
-        device = llm.model.norm.weight.device
-        zeros = partial(torch.zeros, shape, dtype=llm.compute_dtype, device=device)
+        zeros = partial(llm.model.norm.weight.new_zeros, shape, dtype=llm.compute_dtype)
         layers = range(config.num_hidden_layers)
         return cls([zeros() for _ in layers], [zeros() for _ in layers])
 
@@ -92,8 +91,7 @@ class KVCache:
 
     def copy_from(self, other: "KVCache", sequences: list[int] | Tensor, size: int) -> None:
         """Writes the first positions of these sequences of another cache, or of itself."""
-        sources = other.keys + other.values
-        for store, source in zip(self.keys + self.values, sources, strict=True):
+        for store, source in zip(self.keys + self.values, other.keys + other.values, strict=True):
             store[:, :, :size] = source[sequences, :, :size]
 
 
@@ -136,11 +134,11 @@ def decode_step(llm: LLM, ids: Tensor, positions: Tensor, cache: KVCache, filled
 
 def fast_step() -> Callable:
     """The step of decoding to generate with: extras/decode.py's, or else the plain one."""
-    try:
+    with suppress(ImportError):
         from extras.decode import FastDecode
-    except ImportError:
-        return decode_step
-    return FastDecode(decode_step)
+
+        return FastDecode(decode_step)
+    return decode_step
 
 
 # --- Generation
@@ -176,14 +174,13 @@ def generate(
     step: Callable = decode_step,
 ) -> list[list[int]]:
     """Continues sequences of embeddings, greedily unless told otherwise, until each meets an end
-    token. Returns the ids of each, without it.
+    token. Returns the ids of each, without it. Raises ValueError.
 
     x (N, D), sequence after sequence of these lengths: llm.embed(ids) or model.embed(ids, audio).
     num_beams > 1 is beam search with scores sum(log p) / n**length_penalty; temperature, top_p and
     generator are for sampling. on_token(row, id) is called for every token as it is made (not with
-    beams). prefix: sequences read before, of which prefix_rows are continued here (all in turn when
-    not given). never_first: ids that no answer begins with. stop_loops ends an answer that repeats
-    itself and keeps one turn of it. step: decode_step, or a faster one. Raises ValueError."""
+    beams). prefix: sequences read before, of which prefix_rows are continued here, or all in turn.
+    never_first: ids that no answer begins with. stop_loops keeps one turn of an answer's loop."""
     check_options(max_new_tokens, num_beams, temperature, top_p, on_token)
     if min(lengths) < 1 or sum(lengths) != len(x):
         raise ValueError(f"lengths {lengths} of {len(x)} positions, expected that sum, each >= 1")
@@ -193,9 +190,7 @@ def generate(
         totals = [n + prefix.lengths[r] for n, r in zip(lengths, prefix_rows, strict=True)]
     needed, context = max(totals) + max_new_tokens, llm.config.max_position_embeddings
     if needed > context:
-        raise ValueError(
-            f"a row needs {needed} positions with its new tokens, the model's context has {context}"
-        )
+        raise ValueError(f"a row needs {needed} positions, the LLM's context has {context}")
 
     # Read what is given, then make the answers token by token.
     if prefix is None:
@@ -215,20 +210,18 @@ def generate(
 
 def check_options(max_new_tokens, num_beams, temperature, top_p, on_token) -> None:
     """Raises ValueError for options of generate that are impossible or exclude each other."""
-    if max_new_tokens < 1 or num_beams < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+    possible = (
+        min(max_new_tokens, num_beams) >= 1 and 0 <= temperature < math.inf and 0 < top_p <= 1
+    )
+    if not possible or num_beams > 1 and (temperature > 0 or on_token is not None):
         raise ValueError(
             f"max_new_tokens {max_new_tokens} and num_beams {num_beams} must be at least 1, "
-            f"temperature {temperature} at least 0 and finite, top_p {top_p} above 0 and at most 1"
-        )
-    if num_beams > 1 and (temperature > 0 or on_token is not None):
-        raise ValueError(
-            "beam search neither samples nor streams; give num_beams, or temperature and on_token"
+            f"temperature {temperature} at least 0 and finite, top_p {top_p} above 0 and at most "
+            "1; and beam search neither samples nor streams"
         )
 
 
-def extend(
-    logits, totals, cache, max_new_tokens, step, end_ids, draw, on_token, stop_loops
-) -> list[list[int]]:
+def extend(logits, totals, cache, max_new_tokens, step, end_ids, draw, on_token, stop_loops):
     """The answer to each sequence, token by token. logits (B, V) and cache as prefill leaves them;
     totals: how many positions each sequence fills; a loop is left at the end of its answer."""
     answers: list[list[int]] = [[] for _ in totals]
@@ -274,11 +267,8 @@ def loop_size(ids: list[int]) -> int:
     return 0
 
 
-def beam_search(
-    logits, totals, cache, max_new_tokens, step, end_ids, K, length_penalty
-) -> list[list[int]]:
-    """The best answer to each sequence of K beams. Arguments as those of extend. Same results as
-    beam search in transformers."""
+def beam_search(logits, totals, cache, max_new_tokens, step, end_ids, K, length_penalty) -> list:
+    """The best of K beams for each sequence, as in transformers. Arguments as those of extend."""
     (B, V), device = logits.shape, logits.device
     # Every sequence becomes K rows, of which only the first counts at the beginning.
     rows = torch.arange(B, device=device).repeat_interleave(K)
@@ -403,19 +393,21 @@ def answer_examples(
     max_new_tokens: int = MAX_NEW_TOKENS,
     **options,
 ) -> list[Answer | data.AudioError]:
-    """Answers the instruction of every example about its recording.
+    """Answers the instruction of every example about its recording. Returns for each an Answer, or
+    an AudioError if it does not fit into the LLM's context.
 
     examples: manifest rows, whose text is not shown to the model. recordings: for each example what
     encode_recordings gave for its recording; examples that share one share its place in the LLM's
     cache. sqa is asked of all windows at once, everything else window by window, and joined.
     refuse_above: a question with a greater margin is refused; None leaves that to the model, and
     weigh asks for the margins all the same. on_text gets each new piece of the first example's
-    answer as it is made, on_batch after each batch the number of examples that it began. options:
-    those of generate. Returns for each example an Answer, or an AudioError if it does not fit into
-    the LLM's context."""
+    answer as it is made, on_batch after each batch how many it began. options: as for generate."""
     weigh = weigh or refuse_above is not None
     requests, failures = make_requests(model, tokenizer, examples, recordings)
     live = LiveText(tokenizer, on_text) if on_text else None
+    # The first answer of a search, or to a question that is weighed, may not be the last word.
+    streams = on_text is not None and options.get("num_beams", 1) == 1
+    streams = streams and not (weigh and examples[0]["task"] == "sqa")
     if live is None:
         requests.sort(key=lambda request: -len(request.audio))
     answers: list[dict[int, Answer]] = [{} for _ in examples]
@@ -426,10 +418,7 @@ def answer_examples(
         sizes.append((len(request.ids), batch_size if short else 1, request))
     options = {"max_new_tokens": max_new_tokens, "stop_loops": True, **options}
     for batch in data.cut_batches(sizes, BATCH_POSITIONS, batch_size):
-        streams = live is not None and batch[0].example == 0 and options.get("num_beams", 1) == 1
-        if weigh and examples[0]["task"] == "sqa":
-            streams = False  # its first answer may not be the last word
-        options["on_token"] = live.add if streams else None
+        options["on_token"] = live.add if streams and batch[0].example == 0 else None
         outputs = answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options)
         for request, answer in zip(batch, outputs, strict=True):
             answers[request.example][request.window] = answer
@@ -451,14 +440,12 @@ def make_requests(model, tokenizer, examples, recordings):
         if example["task"] == "sqa":
             windows = joined.get(id(windows), windows)
         for w, audio in enumerate(windows):
-            unanswered = {**example, "text": None}
-            ids, _ = data.render(unanswered, len(audio), tokenizer, prompt)
+            ids, _ = data.render(example | {"text": None}, len(audio), tokenizer, prompt)
             requests.append(Request(i, w, audio, ids))
             if len(ids) + 32 > config.max_position_embeddings:
                 failures[i] = data.AudioError(
                     f"{0.08 * len(audio):.0f} s of audio and the instruction take {len(ids)} of "
-                    f"the LLM's {config.max_position_embeddings} positions, which leaves no room "
-                    "for an answer; ask about a shorter part"
+                    f"the LLM's {config.max_position_embeddings} positions; ask about a part"
                 )
     return [request for request in requests if request.example not in failures], failures
 
@@ -481,28 +468,25 @@ def answer_batch(model, tokenizer, examples, batch, refuse_above, weigh, options
     options = options | {"max_new_tokens": most, "prefix": prefix, "prefix_rows": prefix_rows}
     ids, lengths = pack(instructions, device)
     outputs = generate(llm, llm.embed(ids), lengths, **options)
-    end = data.make_prompt(tokenizer, llm.config.eos_token_id, model.prompt).end
     answers = []
     for b, request in enumerate(batch):
         example, output = examples[request.example], outputs[b]
         cut = len(output) == most
         answer = Answer(tokenizer.decode(output).strip(), cut=cut)
         if weigh and example["task"] == "sqa":
-            about = {"prefix_rows": [prefix_rows[b]], "on_token": None}
-            inputs = example["target_language"], instructions[b], output, end, refuse_above
-            answer = weigh_answer(llm, tokenizer, *inputs, options | about)._replace(cut=cut)
+            alone = options | {"prefix_rows": [prefix_rows[b]], "on_token": None}
+            inputs = example["target_language"], instructions[b], output, refuse_above
+            answer = weigh_answer(model, tokenizer, *inputs, alone)._replace(cut=cut)
         answers.append(answer)
     return answers
 
 
-def weigh_answer(
-    llm, tokenizer, language, instruction, output, end, refuse_above, options
-) -> Answer:
-    """The Answer to a question, of which instruction, output and end are ids and whose prefix is
-    one of the options: what the model answered or, if it refused, the best that it would have
-    answered instead, against refusing, in the language of the question if known, else in the
-    likeliest."""
-    encode = partial(data.encode, tokenizer)
+def weigh_answer(model, tokenizer, language, instruction, output, refuse_above, options) -> Answer:
+    """The Answer to a question, of which instruction and output are ids and whose prefix is one of
+    the options: what the model answered or, if it refused, the best that it would have answered
+    instead, against refusing, in the language of the question if known, else in the likeliest."""
+    llm, encode = model.llm, partial(data.encode, tokenizer)
+    end = data.make_prompt(tokenizer, llm.config.eos_token_id, model.prompt).end
     texts = list(data.REFUSALS.values())
     refusals = [data.REFUSALS[language]] if language in data.REFUSALS else texts
     device = llm.model.norm.weight.device
@@ -565,15 +549,12 @@ def newest_checkpoint() -> Path:
     """The newest of out/ift.pt and out/align.pt. Raises UserError if there is none."""
     paths = [path for path in (Path("out/align.pt"), Path("out/ift.pt")) if path.exists()]
     if not paths:
-        raise UserError(
-            "no out/align.pt or out/ift.pt; run python train.py --phase align first, or give --ckpt"
-        )
+        raise UserError("no out/align.pt or out/ift.pt; run python train.py first, or give --ckpt")
     return max(paths, key=lambda path: path.stat().st_mtime)
 
 
 def locate_base(name: str, base: dict) -> str | Path:
-    """Where a base model of a checkpoint is: where it was in training, or else in demo/ beside this
-    file."""
+    """Where a base model of a checkpoint is: where it was in training, or in demo/ beside this."""
     for place in (base["path"], data.INSTRUCTIONS_FILE.with_name(name)):
         with suppress(UserError):
             if os.path.isdir(place) and fingerprint(place)["sha256"] == base["sha256"]:
@@ -584,10 +565,9 @@ def locate_base(name: str, base: dict) -> str | Path:
 def load_model(
     path: str | Path, device: str = "cpu", int8: bool = False, encoder: str = "", llm: str = ""
 ):
-    """The model of a checkpoint on its two base models, in float32 or, where that is faster, in
-    bfloat16, or with the LLM's weights rounded to 8 bits; its tokenizer; the checkpoint without
-    weights. encoder, llm: directories or Hub ids of the base models, if they are not where they
-    were in training. Raises UserError."""
+    """The model of a checkpoint, in float32 or, where that is faster, in bfloat16, with int8 of the
+    LLM's weights rounded to 8 bits; its tokenizer; the checkpoint without weights. encoder, llm:
+    where its base models are, if not where they were in training. Raises UserError."""
     checkpoint = load_checkpoint(path)
     encoder = encoder or locate_base("encoder", checkpoint["bases"]["encoder"])
     llm = llm or locate_base("llm", checkpoint["bases"]["llm"])
@@ -609,8 +589,7 @@ def load_model(
 
 def ask(model, tokenizer, checkpoint, recording, instruction, task=None, **options):
     """The task and the Answer of an instruction in words about a recording as encode_waves gave it.
-    task: sqa to ask about all of it at once; None leaves that to task_of. options: those of
-    answer_examples. Raises AudioError."""
+    task: sqa asks about all of it at once. options: of answer_examples. Raises AudioError."""
     likely_task, wording = data.recognise(instruction)
     task = task or likely_task
     example = {"instruction": wording, "task": task, "target_language": None}
@@ -632,13 +611,11 @@ def warn(text: str) -> None:
 
 
 FILE_NAME = re.compile(
-    r"\S*[.](?=\d*[a-z])[a-z0-9]{2,5}"  # one word with a suffix
+    r"(?is)\S*[.](?=\d*[a-z])[a-z0-9]{2,5}"  # one word with a suffix
     r"|(?=.*[0-9_])[a-z0-9_-]+"  # one word with digits
     r"|(?!.*[\s⺀-鿿]).*[/\\].*[^.?!]"  # one word with a slash, but not "and/or?" and no Chinese
     r"|([a-z]:|~|[.]+)?[/\\].*"
-    r"|.*[.](wave?|flac|mp[1-4]|mpe?g|og[agv]|opus|ai(ff?|fc)|m4[abv]|aac|amr|wm[av]|web[am]"
-    r"|mk[av]|mov|avi|3gp|caf|au)",
-    re.IGNORECASE | re.DOTALL,
+    r"|.*[.](wave?|flac|mp[34]|mpe?g|og[ag]|opus|aif[fc]?|m4[ab]|aac|amr|wma|webm|mk[av]|mov|avi)"
 )
 
 
@@ -664,10 +641,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--llm", help="directory or Hub id of the LLM, if it is not where it was")
     args = parser.parse_intermixed_args(argv)
     args.instruction = None
-    if len(args.audio) > 1 and not is_recording(args.audio[-1]):
+    if len(args.audio) > 1 and args.audio[-1].strip() and not is_recording(args.audio[-1]):
         args.instruction = args.audio.pop()
-        if not args.instruction.strip():
-            parser.error('the instruction is empty; say what to do, such as "Translate to German"')
     for word in args.audio:
         if not is_recording(word):
             parser.error(f'"{visible(word)}" is no file; give the instruction behind recordings')
@@ -682,15 +657,10 @@ def main(argv: list[str] | None = None) -> None:
     steady_output()
     args = parse(argv)
     device = pick_device()
-    options = {
-        "num_beams": args.beams,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "generator": torch.Generator(device).manual_seed(args.seed % 2**63),
-        "step": fast_step(),
-        "task": "sqa" if args.whole else None,
-        "on_text": None if args.json else print_piece,
-    }
+    generator = torch.Generator(device).manual_seed(args.seed % 2**63)
+    drawing = {"temperature": args.temperature, "top_p": args.top_p, "generator": generator}
+    options = {"num_beams": args.beams, "step": fast_step(), "task": "sqa" if args.whole else None}
+    options |= drawing | {"on_text": None if args.json else print_piece}
     try:
         waves = {path: data.load_audio(path) for path in args.audio}
         bases = args.encoder, args.llm

@@ -209,7 +209,8 @@ def rows_of_tasks():
 
 def make_examples(manifest, tiny_project, **options):
     tokenizer = load_tokenizer(tiny_project / "llm")
-    return Examples([manifest], tokenizer, 0, AdapterConfig(), **options)
+    prompt = data.make_prompt(tokenizer, [0])
+    return Examples([manifest], tokenizer, prompt, AdapterConfig(), **options)
 
 
 def test_what_is_right_where_nobody_speaks(tiny_project, tmp_path):
@@ -230,7 +231,7 @@ def test_what_is_right_where_nobody_speaks(tiny_project, tmp_path):
         assert examples.size(0, i, 2) == (batch["lengths"][i], batch["ids_lengths"][i])
     # Of an empty answer, its end alone is to be learned.
     _, size, _ = examples.sequence(drawn[0], frames[0])
-    ids = data.render(drawn[0], 3, examples.tokenizer, 0)[0]
+    ids = data.render(drawn[0], 3, examples.tokenizer, examples.prompt)[0]
     assert size == 1 and ids[-1] == 0
 
 

@@ -278,9 +278,10 @@ def test_what_an_instruction_asks_for():
 
 
 TAKEN = """CC0-1.0|PDDL-1.0|public domain|LicenseRef-PublicDomain|MIT|Apache-2.0|CC-BY-4.0|CC-BY
-CC-BY-2.5-AU|cc-by-3.0|CC-BY-4.0 AND MIT|GPL-3.0-only OR MIT"""
+CC-BY-2.5-AU|cc-by-3.0|CC-BY-4.0 AND MIT|GPL-3.0-only OR MIT|(MIT OR GPL-3.0-only)"""
 REFUSED = """CC-BY-SA-4.0|CC-BY-NC-4.0|CC-BY-ND-4.0|CC-BY-NC-SA-4.0|CC-BY-4.0-NC|unknown|
-GPL-3.0-only|LicenseRef-MIT-like|CC-BY-4.0 AND CC-BY-NC-4.0"""
+GPL-3.0-only|LicenseRef-MIT-like|CC-BY-4.0 AND CC-BY-NC-4.0
+(MIT OR CC-BY-4.0) AND CC-BY-NC-4.0|CC-BY-NC-4.0 AND (MIT OR CC-BY-4.0)"""
 
 
 def test_what_training_takes():

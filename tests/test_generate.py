@@ -216,7 +216,7 @@ REFUSED = [
     (dict(num_beams=2, on_token=print), "beam search neither samples nor streams"),
     (dict(lengths=[0, 8]), r"lengths \[0, 8\] of 8 positions"),
     (dict(lengths=[5, 4]), r"lengths \[5, 4\] of 8 positions"),
-    (dict(max_new_tokens=508), "needs 513 positions .* context has 512"),
+    (dict(max_new_tokens=508), "needs 513 positions, .* context has 512"),
 ]
 
 

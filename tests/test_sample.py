@@ -618,7 +618,7 @@ def test_where_nobody_speaks(asked, capsys, monkeypatch):
         ("SAY train0.wav", 2, '"Transcribe the speech." is no file'),
         ("train0.wav SAY --temperature nan", 2, "temperature nan at least 0 and finite"),
         ("train0.wav SAY --ckpt ift.pt --llm none", 1, "none: no such directory; .* --llm"),
-        ("train0.wav EMPTY", 2, "the instruction is empty; say what to do"),
+        ("train0.wav EMPTY", 2, '" " is no file; give the instruction'),
         ("train0.wav SAY --beams 0", 2, "num_beams 0 must be at least 1"),
         ("train0.wav SAY --temperature -1", 2, "temperature -1.0 at least 0"),
         ("train0.wav SAY --top-p 0", 2, "top_p 0.0 above 0"),
