@@ -26,14 +26,13 @@ if __name__ == "__main__":
 import jiwer
 import numpy as np
 import sacrebleu
-from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
 import data
-from model import SpeechLM, UserError, keep_freed_memory, pick_device, steady_output, visible
+from model import UserError, keep_freed_memory, pick_device, steady_output, visible
 from sample import (
     MAX_NEW_TOKENS,
     Answer,
@@ -86,20 +85,16 @@ def item_scores(task: str, language: str, reference: str, hypothesis: str) -> di
 
 
 def transcript_scores(language: str, reference: str, hypothesis: str) -> dict:
-    words = jiwer.process_words(reference, hypothesis)
-    letters = [reference, hypothesis]
+    texts = [reference, hypothesis]
+    words = jiwer.process_words(*texts)
     if language in data.UNSPACED:
-        letters = [text.replace(" ", "") for text in letters]
-    characters = jiwer.process_characters(*letters)
-    word_errors = words.substitutions + words.deletions + words.insertions
-    count = len(reference.split())
-    return {
-        "error": word_errors / max(1, count),
-        "word_errors": word_errors,
-        "words": count,
-        "character_errors": characters.substitutions + characters.deletions + characters.insertions,
-        "characters": len(letters[0]),
-    }
+        texts = [text.replace(" ", "") for text in texts]
+    scores = {}
+    for unit, aligned in (("word", words), ("character", jiwer.process_characters(*texts))):
+        replaced = aligned.substitutions + aligned.deletions
+        scores[f"{unit}_errors"] = replaced + aligned.insertions
+        scores[f"{unit}s"] = replaced + aligned.hits
+    return {"error": scores["word_errors"] / max(1, scores["words"])} | scores
 
 
 def question_scores(language: str, reference: str, hypothesis: str) -> dict:
@@ -110,11 +105,9 @@ def question_scores(language: str, reference: str, hypothesis: str) -> dict:
     f1 = 2 * common / max(1, len(r) + len(h))
     right = refused if unanswerable else reference == hypothesis
     # A wrong answer that shares words with the right one is half an error at least.
-    error = 1.0 - right
-    if not right and not unanswerable and not refused:
-        error = 1 - 0.5 * f1
+    shared = 0.0 if unanswerable or refused else 0.5 * f1
     return {
-        "error": error,
+        "error": 0.0 if right else 1 - shared,
         "right": int(right),
         "f1": f1,
         "refused": int(refused),
@@ -300,16 +293,7 @@ def json_line(item: dict) -> str:
     return json.dumps(item, ensure_ascii=False) + "\n"
 
 
-def answer_manifest(
-    model: SpeechLM,
-    tokenizer: Tokenizer,
-    checkpoint: dict,
-    examples: list[dict],
-    load_wave: Callable[[dict], Tensor],
-    journal: Journal,
-    score: bool = True,
-    **options,
-) -> tuple[dict[str, dict], dict[str, str]]:
+def answer_manifest(model, tokenizer, checkpoint, examples, load_wave, journal, **options) -> tuple:
     """Answers examples that have an "id" and "seconds", those about one recording together, and
     puts every answer into the journal as an item, unless it is there already. load_wave(example)
     gives the waveform (N,) or raises AudioError. options: those of sample.answer_examples. Returns
@@ -337,7 +321,7 @@ def answer_manifest(
                     failures[example["id"]] = str(answer)
                     continue
                 seconds = len(waves[recording_key(example)]) / data.SAMPLE_RATE
-                journal.add(make_item(example, answer, seconds, score))
+                journal.add(make_item(example, answer, seconds))
     for example in examples:
         if example["id"] in failures:
             where = example.get("where") or example["id"]
@@ -364,8 +348,8 @@ def group_recordings(examples: list[dict]) -> list[list[dict]]:
 ITEM_FIELDS = "id audio start task source_language target_language corpus speaker".split()
 
 
-def make_item(example: dict, answer: Answer, seconds: float, score: bool) -> dict:
-    """What the journal keeps of an answer."""
+def make_item(example: dict, answer: Answer, seconds: float) -> dict:
+    """What the journal keeps of an answer, with scores if there is a reference."""
     item = {name: example.get(name) for name in ITEM_FIELDS}
     item |= {
         "seconds": round(seconds, 3),
@@ -375,9 +359,9 @@ def make_item(example: dict, answer: Answer, seconds: float, score: bool) -> dic
         "cut": answer.cut,
         "margin": answer.margin,
     }
-    if score:
-        task, language = example["task"], example["target_language"]
-        item["scores"] = item_scores(task, language, example["text"], answer.text)
+    if item["reference"] is not None:
+        kind = example["task"], example["target_language"]
+        item["scores"] = item_scores(*kind, item["reference"], answer.text)
     return item
 
 
