@@ -32,16 +32,9 @@ from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
 import data
+import sample
 from model import UserError, keep_freed_memory, pick_device, steady_output, visible
-from sample import (
-    MAX_NEW_TOKENS,
-    Answer,
-    answer_examples,
-    encode_waves,
-    fast_step,
-    load_model,
-    newest_checkpoint,
-)
+from sample import Answer, answer_examples, encode_waves
 
 GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # examples and audio that are encoded and answered together
 FALSE_REFUSALS = 0.125  # share of the answerable questions that may be refused
@@ -179,17 +172,28 @@ def interval(drawn) -> tuple:
     return tuple(np.percentile(drawn, (2.5, 97.5))) if len(drawn) else (None, None)
 
 
+def by_kind(items: list[dict]) -> list[tuple[tuple[str, str], list[dict]]]:
+    """[((task, target language), its items)], in the order of data.TASKS."""
+    kinds = {}
+    for item in items:
+        kinds.setdefault((item["task"], item["target_language"]), []).append(item)
+    return sorted(kinds.items(), key=lambda entry: (data.TASKS.index(entry[0][0]), entry[0][1]))
+
+
 def summarise(items: list[dict], least: int = 100) -> tuple[list[dict], dict]:
     """The scores of every task and target language, over all items, and by corpus and by speaker
     where there are several; speakers with fewer than `least` items count as other speakers.
     Returns a list of dicts, and signatures."""
     table, signatures = [], {}
-    by_kind = {}
-    for item in items:
-        by_kind.setdefault((item["task"], item["target_language"]), []).append(item)
-    for task, language in sorted(by_kind, key=lambda kind: (data.TASKS.index(kind[0]), kind[1])):
-        of_kind = by_kind[task, language]
-        for name, group in score_groups(of_kind, least).items():
+    for (task, language), of_kind in by_kind(items):
+        speakers = Counter(item["speaker"] for item in of_kind)
+        groups = {"all": of_kind}
+        for field in ("corpus", "speaker"):
+            for item in of_kind:
+                rare = field == "speaker" and speakers[item["speaker"]] < least
+                name = "other speakers" if rare else f"{field} {item[field]}"
+                groups.setdefault(name, []).append(item)
+        for name, group in groups.items():
             if name != "all" and len(group) == len(of_kind):
                 continue
             scores, marks = corpus_scores(group)
@@ -198,18 +202,6 @@ def summarise(items: list[dict], least: int = 100) -> tuple[list[dict], dict]:
             line = {"task": task, "language": language, "group": name, "items": len(group)}
             table.append(line | {"scores": rounded})
     return table, signatures
-
-
-def score_groups(items: list[dict], least: int) -> dict[str, list[dict]]:
-    """The items as a whole, by corpus and by speaker."""
-    groups = {"all": items}
-    counts = Counter(item["speaker"] for item in items)
-    for field in ("corpus", "speaker"):
-        for item in items:
-            rare = field == "speaker" and counts[item["speaker"]] < least
-            name = "other speakers" if rare else f"{field} {item[field]}"
-            groups.setdefault(name, []).append(item)
-    return groups
 
 
 VALIDATION_NAMES = {
@@ -223,15 +215,13 @@ VALIDATION_NAMES = {
 
 def validation_scores(pairs: list[tuple[dict, str]]) -> dict[str, float]:
     """Figures of (example, answer) pairs for a validation: each score's mean over languages."""
-    by_kind = {}
+    items, values = [], {}
     for example, text in pairs:
-        kind = example["task"], example["target_language"]
-        scores = item_scores(*kind, example["text"], text)
-        item = example | {"reference": example["text"], "hypothesis": text, "scores": scores}
-        by_kind.setdefault(kind, []).append(item)
-    values = {}
-    for kind in sorted(by_kind):
-        for name, (value, *_) in corpus_scores(by_kind[kind], draws=0)[0].items():
+        scores = item_scores(example["task"], example["target_language"], example["text"], text)
+        texts = {"reference": example["text"], "hypothesis": text}
+        items.append(example | texts | {"scores": scores})
+    for _, of_kind in by_kind(items):
+        for name, (value, *_) in corpus_scores(of_kind, draws=0)[0].items():
             if name in VALIDATION_NAMES:
                 values.setdefault(VALIDATION_NAMES[name], []).append(value)
     return {name: sum(of_languages) / len(of_languages) for name, of_languages in values.items()}
@@ -380,8 +370,10 @@ def run_settings(ckpt: Path, source: str, args: argparse.Namespace) -> dict:
 def evaluate(args: argparse.Namespace) -> None:
     """Answers and scores a manifest, and leaves items, summary and report in a directory."""
     device = pick_device()
-    ckpt = Path(args.ckpt or newest_checkpoint())
-    model, tokenizer, checkpoint = load_model(ckpt, device, args.int8, args.encoder, args.llm)
+    ckpt = Path(args.ckpt or sample.newest_checkpoint())
+    model, tokenizer, checkpoint = sample.load_model(
+        ckpt, device, args.int8, args.encoder, args.llm
+    )
     manifest = data.Manifest(args.manifest)
     examples = {}
     for i, example in enumerate(manifest, 1):
@@ -404,7 +396,7 @@ def evaluate(args: argparse.Namespace) -> None:
     path = Path(args.out) / f"{name}.jsonl"
     journal = Journal(path, settings)
     inputs = model, tokenizer, checkpoint, list(examples.values()), load_wave, journal
-    answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=fast_step())
+    answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=sample.fast_step())
     items = [answers[i] for i in examples if i in answers]
     if not items:
         count = f"{len(examples)} rows of the tasks {', '.join(args.tasks)}"
@@ -413,7 +405,7 @@ def evaluate(args: argparse.Namespace) -> None:
     facts = {
         "checkpoint": f"{ckpt}, phase {checkpoint['config']['phase']}, step {checkpoint['step']}",
         "date": str(date.today()),
-        f"cut off at {MAX_NEW_TOKENS} tokens": sum(item["cut"] for item in items),
+        f"cut off at {sample.MAX_NEW_TOKENS} tokens": sum(item["cut"] for item in items),
         "rows": f"{len(items)} answered, {len(failures)} left out",
         "refused above": checkpoint.get("refuse_above"),
     }
