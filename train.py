@@ -73,18 +73,16 @@ from sample import Answer, answer_examples, encode_recordings
 DEMO = Path(__file__).resolve().parent / "demo"
 LINEAR = {  # layers that low-rank updates can be added to, by part
     "llm": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
-    # Of Whisper's, those that are not called as the LLM's.
-    "encoder": (
-        "linear_q linear_k linear_v linear_out intermediate_dense output_dense out_proj fc1 fc2"
-    ).split(),
+    "encoder": "linear_q linear_k linear_v linear_out intermediate_dense output_dense".split(),
 }
+LINEAR["encoder"] += "out_proj fc1 fc2".split()  # Whisper's, beside those called as the LLM's
 
 # --- The configuration, and the phases
 
 
-def option(default, help: str, low: float = 0, high: float = math.inf, choices=None):
+def option(default, help: str, low: float = 0, high: float = math.inf, choices: str = ""):
     """A field of TrainConfig with its help text and the values that it may have."""
-    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    metadata = {"help": help, "low": low, "high": high, "choices": choices.split() or None}
     return field(default_factory=lambda: default, metadata=metadata)
 
 
@@ -92,7 +90,7 @@ def option(default, help: str, low: float = 0, high: float = math.inf, choices=N
 class TrainConfig:
     """Every option of a run. None stands for the phase's own value."""
 
-    phase: str = option("align", "The row of the table of phases to run.", choices=("align", "ift"))
+    phase: str = option("align", "The row of the table of phases to run.", choices="align ift")
     init: str = option("", "Start from this checkpoint of an earlier phase.")
     out: str = option("out", "Directory of checkpoints, log and picture.")
     resume: bool = option(False, "Go on where the last run of this phase stopped.")
@@ -100,13 +98,9 @@ class TrainConfig:
     show_batch: bool = option(False, "Print the first batch as it is read; leave nothing.")
     seed: int = option(0, "Seed of everything random.")
 
-    encoder: str = option(
-        str(DEMO / "encoder"), "w2v-BERT 2.0 or Whisper checkpoint, directory or Hub id."
-    )
-    llm: str = option(str(DEMO / "llm"), "Qwen2.5, Qwen3 or Llama checkpoint, directory or Hub id.")
-    prompt: str = option(
-        "auto", "auto is chat for instruct models.", choices=("auto", "plain", "chat")
-    )
+    encoder: str = option(str(DEMO / "encoder"), "w2v-BERT 2.0 or Whisper, directory or Hub id.")
+    llm: str = option(str(DEMO / "llm"), "Qwen2.5, Qwen3 or Llama, directory or Hub id.")
+    prompt: str = option("auto", "auto is chat for instruct models.", choices="auto plain chat")
     adapter_layers: int = option(2, "Layers of the adapter; each divides the frame rate.", low=1)
     adapter_kernel: int = option(3, "Frames that its convolutions read.", low=1)
     adapter_stride: int = option(2, "By what each layer divides the frame rate.", low=1)
@@ -139,14 +133,12 @@ class TrainConfig:
     )
     batch_tokens: int = option(4000, "LLM positions in a batch.", low=1)
     accumulate: int = option(1, "Batches of each rank in a step.", low=1)
-    precision: str = option(
-        "auto", "auto is bfloat16 where it is faster.", choices=("auto", "float32", "bfloat16")
-    )
+    precision: str = option("auto", "auto is bfloat16 if faster.", choices="auto float32 bfloat16")
     checkpointing: bool = option(False, "Compute activations again in the backward pass.")
     cache_gb: float = option(2.0, "Keep a frozen encoder's outputs on disk if they fit; 0: never.")
     fsdp: bool = option(False, "Split weights and optimizer among the ranks of torchrun.")
     workers: int = option(2, "Processes that read audio and compute features.")
-    device: str = option(pick_device(), "Where to compute.", choices=("cuda", "mps", "cpu"))
+    device: str = option(pick_device(), "Where to compute.", choices="cuda mps cpu")
 
     eval_every: int = option(500, "Steps between validations, each of which also saves.", low=1)
     eval_rows: int = option(200, "Rows for the validation loss.", low=2)
@@ -196,9 +188,7 @@ def parse(argv: list[str] | None) -> TrainConfig:
     for f in fields(TrainConfig):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
-        kind = next(iter(get_args(f.type)), f.type)
-        if f.name == "batch_frames":
-            kind = frames_or_auto
+        kind = frames_or_auto if f.name == "batch_frames" else next(iter(get_args(f.type)), f.type)
         more = {"type": kind, "choices": f.metadata["choices"]}
         if f.type is bool:
             more = {"action": "store_true"}
@@ -374,7 +364,6 @@ def on_device(batch: dict, device: str) -> dict:
 
 # --- The outputs of a frozen encoder, computed once and kept on disk
 
-
 ENCODE_FRAMES = 1500  # 20 ms frames that are encoded together
 
 
@@ -385,9 +374,7 @@ class CachedEncoder(nn.Module):
         return features
 
 
-def encoder_states(
-    cfg: TrainConfig, encoder: Pretrained, manifests: list[data.Manifest], base: dict
-):
+def encoder_states(cfg: TrainConfig, encoder: Pretrained, manifests: list, base: dict):
     """Runs the frozen encoder once over the clips of the manifests, each rank over a share, into
     files of the out directory, which later runs find again if encoder, clips and audio files are
     the same. Returns a function from a clip to its states (F, D), which raises AudioError for one
@@ -511,10 +498,9 @@ def distribute(model: SpeechLM, cfg: TrainConfig) -> nn.Module:
     if not dist.is_initialized():
         return model
     if not cfg.fsdp:
-        unused = cfg.warm_start > 0  # by its steps: what is trained of the LLM
-        return DistributedDataParallel(
-            model, gradient_as_bucket_view=True, find_unused_parameters=unused
-        )
+        # The steps of a warm start do not use what is trained of the LLM.
+        options = {"find_unused_parameters": cfg.warm_start > 0}
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(model.llm.compute_dtype, torch.float32, cast_forward_inputs=False)
@@ -1097,9 +1083,8 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
     if state.validated == cfg.steps:
         return print(f"{run.path('.pt')}: all {state.step} steps are done")
     loader = open_loader(run)
-    bar = tqdm(
-        total=cfg.steps, initial=state.step, desc=cfg.phase, unit=" steps", disable=rank() > 0
-    )
+    progress = {"initial": state.step, "total": cfg.steps, "unit": " steps"}
+    bar = tqdm(desc=cfg.phase, disable=rank() > 0, **progress)
     while True:
         # Once in a while, validate and save. A signal is answered here, between two steps.
         stop.waits = True
