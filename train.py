@@ -296,38 +296,39 @@ def training_kernels(device: str, checkpointing: bool = False, compiled: bool = 
 def build(cfg: TrainConfig, rates: dict[str, float], adapter: dict, path="", checkpoint=None):
     """The model, as it is in the checkpoint of this path, if there is one; the fingerprints of its
     two base models; and the parts that will differ from these by more than low-rank updates.
-    Trained parts have float32 weights, frozen parts the compute dtype's. adapter: fields of
-    AdapterConfig. Raises UserError."""
+    Parts with a learning rate, or their updates, are to be trained and have float32 weights, the
+    others the compute dtype's. adapter: fields of AdapterConfig. Raises UserError."""
     bases = {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
     compute = fast_dtype(fetch(cfg.llm), cfg.device)
     if cfg.precision != "auto":
         compute = getattr(torch, cfg.precision)
     # Low-rank updates leave a part's own weights alone, so these need not be float32.
-    float32 = {part for part in rates if not has_updates(part, cfg)}
+    changed = {part for part in rates if not has_updates(part, cfg)}
     compiled = cfg.device == "cuda" and not cfg.fsdp and can_compile()
     kernels = training_kernels(cfg.device, cfg.checkpointing, compiled)
-    shared = (compute, compute, cfg.device, tuple(float32), kernels, cfg.prompt)
+    shared = (compute, compute, cfg.device, tuple(changed), kernels, cfg.prompt)
     model = SpeechLM.from_parts(cfg.encoder, cfg.llm, *shared, **adapter)
-    freeze(model, rates, cfg)
-    if not checkpoint:
-        return model, bases, float32
-    alpha = checkpoint["config"]["lora_alpha"]
-    if cfg.lora_rank and any(map(is_update, checkpoint["model"])) and alpha != cfg.lora_alpha:
-        raise UserError(f"{path}: has updates of --lora-alpha {alpha:g}; give the same")
-    return model, bases, restore(model, checkpoint, bases, path) | float32
-
-
-def freeze(model: SpeechLM, rates: dict[str, float], cfg: TrainConfig) -> None:
-    """Leaves only the parts with a learning rate, or their low-rank updates, to be trained."""
     for name, part in model.named_children():
+        how = f"lr {rates[name]:g}" if name in rates else "frozen"
         part.requires_grad_(name in rates).train(name in rates)
         if name in rates and has_updates(name, cfg):
             add_lora(part, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+            how += " for low-rank updates"
+        millions = sum(p.numel() for p in part.parameters()) / 1e6
+        print(
+            f"{name}: {millions:.2f} M parameters, {how}, {next(part.parameters()).dtype} weights"
+        )
     config = model.encoder.config
     masks_frames = config.apply_spec_augment and config.mask_time_prob > 0
     if hasattr(model.encoder, "masked_spec_embed") and not masks_frames:
         # Nothing reads it, so it would wait for a gradient.
         model.encoder.masked_spec_embed.requires_grad_(False)
+    if checkpoint:
+        alpha = checkpoint["config"]["lora_alpha"]
+        if cfg.lora_rank and any(map(is_update, checkpoint["model"])) and alpha != cfg.lora_alpha:
+            raise UserError(f"{path}: has updates of --lora-alpha {alpha:g}; give the same")
+        changed |= restore(model, checkpoint, bases, path)
+    return model, bases, changed
 
 
 def parameter_groups(model: SpeechLM, rates: dict[str, float], weight_decay: float) -> list[dict]:
@@ -651,19 +652,19 @@ def open_run(cfg: TrainConfig) -> Run:
     lock = lock_directory(cfg.out) if leaves_files else None
 
     # A run begins with what it saved, with another run's result, or with the base models.
-    path = Path(cfg.out) / f"{cfg.phase}.resume.pt"
+    if cfg.init and Path(cfg.init).resolve() == Path(cfg.out, f"{cfg.phase}.pt").resolve():
+        raise UserError(f"{cfg.init} is what this run would replace; give another --out")
+    path = Path(cfg.out, f"{cfg.phase}.resume.pt")
     resumed = gather(cfg.resume and path.exists())[0]
     if cfg.resume and not resumed:
         print(f"{path}: not there, so the run starts from its beginning")
-    adapter = {
+    path = path if resumed else cfg.init
+    checkpoint = load_checkpoint(path) if path else {}
+    adapter = checkpoint.get("adapter") or {
         "num_adapter_layers": cfg.adapter_layers,
         "adapter_kernel_size": cfg.adapter_kernel,
         "adapter_stride": cfg.adapter_stride,
     }
-    path = path if resumed else cfg.init
-    checkpoint = load_checkpoint(path) if path else None
-    if checkpoint:
-        adapter = checkpoint["adapter"]
 
     encoder_config = encoder_class(cfg.encoder).read_config(fetch(cfg.encoder))
     longest = encoder_config.max_source_positions / 50 or math.inf
@@ -686,12 +687,6 @@ def open_run(cfg: TrainConfig) -> Run:
     if resumed:
         cfg = resumed_config(cfg, path, checkpoint, mixture.contents)
     model, bases, changed = build(cfg, rates, adapter, path, checkpoint)
-    for name, part in model.named_children():
-        millions = sum(p.numel() for p in part.parameters()) / 1e6
-        updates = " for low-rank updates" if has_updates(name, cfg) else ""
-        how = f"lr {rates[name]:g}{updates}" if name in rates else "frozen"
-        dtype = next(part.parameters()).dtype
-        print(f"{name}: {millions:.2f} M parameters, {how}, {dtype} weights")
     manifests, states = [*mixture.manifests, mixture.dev], None
     if "encoder" not in rates.keys() | changed and cfg.cache_gb and leaves_files:
         states = encoder_states(cfg, model.encoder, manifests, bases["encoder"])
@@ -699,7 +694,7 @@ def open_run(cfg: TrainConfig) -> Run:
         model = SpeechLM(CachedEncoder(), model.adapter, model.llm, model.prompt)
     inputs = manifests, tokenizer, prompt, model.adapter.config, states
     examples = data.Examples(*inputs, cfg.seed, (cfg.augment, cfg.silence))
-    hours = data.merge_hours(checkpoint["data"] if checkpoint else [], mixture.hours)
+    hours = data.merge_hours(checkpoint.get("data", []), mixture.hours)
     size = lru_cache(2 * data.POOL)(examples.size)
     run = Run(cfg, rates, tasks, mixture, model, bases, changed, examples, hours, size, lock)
     start(run, checkpoint if resumed else None)
@@ -722,10 +717,8 @@ def lock_directory(path: str) -> IO | None:
 
 
 def start(run: Run, resumed: dict | None) -> None:
-    """Brings a run to where it was stopped, or to its beginning. Raises UserError."""
+    """Brings a run and its files to where it was stopped, or to its beginning. Raises UserError."""
     cfg = run.cfg
-    if cfg.init and Path(cfg.init).resolve() == run.path(".pt").resolve():
-        raise UserError(f"{cfg.init} is what this run would replace; give another --out")
     if cfg.batch_frames == "auto":
         fitting = rank() or import_plan().fit_batches(run, run_schedule, on_device)
         run.cfg = cfg = gather(fitting)[0]
@@ -744,8 +737,17 @@ def start(run: Run, resumed: dict | None) -> None:
             for key, tensor in resumed["optimizer"].get(name, {}).items():
                 run.optimizer.state[p][key] = like(p, tensor)
         run.optimizer.load_state_dict(run.optimizer.state_dict())  # puts each on its device
-    if run.lock:
-        start_files(run, bool(resumed))
+    if not run.lock:
+        return
+
+    # The logs keep their lines up to where the run goes on; files of another run go.
+    for path in (run.path(".jsonl"), run.path(".nonfinite.jsonl")):
+        lines = [x for x in data.read_lines(path) if resumed and x["step"] <= run.state.step]
+        if path.exists():
+            data.write_text(path, "".join(map(json_line, lines)))
+    data.write_text(Path(cfg.out) / "config.json", json.dumps(asdict(cfg), indent=2))
+    if not resumed and run.path(".resume.pt").exists():
+        os.replace(run.path(".resume.pt"), run.path(".resume.old.pt"))
 
 
 @torch.no_grad()
@@ -762,17 +764,6 @@ def start_adapter(run: Run) -> None:
             for p in run.model.adapter.enc_to_dec_proj.parameters():
                 p.mul_(factor)
             return
-
-
-def start_files(run: Run, resumed: bool) -> None:
-    """The logs keep their lines up to where the run goes on; files of another run go."""
-    for path in (run.path(".jsonl"), run.path(".nonfinite.jsonl")):
-        lines = [x for x in data.read_lines(path) if resumed and x["step"] <= run.state.step]
-        if path.exists():
-            data.write_text(path, "".join(map(json_line, lines)))
-    data.write_text(Path(run.cfg.out) / "config.json", json.dumps(asdict(run.cfg), indent=2))
-    if not resumed and run.path(".resume.pt").exists():
-        os.replace(run.path(".resume.pt"), run.path(".resume.old.pt"))
 
 
 def steps_of_a_pass(run: Run) -> float:
@@ -959,34 +950,30 @@ LOWER_RATE = "the last checkpoint is untouched: lower the learning rate or leave
 
 def next_step(run: Run, loader: Iterator[dict]) -> tuple[list[dict], int, float]:
     """This rank's batches of the next step, and over all ranks the target tokens and the seconds of
-    audio; batches without a usable row are passed over. Raises UserError if too many recordings
-    cannot be used."""
+    audio; batches without a usable row are passed over. Adds what all ranks drew to the state.
+    Raises UserError if too many recordings cannot be used."""
     state, rows = run.state, sum(map(len, run.mixture.manifests))
     for _ in range(100):
         batches = [next(loader) for _ in range(run.cfg.accumulate)]
-        tokens, audio = reduce_step(state, batches)
+        drawn = []
+        for batch in batches:
+            frames = sum(batch["lengths"]) if batch["examples"] else 0
+            count = len(batch["examples"]) + len(batch["bad"])
+            drawn.append((batch["position"], count, batch["bad"], len(batch["targets"]), frames))
+        tokens = audio = 0
+        for position, count, bad, targets, frames in chain(*gather(drawn)):
+            state.position = position  # the ranks take turns, so that the last one is the furthest
+            state.seen += count
+            state.bad |= dict(bad)
+            tokens += targets
+            audio += frames
         met = min(state.seen, rows)  # different recordings
         if len(state.bad) > 0.01 * max(met, 300):
             break
         if tokens:
-            return batches, tokens, audio
+            return batches, tokens, audio / 50
     why = "; ".join(f"{where}: {reason}" for where, reason in list(state.bad.items())[-3:])
     raise UserError(f"{len(state.bad)} of {met} recordings could not be used, more than 1 %: {why}")
-
-
-def reduce_step(state: RunState, batches: list[dict]) -> tuple[int, float]:
-    """Adds what all ranks drew for a step to the state. Returns target tokens and seconds."""
-    drawn = []
-    for batch in batches:
-        frames = sum(batch["lengths"]) if batch["examples"] else 0
-        rows = len(batch["examples"]) + len(batch["bad"])
-        drawn.append((batch["position"], rows, batch["bad"], len(batch["targets"]), frames))
-    drawn = list(chain(*gather(drawn)))
-    state.position = drawn[-1][0]  # the ranks take turns, so that the last one is the furthest
-    for _, rows, bad, *_ in drawn:
-        state.seen += rows
-        state.bad |= dict(bad)
-    return sum(tokens for *_, tokens, _ in drawn), sum(frames for *_, frames in drawn) / 50
 
 
 def backward(run: Run, batches: list[dict], tokens: int) -> tuple[float, float]:
