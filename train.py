@@ -47,7 +47,6 @@ from model import (
     LLM,
     AdapterConfig,
     Kernels,
-    Pretrained,
     SpeechLM,
     UserError,
     add_lora,
@@ -270,8 +269,7 @@ def can_compile() -> bool:
 
 
 def training_kernels(device: str, checkpointing: bool = False, compiled: bool = False) -> Kernels:
-    """The operators to train with: default_kernels, and layers that are compiled, or whose
-    activations are computed again in the backward pass, or both."""
+    """default_kernels, and layers that are compiled or, with checkpointing, computed again."""
     kernels = default_kernels(device)
     call = call_layer
     if compiled:
@@ -344,8 +342,7 @@ def parameter_groups(model: SpeechLM, rates: dict[str, float], weight_decay: flo
 
 
 def rate_share(step: int, cfg: TrainConfig) -> float:
-    """Share of the learning rate at a step from 0 on: linear warmup, then a cosine to min_lr. The
-    steps of a warm start and those behind them have one each."""
+    """Share of the learning rate: warmup, then a cosine to min_lr. A warm start has its own."""
     steps = cfg.warm_start
     if step >= cfg.warm_start:
         step, steps = step - cfg.warm_start, cfg.steps - cfg.warm_start
@@ -375,11 +372,10 @@ class CachedEncoder(nn.Module):
         return features
 
 
-def encoder_states(cfg: TrainConfig, encoder: Pretrained, manifests: list, base: dict):
+def encoder_states(cfg: TrainConfig, encoder: nn.Module, manifests: list, base: dict):
     """Runs the frozen encoder once over the clips of the manifests, each rank over a share, into
-    files of the out directory, which later runs find again if encoder, clips and audio files are
-    the same. Returns a function from a clip to its states (F, D), which raises AudioError for one
-    that cannot be used; or None if they would not fit on the disk or in cache_gb."""
+    files that later runs find again if encoder, clips and audio are the same. Returns a function
+    from a clip to its states (F, D), which may raise AudioError; None if they would not fit."""
     clips = {manifest.clip(example) for manifest in manifests for example in manifest}
     clips.update(data.SPEECHLESS_CLIPS if cfg.silence else ())
     sizes = sorted((data.feature_length(clip[2], encoder.config), 0, clip) for clip in clips)
@@ -424,9 +420,8 @@ def file_stamp(path: str) -> tuple:
 
 
 @torch.no_grad()
-def encode_clips(cfg: TrainConfig, encoder: Pretrained, sizes: list[tuple]) -> dict:
-    """The encoder's states (F, D) of this rank's share of the clips, or why there are none. sizes:
-    (frames, 0, clip), the shortest first."""
+def encode_clips(cfg: TrainConfig, encoder: nn.Module, sizes: list[tuple]) -> dict:
+    """States (F, D) of this rank's share of (frames, 0, clip) by clip, or why there are none."""
     states = {}
     batches = data.cut_batches(sizes, ENCODE_FRAMES, math.inf)[rank() :: world()]
     for batch in tqdm(batches, "encoder", unit=" batches", disable=rank() > 0):
@@ -526,8 +521,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def complete(tensor: Tensor) -> Tensor | None:
-    """All of a tensor: itself, or one of a sharded tensor's in CPU memory, on rank 0 alone. Every
-    rank must take part."""
+    """All of a tensor, of a sharded one on rank 0 and its CPU. Every rank must take part."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     tensor = tensor.full_tensor()
@@ -544,8 +538,7 @@ def like(p: Tensor, tensor: Tensor) -> Tensor:
 
 
 def seed_for(seed: int, position: dict) -> None:
-    """Makes dropout and masks of a batch follow from its place in the schedule, so that they are
-    the same on any rank and after any pause."""
+    """Makes dropout and masks of a batch the same on any rank and after any pause."""
     sequence = np.random.SeedSequence([seed, position["pool"], position["batch"]])
     torch.manual_seed(int(sequence.generate_state(1)[0]))
 
@@ -752,8 +745,7 @@ def start(run: Run, resumed: dict | None) -> None:
 
 @torch.no_grad()
 def start_adapter(run: Run) -> None:
-    """Scales a new adapter's projection so that its output spreads like the LLM's embeddings, by
-    the first batch that can be used."""
+    """Scales a new adapter by the first usable batch: its output spreads like LLM embeddings."""
     for scheduled in islice(run_schedule(run), 100):
         batch = run.examples[scheduled]
         if batch["examples"]:
@@ -789,15 +781,10 @@ def open_loader(run: Run) -> Iterator[dict]:
     if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
         size = f"{needed / 1e6:.0f} MB for {workers} workers"
         raise UserError(f"/dev/shm has no {size}; docker run --shm-size=1g, or give --workers 0")
-    loader = torch.utils.data.DataLoader(
-        run.examples,
-        batch_size=None,
-        sampler=islice(run_schedule(run), rank(), None, world()),  # the ranks take turns
-        num_workers=workers,
-        pin_memory=run.cfg.device == "cuda",
-        worker_init_fn=ignore_signals,
-        timeout=LOADER_SECONDS if workers else 0,
-    )
+    turns = islice(run_schedule(run), rank(), None, world())  # the ranks take turns
+    options = {"num_workers": workers, "pin_memory": run.cfg.device == "cuda"}
+    options |= {"worker_init_fn": ignore_signals, "timeout": LOADER_SECONDS if workers else 0}
+    loader = torch.utils.data.DataLoader(run.examples, batch_size=None, sampler=turns, **options)
     return iter(loader)
 
 
@@ -843,24 +830,23 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
     it is not the run that was saved: of another configuration or manifests with other content."""
     if "state" not in resumed or "contents" not in resumed:
         raise UserError(f"{path}: is of an older version; start anew without --resume")
-
-    def refuse(before: str, now: object):
-        remedy = "give the same, or start anew without --resume"
-        raise UserError(f"{path}: was trained with {before}, found {now}; {remedy}")
-
     automatic = cfg.batch_frames == "auto"
     names = ["steps"] * bool(cfg.epochs) + ["batch_frames", "batch_tokens"] * automatic
     cfg = replace(cfg, **{name: resumed["config"][name] for name in names})
-    expected = resumed["config"] | {"accumulate * ranks": resumed["batches_a_step"]}
     config = asdict(cfg) | {"accumulate * ranks": cfg.accumulate * world()}
+    expected = resumed["config"] | {"accumulate * ranks": resumed["batches_a_step"]}
+    changes = []
     for name, value in expected.items():
         if name not in MAY_CHANGE and config.get(name) != value:
-            refuse(f"{name} {value!r}", repr(config.get(name)))
+            changes.append(f"{name} {value!r}, found {config.get(name)!r}")
     pairs = zip_longest(resumed["contents"], contents, fillvalue=("no manifest", 0, "", 0))
     for (before, rows, *content), (now, rows_now, *content_now) in pairs:
         if content != content_now:
-            what = f"{now} of {rows_now} rows and other content or weight"
-            refuse(f"{before} of {rows} rows", what)
+            other = f"{now} of {rows_now} rows and other content or weight"
+            changes.append(f"{before} of {rows} rows, found {other}")
+    if changes:
+        remedy = "give the same, or start anew without --resume"
+        raise UserError(f"{path}: was trained with {changes[0]}; {remedy}")
     return cfg
 
 
@@ -868,10 +854,11 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
 
 
 @torch.no_grad()
-def validate(run: Run) -> tuple[dict[str, float], list[tuple[dict, str]]]:
+def validate(run: Run) -> tuple[dict[str, float], list[tuple[dict, str]], dict[str, float]]:
     """Loss on some rows of the dev manifest, the loss when every row hears another row's audio, and
     the scores of answering the first rows of each task, or in a warm start of what CTC reads there.
-    Returns figures, and (example, answer) pairs. Raises UserError."""
+    Returns figures, (example, answer) pairs, and in the end the refusal_threshold by up to 500
+    questions. Raises UserError."""
     cfg, model, examples = run.cfg, run.model, run.examples
     rows, frames = dev_examples(run, run.tasks, cfg.eval_rows)
     if len(rows) < 2:
@@ -896,14 +883,19 @@ def validate(run: Run) -> tuple[dict[str, float], list[tuple[dict, str]]]:
     for example, answer in zip(asked, answers, strict=True):
         if not isinstance(answer, data.AudioError):
             pairs.append((example, answer.text))
+    threshold = {}
+    if run.state.step == cfg.steps and "sqa" in run.tasks:
+        questions, frames = dev_examples(run, ("sqa",), 500)
+        recordings = encode_recordings(model, [[x] for x in frames])
+        answers = answer_examples(model, examples.tokenizer, questions, recordings, weigh=True)
+        threshold = refusal_threshold(questions, answers)
     for name, part in model.named_children():
         part.train(name in run.rates)
-    return figures | validation_scores(pairs), pairs
+    return figures | validation_scores(pairs), pairs, threshold
 
 
 def dev_examples(run: Run, tasks: tuple[str, ...], count: int) -> tuple[list[dict], list[Tensor]]:
-    """Up to `count` examples of these tasks of the dev manifest, always the same, and their frames.
-    Those whose audio cannot be used are left out."""
+    """Up to `count` usable examples of these tasks of dev, always the same, and their frames."""
     dev, chosen, frames = run.mixture.dev, [], []
     order = np.random.default_rng(0).permutation(len(dev)).tolist()
     for example in (dev[i] for i in order):
@@ -931,15 +923,6 @@ def mean_loss(run: Run, rows: list[dict], frames: list[Tensor]) -> float:
         total += loss.item()
         count += tokens
     return total / count
-
-
-def find_refusal_threshold(run: Run) -> dict[str, float]:
-    """refusal_threshold by up to 500 questions of the dev manifest."""
-    questions, frames = dev_examples(run, ("sqa",), 500)
-    run.model.eval()
-    recordings = encode_recordings(run.model, [[x] for x in frames])
-    answers = answer_examples(run.model, run.examples.tokenizer, questions, recordings, weigh=True)
-    return refusal_threshold(questions, answers)
 
 
 # --- The loop
@@ -1014,19 +997,15 @@ def leave_out(run: Run, batches: list[dict], loss: float, norm: float) -> dict:
 
 
 def validate_and_save(run: Run, stop: Stop) -> None:
-    """Once in a while: validates, saves, shows some answers. A signal ends a validation, and
-    --resume makes up for it."""
+    """Validates, saves, shows some answers. --resume makes up for what a signal ends."""
     cfg, state = run.cfg, run.state
-    threshold = {}
     state.averaged = gather(state.averaged)[0]  # what rank 0 has saved
     if state.step == cfg.steps and state.averaged:
         average_checkpoints(run)
     with unsharded(run.model):
         with suppress(KeyboardInterrupt):
             stop.waits = False
-            figures, pairs = validate(run)
-            if state.step == cfg.steps and "sqa" in run.tasks:
-                threshold = find_refusal_threshold(run)
+            figures, pairs, threshold = validate(run)
         stop.waits = True
     if any(gather(stop.signal)):
         return
