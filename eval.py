@@ -53,8 +53,7 @@ def normaliser(language: str) -> Callable[[str], str]:
 
 
 def remove_symbols(text: str) -> str:
-    """A text with spaces for symbols and punctuation. Whisper's own replaces combining marks, too,
-    which are vowels and tones in Thai, Hindi or Arabic."""
+    """Spaces for symbols and punctuation. Whisper's own takes vowel marks, as of Thai, for such."""
     characters = unicodedata.normalize("NFKC", text)
     return "".join(" " if unicodedata.category(c)[0] in "SP" else c for c in characters)
 
@@ -181,9 +180,8 @@ def by_kind(items: list[dict]) -> list[tuple[tuple[str, str], list[dict]]]:
 
 
 def summarise(items: list[dict], least: int = 100) -> tuple[list[dict], dict]:
-    """The scores of every task and target language, over all items, and by corpus and by speaker
-    where there are several; speakers with fewer than `least` items count as other speakers.
-    Returns a list of dicts, and signatures."""
+    """A list of the scores of every task and target language, over all items, by corpus and by
+    speaker, or other speakers with fewer than `least` items, if there are several; signatures."""
     table, signatures = [], {}
     for (task, language), of_kind in by_kind(items):
         speakers = Counter(item["speaker"] for item in of_kind)
@@ -228,9 +226,8 @@ def validation_scores(pairs: list[tuple[dict, str]]) -> dict[str, float]:
 
 
 def refusal_threshold(examples: list[dict], answers: list[Answer | data.AudioError]) -> dict:
-    """The margin above which to refuse: the lowest at which no more than FALSE_REFUSALS of the
-    answerable questions are refused, {"refuse_above": margin}; {} if there is no such question, or
-    none that is to be refused."""
+    """The lowest margin above which no more than FALSE_REFUSALS of the answerable questions are
+    refused, {"refuse_above": margin}; {} unless there are such questions and others."""
     answerable, refusable = [], []
     for example, answer in zip(examples, answers, strict=True):
         if isinstance(answer, Answer):
@@ -246,9 +243,8 @@ def refusal_threshold(examples: list[dict], answers: list[Answer | data.AudioErr
 
 
 class Journal:
-    """Items with an "id" in a JSON Lines file that grows as they are made, so that a run that was
-    stopped goes on there. The settings that they were made with are in a .json file beside it;
-    items of other settings are moved aside, with all that is beside them."""
+    """Items with an "id" in a JSON Lines file that grows as they are made, with their settings in a
+    .json file beside it. Items of other settings are moved aside, with all that is beside them."""
 
     def __init__(self, path: Path, settings: dict):
         self.path = path
@@ -284,10 +280,9 @@ def json_line(item: dict) -> str:
 
 
 def answer_manifest(model, tokenizer, checkpoint, examples, load_wave, journal, **options) -> tuple:
-    """Answers examples that have an "id" and "seconds", those about one recording together, and
-    puts every answer into the journal as an item, unless it is there already. load_wave(example)
-    gives the waveform (N,) or raises AudioError. options: those of sample.answer_examples. Returns
-    {id: item} and {id: why it has none}."""
+    """Answers examples that have an "id" and "seconds" and are not in the journal (a Journal) yet,
+    those about one recording together. load_wave(example) gives the waveform (N,) or raises
+    AudioError. options: those of answer_examples. Returns {id: item} and {id: why it has none}."""
     failures = {}
     pending = [example for example in examples if example["id"] not in journal.items]
     with tqdm(total=len(pending), desc="eval", unit=" rows", dynamic_ncols=True) as bar:
@@ -324,8 +319,7 @@ def recording_key(example: dict) -> tuple:
 
 
 def group_recordings(examples: list[dict]) -> list[list[dict]]:
-    """Groups of examples that are answered together, the longest recordings first, all examples
-    about one recording in the same group."""
+    """Groups to be answered together, the longest recordings first, and none in two of them."""
     recordings = {}
     for example in examples:
         recordings.setdefault(recording_key(example), []).append(example)

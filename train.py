@@ -193,8 +193,7 @@ def parse(argv: list[str] | None) -> TrainConfig:
             more = {"action": "store_true"}
         elif f.type == list[str]:
             more = {"nargs": "+"}
-        default = f.default_factory()
-        text = f.metadata["help"]
+        default, text = f.default_factory(), f.metadata["help"]
         if default or default is None:
             text += f" Default: {'of the phase' if default is None else default}."
         group.add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **more)
@@ -261,11 +260,10 @@ def can_compile() -> bool:
 
     compiler = shutil.which(os.environ.get("CC", "gcc"))
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    if compiler and headers and has_triton():
-        return True
-    needs = "it needs Triton, gcc and Python's headers"
-    print(f"training is not compiled and therefore slower: {needs}", file=sys.stderr)
-    return False
+    able = bool(compiler and headers and has_triton())
+    if not able:
+        print("training is not compiled: that needs Triton, gcc, Python's headers", file=sys.stderr)
+    return able
 
 
 def training_kernels(device: str, checkpointing: bool = False, compiled: bool = False) -> Kernels:
@@ -292,10 +290,9 @@ def training_kernels(device: str, checkpointing: bool = False, compiled: bool = 
 
 
 def build(cfg: TrainConfig, rates: dict[str, float], adapter: dict, path="", checkpoint=None):
-    """The model, as it is in the checkpoint of this path, if there is one; the fingerprints of its
-    two base models; and the parts that will differ from these by more than low-rank updates.
-    Parts with a learning rate, or their updates, are to be trained and have float32 weights, the
-    others the compute dtype's. adapter: fields of AdapterConfig. Raises UserError."""
+    """The model, as it is in the checkpoint of this path, if there is one, with float32 weights
+    where it is trained; the fingerprints of its base models; and the parts that will differ from
+    these by more than low-rank updates. adapter: fields of AdapterConfig. Raises UserError."""
     bases = {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
     compute = fast_dtype(fetch(cfg.llm), cfg.device)
     if cfg.precision != "auto":
@@ -313,9 +310,8 @@ def build(cfg: TrainConfig, rates: dict[str, float], adapter: dict, path="", che
             add_lora(part, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
             how += " for low-rank updates"
         millions = sum(p.numel() for p in part.parameters()) / 1e6
-        print(
-            f"{name}: {millions:.2f} M parameters, {how}, {next(part.parameters()).dtype} weights"
-        )
+        dtype = next(part.parameters()).dtype
+        print(f"{name}: {millions:.2f} M parameters, {how}, {dtype} weights")
     config = model.encoder.config
     masks_frames = config.apply_spec_augment and config.mask_time_prob > 0
     if hasattr(model.encoder, "masked_spec_embed") and not masks_frames:
@@ -334,10 +330,9 @@ def parameter_groups(model: SpeechLM, rates: dict[str, float], weight_decay: flo
     groups = []
     for part, rate in rates.items():
         trained = [p for p in getattr(model, part).parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.ndim > 1]
-        vectors = [p for p in trained if p.ndim <= 1]
-        groups.append({"params": matrices, "rate": rate, "weight_decay": weight_decay})
-        groups.append({"params": vectors, "rate": rate, "weight_decay": 0.0})
+        matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay}
+        vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+        groups += [matrices | {"rate": rate}, vectors | {"rate": rate}]
     return groups
 
 
@@ -391,8 +386,7 @@ def encoder_states(cfg: TrainConfig, encoder: nn.Module, manifests: list, base: 
     stamps = sorted({file_stamp(clip[0]) for clip in clips})
     key = [base["sha256"], str(encoder.compute_dtype), stamps, sizes]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    ranks = range(world())
-    paths = [Path(cfg.out) / f"encoder-{name}-{r + 1}-of-{world()}.pt" for r in ranks]
+    paths = [Path(cfg.out, f"encoder-{name}-{r + 1}-of-{world()}.pt") for r in range(world())]
     if not all(gather(paths[rank()].exists())):
         states = encode_clips(cfg, encoder, sizes)
         data.write_atomically(paths[rank()], partial(torch.save, states))
@@ -488,9 +482,8 @@ def gather(value) -> list:
 
 
 def distribute(model: SpeechLM, cfg: TrainConfig) -> nn.Module:
-    """The module to call in training: the model, a DistributedDataParallel of it, or with --fsdp
-    the model as an FSDP2 module, whose layers are gathered in the compute dtype when their turn
-    comes. Gradients are averaged over the ranks, in float32."""
+    """The module to call in training: the model, a DistributedDataParallel of it, or with --fsdp an
+    FSDP2 module, whose layers are gathered in the compute dtype. Gradients are float32 means."""
     if not dist.is_initialized():
         return model
     if not cfg.fsdp:
@@ -501,10 +494,10 @@ def distribute(model: SpeechLM, cfg: TrainConfig) -> nn.Module:
 
     policy = MixedPrecisionPolicy(model.llm.compute_dtype, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(cfg.device, (world(),))
-    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for module in [*chain(*lists), model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return model
 
 
 @contextmanager
@@ -550,9 +543,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """How a run answers SIGINT and SIGTERM: `with Stop() as stop`. A signal is noted, and raises
-    KeyboardInterrupt or, while `waits` is true, lets a step be finished and saved. A second signal
-    ends the process there and then."""
+    """How a run answers SIGNALS: `with Stop() as stop`. The first is noted, and raises
+    KeyboardInterrupt unless `waits` is true; the second ends the process there and then."""
 
     def __init__(self):
         self.signal, self.waits = None, False
@@ -857,8 +849,7 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
 def validate(run: Run) -> tuple[dict[str, float], list[tuple[dict, str]], dict[str, float]]:
     """Loss on some rows of the dev manifest, the loss when every row hears another row's audio, and
     the scores of answering the first rows of each task, or in a warm start of what CTC reads there.
-    Returns figures, (example, answer) pairs, and in the end the refusal_threshold by up to 500
-    questions. Raises UserError."""
+    Returns figures, (example, answer) pairs, and in the end refusal_threshold. Raises UserError."""
     cfg, model, examples = run.cfg, run.model, run.examples
     rows, frames = dev_examples(run, run.tasks, cfg.eval_rows)
     if len(rows) < 2:
@@ -932,9 +923,8 @@ LOWER_RATE = "the last checkpoint is untouched: lower the learning rate or leave
 
 
 def next_step(run: Run, loader: Iterator[dict]) -> tuple[list[dict], int, float]:
-    """This rank's batches of the next step, and over all ranks the target tokens and the seconds of
-    audio; batches without a usable row are passed over. Adds what all ranks drew to the state.
-    Raises UserError if too many recordings cannot be used."""
+    """This rank's batches of the next step that has a usable row, and all ranks' target tokens and
+    seconds of audio. Their draws go into the state. Raises UserError if too much is unusable."""
     state, rows = run.state, sum(map(len, run.mixture.manifests))
     for _ in range(100):
         batches = [next(loader) for _ in range(run.cfg.accumulate)]
@@ -984,8 +974,8 @@ def leave_out(run: Run, batches: list[dict], loss: float, norm: float) -> dict:
     """Writes down the rows of a step without a finite loss or gradient, and passes over it. Returns
     the figures of the step; raises UserError when NONFINITE_STEPS in a row were like that."""
     step, path = run.state.step + 1, run.path(".nonfinite.jsonl")
-    figures = {"skipped": f"loss {loss}, gradient norm {norm}"}
     run.state.skipped += 1
+    figures = {"skipped": f"loss {loss}, gradient norm {norm}"}
     rows = chain(*gather([row for batch in batches for row in batch["examples"]]))
     run.record(".nonfinite.jsonl", *({"step": step, **figures, **row} for row in rows))
     what = f"step {step}: {figures['skipped']}"
