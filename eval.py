@@ -83,9 +83,9 @@ def transcript_scores(language: str, reference: str, hypothesis: str) -> dict:
         texts = [text.replace(" ", "") for text in texts]
     scores = {}
     for unit, aligned in (("word", words), ("character", jiwer.process_characters(*texts))):
-        replaced = aligned.substitutions + aligned.deletions
-        scores[f"{unit}_errors"] = replaced + aligned.insertions
-        scores[f"{unit}s"] = replaced + aligned.hits
+        lost = aligned.substitutions + aligned.deletions
+        scores[f"{unit}_errors"] = lost + aligned.insertions
+        scores[f"{unit}s"] = lost + aligned.hits
     return {"error": scores["word_errors"] / max(1, scores["words"])} | scores
 
 
@@ -108,8 +108,7 @@ def question_scores(language: str, reference: str, hypothesis: str) -> dict:
     }
 
 
-# Scores that are ratios of sums over items: the name, and which of an item's scores are multiplied
-# above and below.
+# Ratios of sums over items: the name, and which scores of an item are multiplied above and below.
 RATIOS = {
     "asr": [("WER", ["word_errors"], "words"), ("CER", ["character_errors"], "characters")],
     "st": [],
@@ -136,9 +135,8 @@ def bleu(language: str) -> sacrebleu.BLEU:
 
 
 def corpus_scores(items: list[dict], draws: int = 1000) -> tuple[dict, dict]:
-    """Scores of items of one task and target language: {name: (value, low, high)} with the 95 %
-    interval of so many bootstrap draws (Koehn, 2004), and sacrebleu's signatures. Fractions, but
-    BLEU and chrF 0 to 100."""
+    """Scores of items of one task and target language, {name: (value, low, high)} with the 95 %
+    interval of bootstrap draws (Koehn, 2004), and sacrebleu's signatures. BLEU and chrF are in %."""
     task, language = items[0]["task"], items[0]["target_language"]
     picks = np.random.default_rng(0).integers(len(items), size=(draws, len(items)))
     scores, signatures = {}, {}
@@ -216,8 +214,7 @@ def validation_scores(pairs: list[tuple[dict, str]]) -> dict[str, float]:
     items, values = [], {}
     for example, text in pairs:
         scores = item_scores(example["task"], example["target_language"], example["text"], text)
-        texts = {"reference": example["text"], "hypothesis": text}
-        items.append(example | texts | {"scores": scores})
+        items.append(example | {"reference": example["text"], "hypothesis": text, "scores": scores})
     for _, of_kind in by_kind(items):
         for name, (value, *_) in corpus_scores(of_kind, draws=0)[0].items():
             if name in VALIDATION_NAMES:
@@ -334,8 +331,7 @@ ITEM_FIELDS = "id audio start task source_language target_language corpus speake
 
 def make_item(example: dict, answer: Answer, seconds: float) -> dict:
     """What the journal keeps of an answer, with scores if there is a reference."""
-    item = {name: example.get(name) for name in ITEM_FIELDS}
-    item |= {
+    item = {name: example.get(name) for name in ITEM_FIELDS} | {
         "seconds": round(seconds, 3),
         "reference": example.get("text"),
         "instruction": data.instruction_of(example),

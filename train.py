@@ -127,9 +127,7 @@ class TrainConfig:
     lora_alpha: float = option(32.0, "Their sum is scaled by this / rank.", low=1e-3)
     lora_targets: list[str] = option(LINEAR["llm"], "Layers of LLM and encoder that have them.")
 
-    batch_frames: int | str | None = option(
-        None, "20 ms frames in a batch of each rank; auto: what a GPU can hold.", low=1
-    )
+    batch_frames: int | str | None = option(None, "20 ms frames a batch; auto: what fits.", low=1)
     batch_tokens: int = option(4000, "LLM positions in a batch.", low=1)
     accumulate: int = option(1, "Batches of each rank in a step.", low=1)
     precision: str = option("auto", "auto is bfloat16 if faster.", choices="auto float32 bfloat16")
@@ -607,7 +605,6 @@ class Run:
     bases: dict[str, dict]
     changed: set[str]  # parts whose weights will not be those of the bases; all of them is saved
     examples: data.Examples
-    hours: list  # of this phase and those before, see data.notice
     size: Callable  # of an example, see data.Examples.size
     lock: IO | None  # see lock_directory
     net: nn.Module | None = None  # the model as it is called in training
@@ -680,8 +677,9 @@ def open_run(cfg: TrainConfig) -> Run:
     inputs = manifests, tokenizer, prompt, model.adapter.config, states
     examples = data.Examples(*inputs, cfg.seed, (cfg.augment, cfg.silence))
     hours = data.merge_hours(checkpoint.get("data", []), mixture.hours)
+    mixture = mixture._replace(hours=hours)  # of this phase and those before
     size = lru_cache(2 * data.POOL)(examples.size)
-    run = Run(cfg, rates, tasks, mixture, model, bases, changed, examples, hours, size, lock)
+    run = Run(cfg, rates, tasks, mixture, model, bases, changed, examples, size, lock)
     start(run, checkpoint if resumed else None)
     return run
 
@@ -796,7 +794,7 @@ def save(run: Run, **thresholds) -> None:
         "config": asdict(run.cfg),
         "adapter": asdict(run.model.adapter.config),
         "bases": run.bases,
-        "data": run.hours,
+        "data": run.mixture.hours,
         "contents": run.mixture.contents,
         "window": min(30.0, max(1.0, run.mixture.longest)),
         "step": run.state.step,
@@ -806,7 +804,7 @@ def save(run: Run, **thresholds) -> None:
     state = run.state
     if state.validated > 0:
         data.write_atomically(run.path(".pt"), partial(torch.save, checkpoint))
-        data.write_text(run.path(".NOTICE"), data.notice(run.hours))
+        data.write_text(run.path(".NOTICE"), data.notice(run.mixture.hours))
     if run.cfg.average > 1 and 0 < state.validated == state.step < run.cfg.steps:
         shutil.copyfile(run.path(".pt"), run.path(f".{state.step}.pt"))
         state.averaged.append(state.step)
