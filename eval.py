@@ -34,7 +34,7 @@ from whisper_normalizer.english import EnglishTextNormalizer
 import data
 import sample
 from model import UserError, keep_freed_memory, pick_device, steady_output, visible
-from sample import Answer, answer_examples, encode_waves
+from sample import Answer, answer_examples, encode_waves, load_model
 
 GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # examples and audio that are encoded and answered together
 FALSE_REFUSALS = 0.125  # share of the answerable questions that may be refused
@@ -136,7 +136,7 @@ def bleu(language: str) -> sacrebleu.BLEU:
 
 def corpus_scores(items: list[dict], draws: int = 1000) -> tuple[dict, dict]:
     """Scores of items of one task and target language, {name: (value, low, high)} with the 95 %
-    interval of bootstrap draws (Koehn, 2004), and sacrebleu's signatures. BLEU and chrF are in %."""
+    interval of bootstrap draws (Koehn, 2004), and sacrebleu's signatures. BLEU and chrF are %."""
     task, language = items[0]["task"], items[0]["target_language"]
     picks = np.random.default_rng(0).integers(len(items), size=(draws, len(items)))
     scores, signatures = {}, {}
@@ -359,11 +359,9 @@ def run_settings(ckpt: Path, source: str, args: argparse.Namespace) -> dict:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Answers and scores a manifest, and leaves items, summary and report in a directory."""
-    device = pick_device()
     ckpt = Path(args.ckpt or sample.newest_checkpoint())
-    model, tokenizer, checkpoint = sample.load_model(
-        ckpt, device, args.int8, args.encoder, args.llm
-    )
+    options = pick_device(), args.int8, args.encoder, args.llm
+    model, tokenizer, checkpoint = load_model(ckpt, *options)
     manifest = data.Manifest(args.manifest)
     examples = {}
     for i, example in enumerate(manifest, 1):
