@@ -23,7 +23,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import IO, NamedTuple, get_args
+from typing import IO, get_args
 
 # Idle threads spin only briefly, see tests/bench/README.md. Large tensors stand on pages of 2 MB,
 # as many small ones take longer to get than to fill. Both count only before torch is loaded.
@@ -151,25 +151,17 @@ GROUPS = {  # of --help, by the first option of each
     "eval_every": "validation",
 }
 PARTS = ("adapter", "encoder", "llm")
-
-
-class Phase(NamedTuple):
-    rates: tuple[float, float, float]  # learning rates of PARTS; one of 0 is frozen
-    lora_rate: float  # that of a part which is trained by low-rank updates
-    tasks: tuple[str, ...]
-    steps: int
-    warmup: int
-    batch_frames: int  # 20 ms
-
-
-PHASES = {  # for LLMs of this width and above; the last is for those of demo/
-    ("align", 1024): Phase((2e-4, 0, 0), 2e-4, ("asr",), 2000, 30, 3000),
-    ("align", 512): Phase((1e-3, 0, 0), 5e-4, ("asr",), 2000, 100, 1500),
-    ("align", 0): Phase((2e-3, 0, 0), 2e-3, ("asr",), 1500, 100, 1500),
-    ("ift", 1024): Phase((2e-4, 6e-6, 2e-5), 2e-4, data.TASKS, 4000, 50, 3000),
-    ("ift", 512): Phase((5e-4, 3e-5, 1e-4), 5e-4, data.TASKS, 4000, 100, 3000),
-    ("ift", 0): Phase((7e-4, 1e-4, 1.5e-4), 1e-3, data.TASKS, 300, 30, 3000),
+# By phase, for LLMs of this width and above, the last for those of demo/: learning rates of PARTS,
+# one of 0 is frozen; that of a part trained by low-rank updates; tasks; the values of DEFAULTS.
+PHASES = {
+    ("align", 1024): ((2e-4, 0, 0), 2e-4, ("asr",), (2000, 30, 3000)),
+    ("align", 512): ((1e-3, 0, 0), 5e-4, ("asr",), (2000, 100, 1500)),
+    ("align", 0): ((2e-3, 0, 0), 2e-3, ("asr",), (1500, 100, 1500)),
+    ("ift", 1024): ((2e-4, 6e-6, 2e-5), 2e-4, data.TASKS, (4000, 50, 3000)),
+    ("ift", 512): ((5e-4, 3e-5, 1e-4), 5e-4, data.TASKS, (4000, 100, 3000)),
+    ("ift", 0): ((7e-4, 1e-4, 1.5e-4), 1e-3, data.TASKS, (300, 30, 3000)),
 }
+DEFAULTS = ("steps", "warmup", "batch_frames")
 
 # Every other option must stay for a run to be resumed. Models and manifests are known by content,
 # and --accumulate follows the number of ranks.
@@ -228,20 +220,18 @@ def resolve_phase(cfg: TrainConfig) -> tuple[TrainConfig, dict[str, float], tupl
     the parts that are trained, and the tasks. Raises UserError if nothing is trained."""
     width = LLM.read_config(fetch(cfg.llm)).hidden_size
     least = max(least for _, least in PHASES if least <= width)
-    phase = PHASES[cfg.phase, least]
+    usual, lora_rate, tasks, numbers = PHASES[cfg.phase, least]
     stated = {name: value for name, value in asdict(cfg).items() if value is not None}
     rates = {}
-    for part, rate in zip(PARTS, phase.rates, strict=True):
-        usual = phase.lora_rate if has_updates(part, cfg) else rate
-        rates[part] = stated.get(f"{part}_lr", usual)
+    for part, rate in zip(PARTS, usual, strict=True):
+        rates[part] = stated.get(f"{part}_lr", lora_rate if has_updates(part, cfg) else rate)
     rates = {part: rate for part, rate in rates.items() if rate > 0}
     if not rates:
         raise UserError("every learning rate is 0, so nothing would be trained; leave one above 0")
-    defaults = {name: getattr(phase, name) for name in ("steps", "warmup", "batch_frames")}
-    cfg = TrainConfig(**defaults | stated)
+    cfg = TrainConfig(**dict(zip(DEFAULTS, numbers, strict=True)) | stated)
     numbers = f"{cfg.steps} steps, warmup {cfg.warmup}, batches of {cfg.batch_frames} frames"
     print(f"preset for LLMs of width {least} and above: {numbers}")
-    return cfg, rates, phase.tasks
+    return cfg, rates, tasks
 
 
 def has_updates(part: str, cfg: TrainConfig) -> bool:
@@ -658,11 +648,9 @@ def open_run(cfg: TrainConfig) -> Run:
         cfg.prompt = checkpoint["config"].get("prompt", "plain")
     prompt = data.make_prompt(tokenizer, llm_config.eos_token_id, cfg.prompt)
     cfg.prompt = prompt.kind
-    limits = {
-        "adapter": AdapterConfig.between(encoder_config, llm_config, **adapter),
-        "max_seconds": cfg.max_seconds,
-        "room": min(cfg.batch_tokens, llm_config.max_position_embeddings),
-    }
+    room = min(cfg.batch_tokens, llm_config.max_position_embeddings)
+    adapter_config = AdapterConfig.between(encoder_config, llm_config, **adapter)
+    limits = {"adapter": adapter_config, "max_seconds": cfg.max_seconds, "room": room}
     excess = partial(data.find_excess, tokenizer=tokenizer, prompt=prompt, **limits)
     allowed = tuple(cfg.allow_licence)
     mixture = data.open_mixture(cfg.data, cfg.dev, tasks, allowed, cfg.temperature, excess)
@@ -853,10 +841,8 @@ def validate(run: Run) -> tuple[dict[str, float], list[tuple[dict, str]], dict[s
     if len(rows) < 2:
         raise UserError(f"{cfg.dev}: {len(rows)} recordings can be used, expected 2; mend them")
     model.eval()
-    figures = {
-        "dev_loss": mean_loss(run, rows, frames),
-        "shuffled_loss": mean_loss(run, rows, frames[1:] + frames[:1]),
-    }
+    figures = {"dev_loss": mean_loss(run, rows, frames)}
+    figures["shuffled_loss"] = mean_loss(run, rows, frames[1:] + frames[:1])
     answered = []
     for task in data.TASKS:
         of_task = [i for i, example in enumerate(rows) if example["task"] == task]
