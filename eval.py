@@ -26,23 +26,15 @@ if __name__ == "__main__":
 import jiwer
 import numpy as np
 import sacrebleu
-from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
 import data
-from model import SpeechLM, UserError, keep_freed_memory, pick_device, steady_output, visible
-from sample import (
-    MAX_NEW_TOKENS,
-    Answer,
-    answer_examples,
-    encode_waves,
-    fast_step,
-    load_model,
-    newest_checkpoint,
-)
+import sample
+from model import UserError, keep_freed_memory, pick_device, steady_output, visible
+from sample import Answer, answer_examples, encode_waves, load_model
 
 GROUP_ROWS, GROUP_SECONDS = 32, 600.0  # examples and audio that are encoded and answered together
 FALSE_REFUSALS = 0.125  # share of the answerable questions that may be refused
@@ -61,8 +53,7 @@ def normaliser(language: str) -> Callable[[str], str]:
 
 
 def remove_symbols(text: str) -> str:
-    """A text with spaces for symbols and punctuation. Whisper's own replaces combining marks, too,
-    which are vowels and tones in Thai, Hindi or Arabic."""
+    """Spaces for symbols and punctuation. Whisper's own takes vowel marks, as of Thai, for such."""
     characters = unicodedata.normalize("NFKC", text)
     return "".join(" " if unicodedata.category(c)[0] in "SP" else c for c in characters)
 
@@ -86,20 +77,16 @@ def item_scores(task: str, language: str, reference: str, hypothesis: str) -> di
 
 
 def transcript_scores(language: str, reference: str, hypothesis: str) -> dict:
-    words = jiwer.process_words(reference, hypothesis)
-    letters = [reference, hypothesis]
+    texts = [reference, hypothesis]
+    words = jiwer.process_words(*texts)
     if language in data.UNSPACED:
-        letters = [text.replace(" ", "") for text in letters]
-    characters = jiwer.process_characters(*letters)
-    word_errors = words.substitutions + words.deletions + words.insertions
-    count = len(reference.split())
-    return {
-        "error": word_errors / max(1, count),
-        "word_errors": word_errors,
-        "words": count,
-        "character_errors": characters.substitutions + characters.deletions + characters.insertions,
-        "characters": len(letters[0]),
-    }
+        texts = [text.replace(" ", "") for text in texts]
+    scores = {}
+    for unit, aligned in (("word", words), ("character", jiwer.process_characters(*texts))):
+        lost = aligned.substitutions + aligned.deletions
+        scores[f"{unit}_errors"] = lost + aligned.insertions
+        scores[f"{unit}s"] = lost + aligned.hits
+    return {"error": scores["word_errors"] / max(1, scores["words"])} | scores
 
 
 def question_scores(language: str, reference: str, hypothesis: str) -> dict:
@@ -110,11 +97,9 @@ def question_scores(language: str, reference: str, hypothesis: str) -> dict:
     f1 = 2 * common / max(1, len(r) + len(h))
     right = refused if unanswerable else reference == hypothesis
     # A wrong answer that shares words with the right one is half an error at least.
-    error = 1.0 - right
-    if not right and not unanswerable and not refused:
-        error = 1 - 0.5 * f1
+    shared = 0.0 if unanswerable or refused else 0.5 * f1
     return {
-        "error": error,
+        "error": 0.0 if right else 1 - shared,
         "right": int(right),
         "f1": f1,
         "refused": int(refused),
@@ -123,8 +108,7 @@ def question_scores(language: str, reference: str, hypothesis: str) -> dict:
     }
 
 
-# Scores that are ratios of sums over items: the name, and which of an item's scores are multiplied
-# above and below.
+# Ratios of sums over items: the name, and which scores of an item are multiplied above and below.
 RATIOS = {
     "asr": [("WER", ["word_errors"], "words"), ("CER", ["character_errors"], "characters")],
     "st": [],
@@ -151,9 +135,8 @@ def bleu(language: str) -> sacrebleu.BLEU:
 
 
 def corpus_scores(items: list[dict], draws: int = 1000) -> tuple[dict, dict]:
-    """Scores of items of one task and target language: {name: (value, low, high)} with the 95 %
-    interval of so many bootstrap draws (Koehn, 2004), and sacrebleu's signatures. Fractions, but
-    BLEU and chrF 0 to 100."""
+    """Scores of items of one task and target language, {name: (value, low, high)} with the 95 %
+    interval of bootstrap draws (Koehn, 2004), and sacrebleu's signatures. BLEU and chrF are %."""
     task, language = items[0]["task"], items[0]["target_language"]
     picks = np.random.default_rng(0).integers(len(items), size=(draws, len(items)))
     scores, signatures = {}, {}
@@ -186,17 +169,27 @@ def interval(drawn) -> tuple:
     return tuple(np.percentile(drawn, (2.5, 97.5))) if len(drawn) else (None, None)
 
 
-def summarise(items: list[dict], least: int = 100) -> tuple[list[dict], dict]:
-    """The scores of every task and target language, over all items, and by corpus and by speaker
-    where there are several; speakers with fewer than `least` items count as other speakers.
-    Returns a list of dicts, and signatures."""
-    table, signatures = [], {}
-    by_kind = {}
+def by_kind(items: list[dict]) -> list[tuple[tuple[str, str], list[dict]]]:
+    """[((task, target language), its items)], in the order of data.TASKS."""
+    kinds = {}
     for item in items:
-        by_kind.setdefault((item["task"], item["target_language"]), []).append(item)
-    for task, language in sorted(by_kind, key=lambda kind: (data.TASKS.index(kind[0]), kind[1])):
-        of_kind = by_kind[task, language]
-        for name, group in score_groups(of_kind, least).items():
+        kinds.setdefault((item["task"], item["target_language"]), []).append(item)
+    return sorted(kinds.items(), key=lambda entry: (data.TASKS.index(entry[0][0]), entry[0][1]))
+
+
+def summarise(items: list[dict], least: int = 100) -> tuple[list[dict], dict]:
+    """A list of the scores of every task and target language, over all items, by corpus and by
+    speaker, or other speakers with fewer than `least` items, if there are several; signatures."""
+    table, signatures = [], {}
+    for (task, language), of_kind in by_kind(items):
+        speakers = Counter(item["speaker"] for item in of_kind)
+        groups = {"all": of_kind}
+        for field in ("corpus", "speaker"):
+            for item in of_kind:
+                rare = field == "speaker" and speakers[item["speaker"]] < least
+                name = "other speakers" if rare else f"{field} {item[field]}"
+                groups.setdefault(name, []).append(item)
+        for name, group in groups.items():
             if name != "all" and len(group) == len(of_kind):
                 continue
             scores, marks = corpus_scores(group)
@@ -205,18 +198,6 @@ def summarise(items: list[dict], least: int = 100) -> tuple[list[dict], dict]:
             line = {"task": task, "language": language, "group": name, "items": len(group)}
             table.append(line | {"scores": rounded})
     return table, signatures
-
-
-def score_groups(items: list[dict], least: int) -> dict[str, list[dict]]:
-    """The items as a whole, by corpus and by speaker."""
-    groups = {"all": items}
-    counts = Counter(item["speaker"] for item in items)
-    for field in ("corpus", "speaker"):
-        for item in items:
-            rare = field == "speaker" and counts[item["speaker"]] < least
-            name = "other speakers" if rare else f"{field} {item[field]}"
-            groups.setdefault(name, []).append(item)
-    return groups
 
 
 VALIDATION_NAMES = {
@@ -230,24 +211,20 @@ VALIDATION_NAMES = {
 
 def validation_scores(pairs: list[tuple[dict, str]]) -> dict[str, float]:
     """Figures of (example, answer) pairs for a validation: each score's mean over languages."""
-    by_kind = {}
+    items, values = [], {}
     for example, text in pairs:
-        kind = example["task"], example["target_language"]
-        scores = item_scores(*kind, example["text"], text)
-        item = example | {"reference": example["text"], "hypothesis": text, "scores": scores}
-        by_kind.setdefault(kind, []).append(item)
-    values = {}
-    for kind in sorted(by_kind):
-        for name, (value, *_) in corpus_scores(by_kind[kind], draws=0)[0].items():
+        scores = item_scores(example["task"], example["target_language"], example["text"], text)
+        items.append(example | {"reference": example["text"], "hypothesis": text, "scores": scores})
+    for _, of_kind in by_kind(items):
+        for name, (value, *_) in corpus_scores(of_kind, draws=0)[0].items():
             if name in VALIDATION_NAMES:
                 values.setdefault(VALIDATION_NAMES[name], []).append(value)
     return {name: sum(of_languages) / len(of_languages) for name, of_languages in values.items()}
 
 
 def refusal_threshold(examples: list[dict], answers: list[Answer | data.AudioError]) -> dict:
-    """The margin above which to refuse: the lowest at which no more than FALSE_REFUSALS of the
-    answerable questions are refused, {"refuse_above": margin}; {} if there is no such question, or
-    none that is to be refused."""
+    """The lowest margin above which no more than FALSE_REFUSALS of the answerable questions are
+    refused, {"refuse_above": margin}; {} unless there are such questions and others."""
     answerable, refusable = [], []
     for example, answer in zip(examples, answers, strict=True):
         if isinstance(answer, Answer):
@@ -263,9 +240,8 @@ def refusal_threshold(examples: list[dict], answers: list[Answer | data.AudioErr
 
 
 class Journal:
-    """Items with an "id" in a JSON Lines file that grows as they are made, so that a run that was
-    stopped goes on there. The settings that they were made with are in a .json file beside it;
-    items of other settings are moved aside, with all that is beside them."""
+    """Items with an "id" in a JSON Lines file that grows as they are made, with their settings in a
+    .json file beside it. Items of other settings are moved aside, with all that is beside them."""
 
     def __init__(self, path: Path, settings: dict):
         self.path = path
@@ -300,20 +276,10 @@ def json_line(item: dict) -> str:
     return json.dumps(item, ensure_ascii=False) + "\n"
 
 
-def answer_manifest(
-    model: SpeechLM,
-    tokenizer: Tokenizer,
-    checkpoint: dict,
-    examples: list[dict],
-    load_wave: Callable[[dict], Tensor],
-    journal: Journal,
-    score: bool = True,
-    **options,
-) -> tuple[dict[str, dict], dict[str, str]]:
-    """Answers examples that have an "id" and "seconds", those about one recording together, and
-    puts every answer into the journal as an item, unless it is there already. load_wave(example)
-    gives the waveform (N,) or raises AudioError. options: those of sample.answer_examples. Returns
-    {id: item} and {id: why it has none}."""
+def answer_manifest(model, tokenizer, checkpoint, examples, load_wave, journal, **options) -> tuple:
+    """Answers examples that have an "id" and "seconds" and are not in the journal (a Journal) yet,
+    those about one recording together. load_wave(example) gives the waveform (N,) or raises
+    AudioError. options: those of answer_examples. Returns {id: item} and {id: why it has none}."""
     failures = {}
     pending = [example for example in examples if example["id"] not in journal.items]
     with tqdm(total=len(pending), desc="eval", unit=" rows", dynamic_ncols=True) as bar:
@@ -337,7 +303,7 @@ def answer_manifest(
                     failures[example["id"]] = str(answer)
                     continue
                 seconds = len(waves[recording_key(example)]) / data.SAMPLE_RATE
-                journal.add(make_item(example, answer, seconds, score))
+                journal.add(make_item(example, answer, seconds))
     for example in examples:
         if example["id"] in failures:
             where = example.get("where") or example["id"]
@@ -350,8 +316,7 @@ def recording_key(example: dict) -> tuple:
 
 
 def group_recordings(examples: list[dict]) -> list[list[dict]]:
-    """Groups of examples that are answered together, the longest recordings first, all examples
-    about one recording in the same group."""
+    """Groups to be answered together, the longest recordings first, and none in two of them."""
     recordings = {}
     for example in examples:
         recordings.setdefault(recording_key(example), []).append(example)
@@ -364,10 +329,9 @@ def group_recordings(examples: list[dict]) -> list[list[dict]]:
 ITEM_FIELDS = "id audio start task source_language target_language corpus speaker".split()
 
 
-def make_item(example: dict, answer: Answer, seconds: float, score: bool) -> dict:
-    """What the journal keeps of an answer."""
-    item = {name: example.get(name) for name in ITEM_FIELDS}
-    item |= {
+def make_item(example: dict, answer: Answer, seconds: float) -> dict:
+    """What the journal keeps of an answer, with scores if there is a reference."""
+    item = {name: example.get(name) for name in ITEM_FIELDS} | {
         "seconds": round(seconds, 3),
         "reference": example.get("text"),
         "instruction": data.instruction_of(example),
@@ -375,9 +339,9 @@ def make_item(example: dict, answer: Answer, seconds: float, score: bool) -> dic
         "cut": answer.cut,
         "margin": answer.margin,
     }
-    if score:
-        task, language = example["task"], example["target_language"]
-        item["scores"] = item_scores(task, language, example["text"], answer.text)
+    if item["reference"] is not None:
+        kind = example["task"], example["target_language"]
+        item["scores"] = item_scores(*kind, item["reference"], answer.text)
     return item
 
 
@@ -395,9 +359,9 @@ def run_settings(ckpt: Path, source: str, args: argparse.Namespace) -> dict:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Answers and scores a manifest, and leaves items, summary and report in a directory."""
-    device = pick_device()
-    ckpt = Path(args.ckpt or newest_checkpoint())
-    model, tokenizer, checkpoint = load_model(ckpt, device, args.int8, args.encoder, args.llm)
+    ckpt = Path(args.ckpt or sample.newest_checkpoint())
+    options = pick_device(), args.int8, args.encoder, args.llm
+    model, tokenizer, checkpoint = load_model(ckpt, *options)
     manifest = data.Manifest(args.manifest)
     examples = {}
     for i, example in enumerate(manifest, 1):
@@ -420,7 +384,7 @@ def evaluate(args: argparse.Namespace) -> None:
     path = Path(args.out) / f"{name}.jsonl"
     journal = Journal(path, settings)
     inputs = model, tokenizer, checkpoint, list(examples.values()), load_wave, journal
-    answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=fast_step())
+    answers, failures = answer_manifest(*inputs, num_beams=args.beams, step=sample.fast_step())
     items = [answers[i] for i in examples if i in answers]
     if not items:
         count = f"{len(examples)} rows of the tasks {', '.join(args.tasks)}"
@@ -429,7 +393,7 @@ def evaluate(args: argparse.Namespace) -> None:
     facts = {
         "checkpoint": f"{ckpt}, phase {checkpoint['config']['phase']}, step {checkpoint['step']}",
         "date": str(date.today()),
-        f"cut off at {MAX_NEW_TOKENS} tokens": sum(item["cut"] for item in items),
+        f"cut off at {sample.MAX_NEW_TOKENS} tokens": sum(item["cut"] for item in items),
         "rows": f"{len(items)} answered, {len(failures)} left out",
         "refused above": checkpoint.get("refuse_above"),
     }

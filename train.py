@@ -23,7 +23,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import IO, NamedTuple, get_args
+from typing import IO, get_args
 
 # Idle threads spin only briefly, see tests/bench/README.md. Large tensors stand on pages of 2 MB,
 # as many small ones take longer to get than to fill. Both count only before torch is loaded.
@@ -47,7 +47,6 @@ from model import (
     LLM,
     AdapterConfig,
     Kernels,
-    Pretrained,
     SpeechLM,
     UserError,
     add_lora,
@@ -73,18 +72,16 @@ from sample import Answer, answer_examples, encode_recordings
 DEMO = Path(__file__).resolve().parent / "demo"
 LINEAR = {  # layers that low-rank updates can be added to, by part
     "llm": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
-    # Of Whisper's, those that are not called as the LLM's.
-    "encoder": (
-        "linear_q linear_k linear_v linear_out intermediate_dense output_dense out_proj fc1 fc2"
-    ).split(),
+    "encoder": "linear_q linear_k linear_v linear_out intermediate_dense output_dense".split(),
 }
+LINEAR["encoder"] += "out_proj fc1 fc2".split()  # Whisper's, beside those called as the LLM's
 
 # --- The configuration, and the phases
 
 
-def option(default, help: str, low: float = 0, high: float = math.inf, choices=None):
+def option(default, help: str, low: float = 0, high: float = math.inf, choices: str = ""):
     """A field of TrainConfig with its help text and the values that it may have."""
-    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    metadata = {"help": help, "low": low, "high": high, "choices": choices.split() or None}
     return field(default_factory=lambda: default, metadata=metadata)
 
 
@@ -92,7 +89,7 @@ def option(default, help: str, low: float = 0, high: float = math.inf, choices=N
 class TrainConfig:
     """Every option of a run. None stands for the phase's own value."""
 
-    phase: str = option("align", "The row of the table of phases to run.", choices=("align", "ift"))
+    phase: str = option("align", "The row of the table of phases to run.", choices="align ift")
     init: str = option("", "Start from this checkpoint of an earlier phase.")
     out: str = option("out", "Directory of checkpoints, log and picture.")
     resume: bool = option(False, "Go on where the last run of this phase stopped.")
@@ -100,13 +97,9 @@ class TrainConfig:
     show_batch: bool = option(False, "Print the first batch as it is read; leave nothing.")
     seed: int = option(0, "Seed of everything random.")
 
-    encoder: str = option(
-        str(DEMO / "encoder"), "w2v-BERT 2.0 or Whisper checkpoint, directory or Hub id."
-    )
-    llm: str = option(str(DEMO / "llm"), "Qwen2.5, Qwen3 or Llama checkpoint, directory or Hub id.")
-    prompt: str = option(
-        "auto", "auto is chat for instruct models.", choices=("auto", "plain", "chat")
-    )
+    encoder: str = option(str(DEMO / "encoder"), "w2v-BERT 2.0 or Whisper, directory or Hub id.")
+    llm: str = option(str(DEMO / "llm"), "Qwen2.5, Qwen3 or Llama, directory or Hub id.")
+    prompt: str = option("auto", "auto is chat for instruct models.", choices="auto plain chat")
     adapter_layers: int = option(2, "Layers of the adapter; each divides the frame rate.", low=1)
     adapter_kernel: int = option(3, "Frames that its convolutions read.", low=1)
     adapter_stride: int = option(2, "By what each layer divides the frame rate.", low=1)
@@ -134,19 +127,15 @@ class TrainConfig:
     lora_alpha: float = option(32.0, "Their sum is scaled by this / rank.", low=1e-3)
     lora_targets: list[str] = option(LINEAR["llm"], "Layers of LLM and encoder that have them.")
 
-    batch_frames: int | str | None = option(
-        None, "20 ms frames in a batch of each rank; auto: what a GPU can hold.", low=1
-    )
+    batch_frames: int | str | None = option(None, "20 ms frames a batch; auto: what fits.", low=1)
     batch_tokens: int = option(4000, "LLM positions in a batch.", low=1)
     accumulate: int = option(1, "Batches of each rank in a step.", low=1)
-    precision: str = option(
-        "auto", "auto is bfloat16 where it is faster.", choices=("auto", "float32", "bfloat16")
-    )
+    precision: str = option("auto", "auto is bfloat16 if faster.", choices="auto float32 bfloat16")
     checkpointing: bool = option(False, "Compute activations again in the backward pass.")
     cache_gb: float = option(2.0, "Keep a frozen encoder's outputs on disk if they fit; 0: never.")
     fsdp: bool = option(False, "Split weights and optimizer among the ranks of torchrun.")
     workers: int = option(2, "Processes that read audio and compute features.")
-    device: str = option(pick_device(), "Where to compute.", choices=("cuda", "mps", "cpu"))
+    device: str = option(pick_device(), "Where to compute.", choices="cuda mps cpu")
 
     eval_every: int = option(500, "Steps between validations, each of which also saves.", low=1)
     eval_rows: int = option(200, "Rows for the validation loss.", low=2)
@@ -162,25 +151,17 @@ GROUPS = {  # of --help, by the first option of each
     "eval_every": "validation",
 }
 PARTS = ("adapter", "encoder", "llm")
-
-
-class Phase(NamedTuple):
-    rates: tuple[float, float, float]  # learning rates of PARTS; one of 0 is frozen
-    lora_rate: float  # that of a part which is trained by low-rank updates
-    tasks: tuple[str, ...]
-    steps: int
-    warmup: int
-    batch_frames: int  # 20 ms
-
-
-PHASES = {  # for LLMs of this width and above; the last is for those of demo/
-    ("align", 1024): Phase((2e-4, 0, 0), 2e-4, ("asr",), 2000, 30, 3000),
-    ("align", 512): Phase((1e-3, 0, 0), 5e-4, ("asr",), 2000, 100, 1500),
-    ("align", 0): Phase((2e-3, 0, 0), 2e-3, ("asr",), 1500, 100, 1500),
-    ("ift", 1024): Phase((2e-4, 6e-6, 2e-5), 2e-4, data.TASKS, 4000, 50, 3000),
-    ("ift", 512): Phase((5e-4, 3e-5, 1e-4), 5e-4, data.TASKS, 4000, 100, 3000),
-    ("ift", 0): Phase((7e-4, 1e-4, 1.5e-4), 1e-3, data.TASKS, 300, 30, 3000),
+# By phase, for LLMs of this width and above, the last for those of demo/: learning rates of PARTS,
+# one of 0 is frozen; that of a part trained by low-rank updates; tasks; the values of DEFAULTS.
+PHASES = {
+    ("align", 1024): ((2e-4, 0, 0), 2e-4, ("asr",), (2000, 30, 3000)),
+    ("align", 512): ((1e-3, 0, 0), 5e-4, ("asr",), (2000, 100, 1500)),
+    ("align", 0): ((2e-3, 0, 0), 2e-3, ("asr",), (1500, 100, 1500)),
+    ("ift", 1024): ((2e-4, 6e-6, 2e-5), 2e-4, data.TASKS, (4000, 50, 3000)),
+    ("ift", 512): ((5e-4, 3e-5, 1e-4), 5e-4, data.TASKS, (4000, 100, 3000)),
+    ("ift", 0): ((7e-4, 1e-4, 1.5e-4), 1e-3, data.TASKS, (300, 30, 3000)),
 }
+DEFAULTS = ("steps", "warmup", "batch_frames")
 
 # Every other option must stay for a run to be resumed. Models and manifests are known by content,
 # and --accumulate follows the number of ranks.
@@ -196,16 +177,13 @@ def parse(argv: list[str] | None) -> TrainConfig:
     for f in fields(TrainConfig):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
-        kind = next(iter(get_args(f.type)), f.type)
-        if f.name == "batch_frames":
-            kind = frames_or_auto
+        kind = frames_or_auto if f.name == "batch_frames" else next(iter(get_args(f.type)), f.type)
         more = {"type": kind, "choices": f.metadata["choices"]}
         if f.type is bool:
             more = {"action": "store_true"}
         elif f.type == list[str]:
             more = {"nargs": "+"}
-        default = f.default_factory()
-        text = f.metadata["help"]
+        default, text = f.default_factory(), f.metadata["help"]
         if default or default is None:
             text += f" Default: {'of the phase' if default is None else default}."
         group.add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **more)
@@ -242,20 +220,18 @@ def resolve_phase(cfg: TrainConfig) -> tuple[TrainConfig, dict[str, float], tupl
     the parts that are trained, and the tasks. Raises UserError if nothing is trained."""
     width = LLM.read_config(fetch(cfg.llm)).hidden_size
     least = max(least for _, least in PHASES if least <= width)
-    phase = PHASES[cfg.phase, least]
+    usual, lora_rate, tasks, numbers = PHASES[cfg.phase, least]
     stated = {name: value for name, value in asdict(cfg).items() if value is not None}
     rates = {}
-    for part, rate in zip(PARTS, phase.rates, strict=True):
-        usual = phase.lora_rate if has_updates(part, cfg) else rate
-        rates[part] = stated.get(f"{part}_lr", usual)
+    for part, rate in zip(PARTS, usual, strict=True):
+        rates[part] = stated.get(f"{part}_lr", lora_rate if has_updates(part, cfg) else rate)
     rates = {part: rate for part, rate in rates.items() if rate > 0}
     if not rates:
         raise UserError("every learning rate is 0, so nothing would be trained; leave one above 0")
-    defaults = {name: getattr(phase, name) for name in ("steps", "warmup", "batch_frames")}
-    cfg = TrainConfig(**defaults | stated)
+    cfg = TrainConfig(**dict(zip(DEFAULTS, numbers, strict=True)) | stated)
     numbers = f"{cfg.steps} steps, warmup {cfg.warmup}, batches of {cfg.batch_frames} frames"
     print(f"preset for LLMs of width {least} and above: {numbers}")
-    return cfg, rates, phase.tasks
+    return cfg, rates, tasks
 
 
 def has_updates(part: str, cfg: TrainConfig) -> bool:
@@ -272,16 +248,14 @@ def can_compile() -> bool:
 
     compiler = shutil.which(os.environ.get("CC", "gcc"))
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    if compiler and headers and has_triton():
-        return True
-    needs = "it needs Triton, gcc and Python's headers"
-    print(f"training is not compiled and therefore slower: {needs}", file=sys.stderr)
-    return False
+    able = bool(compiler and headers and has_triton())
+    if not able:
+        print("training is not compiled: that needs Triton, gcc, Python's headers", file=sys.stderr)
+    return able
 
 
 def training_kernels(device: str, checkpointing: bool = False, compiled: bool = False) -> Kernels:
-    """The operators to train with: default_kernels, and layers that are compiled, or whose
-    activations are computed again in the backward pass, or both."""
+    """default_kernels, and layers that are compiled or, with checkpointing, computed again."""
     kernels = default_kernels(device)
     call = call_layer
     if compiled:
@@ -304,40 +278,39 @@ def training_kernels(device: str, checkpointing: bool = False, compiled: bool = 
 
 
 def build(cfg: TrainConfig, rates: dict[str, float], adapter: dict, path="", checkpoint=None):
-    """The model, as it is in the checkpoint of this path, if there is one; the fingerprints of its
-    two base models; and the parts that will differ from these by more than low-rank updates.
-    Trained parts have float32 weights, frozen parts the compute dtype's. adapter: fields of
-    AdapterConfig. Raises UserError."""
+    """The model, as it is in the checkpoint of this path, if there is one, with float32 weights
+    where it is trained; the fingerprints of its base models; and the parts that will differ from
+    these by more than low-rank updates. adapter: fields of AdapterConfig. Raises UserError."""
     bases = {name: fingerprint(getattr(cfg, name)) for name in ("encoder", "llm")}
     compute = fast_dtype(fetch(cfg.llm), cfg.device)
     if cfg.precision != "auto":
         compute = getattr(torch, cfg.precision)
     # Low-rank updates leave a part's own weights alone, so these need not be float32.
-    float32 = {part for part in rates if not has_updates(part, cfg)}
+    changed = {part for part in rates if not has_updates(part, cfg)}
     compiled = cfg.device == "cuda" and not cfg.fsdp and can_compile()
     kernels = training_kernels(cfg.device, cfg.checkpointing, compiled)
-    shared = (compute, compute, cfg.device, tuple(float32), kernels, cfg.prompt)
+    shared = (compute, compute, cfg.device, tuple(changed), kernels, cfg.prompt)
     model = SpeechLM.from_parts(cfg.encoder, cfg.llm, *shared, **adapter)
-    freeze(model, rates, cfg)
-    if not checkpoint:
-        return model, bases, float32
-    alpha = checkpoint["config"]["lora_alpha"]
-    if cfg.lora_rank and any(map(is_update, checkpoint["model"])) and alpha != cfg.lora_alpha:
-        raise UserError(f"{path}: has updates of --lora-alpha {alpha:g}; give the same")
-    return model, bases, restore(model, checkpoint, bases, path) | float32
-
-
-def freeze(model: SpeechLM, rates: dict[str, float], cfg: TrainConfig) -> None:
-    """Leaves only the parts with a learning rate, or their low-rank updates, to be trained."""
     for name, part in model.named_children():
+        how = f"lr {rates[name]:g}" if name in rates else "frozen"
         part.requires_grad_(name in rates).train(name in rates)
         if name in rates and has_updates(name, cfg):
             add_lora(part, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+            how += " for low-rank updates"
+        millions = sum(p.numel() for p in part.parameters()) / 1e6
+        dtype = next(part.parameters()).dtype
+        print(f"{name}: {millions:.2f} M parameters, {how}, {dtype} weights")
     config = model.encoder.config
     masks_frames = config.apply_spec_augment and config.mask_time_prob > 0
     if hasattr(model.encoder, "masked_spec_embed") and not masks_frames:
         # Nothing reads it, so it would wait for a gradient.
         model.encoder.masked_spec_embed.requires_grad_(False)
+    if checkpoint:
+        alpha = checkpoint["config"]["lora_alpha"]
+        if cfg.lora_rank and any(map(is_update, checkpoint["model"])) and alpha != cfg.lora_alpha:
+            raise UserError(f"{path}: has updates of --lora-alpha {alpha:g}; give the same")
+        changed |= restore(model, checkpoint, bases, path)
+    return model, bases, changed
 
 
 def parameter_groups(model: SpeechLM, rates: dict[str, float], weight_decay: float) -> list[dict]:
@@ -345,16 +318,14 @@ def parameter_groups(model: SpeechLM, rates: dict[str, float], weight_decay: flo
     groups = []
     for part, rate in rates.items():
         trained = [p for p in getattr(model, part).parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.ndim > 1]
-        vectors = [p for p in trained if p.ndim <= 1]
-        groups.append({"params": matrices, "rate": rate, "weight_decay": weight_decay})
-        groups.append({"params": vectors, "rate": rate, "weight_decay": 0.0})
+        matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay}
+        vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+        groups += [matrices | {"rate": rate}, vectors | {"rate": rate}]
     return groups
 
 
 def rate_share(step: int, cfg: TrainConfig) -> float:
-    """Share of the learning rate at a step from 0 on: linear warmup, then a cosine to min_lr. The
-    steps of a warm start and those behind them have one each."""
+    """Share of the learning rate: warmup, then a cosine to min_lr. A warm start has its own."""
     steps = cfg.warm_start
     if step >= cfg.warm_start:
         step, steps = step - cfg.warm_start, cfg.steps - cfg.warm_start
@@ -374,7 +345,6 @@ def on_device(batch: dict, device: str) -> dict:
 
 # --- The outputs of a frozen encoder, computed once and kept on disk
 
-
 ENCODE_FRAMES = 1500  # 20 ms frames that are encoded together
 
 
@@ -385,13 +355,10 @@ class CachedEncoder(nn.Module):
         return features
 
 
-def encoder_states(
-    cfg: TrainConfig, encoder: Pretrained, manifests: list[data.Manifest], base: dict
-):
+def encoder_states(cfg: TrainConfig, encoder: nn.Module, manifests: list, base: dict):
     """Runs the frozen encoder once over the clips of the manifests, each rank over a share, into
-    files of the out directory, which later runs find again if encoder, clips and audio files are
-    the same. Returns a function from a clip to its states (F, D), which raises AudioError for one
-    that cannot be used; or None if they would not fit on the disk or in cache_gb."""
+    files that later runs find again if encoder, clips and audio are the same. Returns a function
+    from a clip to its states (F, D), which may raise AudioError; None if they would not fit."""
     clips = {manifest.clip(example) for manifest in manifests for example in manifest}
     clips.update(data.SPEECHLESS_CLIPS if cfg.silence else ())
     sizes = sorted((data.feature_length(clip[2], encoder.config), 0, clip) for clip in clips)
@@ -407,8 +374,7 @@ def encoder_states(
     stamps = sorted({file_stamp(clip[0]) for clip in clips})
     key = [base["sha256"], str(encoder.compute_dtype), stamps, sizes]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    ranks = range(world())
-    paths = [Path(cfg.out) / f"encoder-{name}-{r + 1}-of-{world()}.pt" for r in ranks]
+    paths = [Path(cfg.out, f"encoder-{name}-{r + 1}-of-{world()}.pt") for r in range(world())]
     if not all(gather(paths[rank()].exists())):
         states = encode_clips(cfg, encoder, sizes)
         data.write_atomically(paths[rank()], partial(torch.save, states))
@@ -436,9 +402,8 @@ def file_stamp(path: str) -> tuple:
 
 
 @torch.no_grad()
-def encode_clips(cfg: TrainConfig, encoder: Pretrained, sizes: list[tuple]) -> dict:
-    """The encoder's states (F, D) of this rank's share of the clips, or why there are none. sizes:
-    (frames, 0, clip), the shortest first."""
+def encode_clips(cfg: TrainConfig, encoder: nn.Module, sizes: list[tuple]) -> dict:
+    """States (F, D) of this rank's share of (frames, 0, clip) by clip, or why there are none."""
     states = {}
     batches = data.cut_batches(sizes, ENCODE_FRAMES, math.inf)[rank() :: world()]
     for batch in tqdm(batches, "encoder", unit=" batches", disable=rank() > 0):
@@ -505,24 +470,22 @@ def gather(value) -> list:
 
 
 def distribute(model: SpeechLM, cfg: TrainConfig) -> nn.Module:
-    """The module to call in training: the model, a DistributedDataParallel of it, or with --fsdp
-    the model as an FSDP2 module, whose layers are gathered in the compute dtype when their turn
-    comes. Gradients are averaged over the ranks, in float32."""
+    """The module to call in training: the model, a DistributedDataParallel of it, or with --fsdp an
+    FSDP2 module, whose layers are gathered in the compute dtype. Gradients are float32 means."""
     if not dist.is_initialized():
         return model
     if not cfg.fsdp:
-        unused = cfg.warm_start > 0  # by its steps: what is trained of the LLM
-        return DistributedDataParallel(
-            model, gradient_as_bucket_view=True, find_unused_parameters=unused
-        )
+        # The steps of a warm start do not use what is trained of the LLM.
+        options = {"find_unused_parameters": cfg.warm_start > 0}
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(model.llm.compute_dtype, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(cfg.device, (world(),))
-    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for module in [*chain(*lists), model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return model
 
 
 @contextmanager
@@ -539,8 +502,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def complete(tensor: Tensor) -> Tensor | None:
-    """All of a tensor: itself, or one of a sharded tensor's in CPU memory, on rank 0 alone. Every
-    rank must take part."""
+    """All of a tensor, of a sharded one on rank 0 and its CPU. Every rank must take part."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     tensor = tensor.full_tensor()
@@ -557,8 +519,7 @@ def like(p: Tensor, tensor: Tensor) -> Tensor:
 
 
 def seed_for(seed: int, position: dict) -> None:
-    """Makes dropout and masks of a batch follow from its place in the schedule, so that they are
-    the same on any rank and after any pause."""
+    """Makes dropout and masks of a batch the same on any rank and after any pause."""
     sequence = np.random.SeedSequence([seed, position["pool"], position["batch"]])
     torch.manual_seed(int(sequence.generate_state(1)[0]))
 
@@ -570,9 +531,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """How a run answers SIGINT and SIGTERM: `with Stop() as stop`. A signal is noted, and raises
-    KeyboardInterrupt or, while `waits` is true, lets a step be finished and saved. A second signal
-    ends the process there and then."""
+    """How a run answers SIGNALS: `with Stop() as stop`. The first is noted, and raises
+    KeyboardInterrupt unless `waits` is true; the second ends the process there and then."""
 
     def __init__(self):
         self.signal, self.waits = None, False
@@ -635,7 +595,6 @@ class Run:
     bases: dict[str, dict]
     changed: set[str]  # parts whose weights will not be those of the bases; all of them is saved
     examples: data.Examples
-    hours: list  # of this phase and those before, see data.notice
     size: Callable  # of an example, see data.Examples.size
     lock: IO | None  # see lock_directory
     net: nn.Module | None = None  # the model as it is called in training
@@ -665,19 +624,19 @@ def open_run(cfg: TrainConfig) -> Run:
     lock = lock_directory(cfg.out) if leaves_files else None
 
     # A run begins with what it saved, with another run's result, or with the base models.
-    path = Path(cfg.out) / f"{cfg.phase}.resume.pt"
+    if cfg.init and Path(cfg.init).resolve() == Path(cfg.out, f"{cfg.phase}.pt").resolve():
+        raise UserError(f"{cfg.init} is what this run would replace; give another --out")
+    path = Path(cfg.out, f"{cfg.phase}.resume.pt")
     resumed = gather(cfg.resume and path.exists())[0]
     if cfg.resume and not resumed:
         print(f"{path}: not there, so the run starts from its beginning")
-    adapter = {
+    path = path if resumed else cfg.init
+    checkpoint = load_checkpoint(path) if path else {}
+    adapter = checkpoint.get("adapter") or {
         "num_adapter_layers": cfg.adapter_layers,
         "adapter_kernel_size": cfg.adapter_kernel,
         "adapter_stride": cfg.adapter_stride,
     }
-    path = path if resumed else cfg.init
-    checkpoint = load_checkpoint(path) if path else None
-    if checkpoint:
-        adapter = checkpoint["adapter"]
 
     encoder_config = encoder_class(cfg.encoder).read_config(fetch(cfg.encoder))
     longest = encoder_config.max_source_positions / 50 or math.inf
@@ -689,23 +648,15 @@ def open_run(cfg: TrainConfig) -> Run:
         cfg.prompt = checkpoint["config"].get("prompt", "plain")
     prompt = data.make_prompt(tokenizer, llm_config.eos_token_id, cfg.prompt)
     cfg.prompt = prompt.kind
-    limits = {
-        "adapter": AdapterConfig.between(encoder_config, llm_config, **adapter),
-        "max_seconds": cfg.max_seconds,
-        "room": min(cfg.batch_tokens, llm_config.max_position_embeddings),
-    }
+    room = min(cfg.batch_tokens, llm_config.max_position_embeddings)
+    adapter_config = AdapterConfig.between(encoder_config, llm_config, **adapter)
+    limits = {"adapter": adapter_config, "max_seconds": cfg.max_seconds, "room": room}
     excess = partial(data.find_excess, tokenizer=tokenizer, prompt=prompt, **limits)
     allowed = tuple(cfg.allow_licence)
     mixture = data.open_mixture(cfg.data, cfg.dev, tasks, allowed, cfg.temperature, excess)
     if resumed:
         cfg = resumed_config(cfg, path, checkpoint, mixture.contents)
     model, bases, changed = build(cfg, rates, adapter, path, checkpoint)
-    for name, part in model.named_children():
-        millions = sum(p.numel() for p in part.parameters()) / 1e6
-        updates = " for low-rank updates" if has_updates(name, cfg) else ""
-        how = f"lr {rates[name]:g}{updates}" if name in rates else "frozen"
-        dtype = next(part.parameters()).dtype
-        print(f"{name}: {millions:.2f} M parameters, {how}, {dtype} weights")
     manifests, states = [*mixture.manifests, mixture.dev], None
     if "encoder" not in rates.keys() | changed and cfg.cache_gb and leaves_files:
         states = encoder_states(cfg, model.encoder, manifests, bases["encoder"])
@@ -713,9 +664,10 @@ def open_run(cfg: TrainConfig) -> Run:
         model = SpeechLM(CachedEncoder(), model.adapter, model.llm, model.prompt)
     inputs = manifests, tokenizer, prompt, model.adapter.config, states
     examples = data.Examples(*inputs, cfg.seed, (cfg.augment, cfg.silence))
-    hours = data.merge_hours(checkpoint["data"] if checkpoint else [], mixture.hours)
+    hours = data.merge_hours(checkpoint.get("data", []), mixture.hours)
+    mixture = mixture._replace(hours=hours)  # of this phase and those before
     size = lru_cache(2 * data.POOL)(examples.size)
-    run = Run(cfg, rates, tasks, mixture, model, bases, changed, examples, hours, size, lock)
+    run = Run(cfg, rates, tasks, mixture, model, bases, changed, examples, size, lock)
     start(run, checkpoint if resumed else None)
     return run
 
@@ -736,10 +688,8 @@ def lock_directory(path: str) -> IO | None:
 
 
 def start(run: Run, resumed: dict | None) -> None:
-    """Brings a run to where it was stopped, or to its beginning. Raises UserError."""
+    """Brings a run and its files to where it was stopped, or to its beginning. Raises UserError."""
     cfg = run.cfg
-    if cfg.init and Path(cfg.init).resolve() == run.path(".pt").resolve():
-        raise UserError(f"{cfg.init} is what this run would replace; give another --out")
     if cfg.batch_frames == "auto":
         fitting = rank() or import_plan().fit_batches(run, run_schedule, on_device)
         run.cfg = cfg = gather(fitting)[0]
@@ -758,14 +708,22 @@ def start(run: Run, resumed: dict | None) -> None:
             for key, tensor in resumed["optimizer"].get(name, {}).items():
                 run.optimizer.state[p][key] = like(p, tensor)
         run.optimizer.load_state_dict(run.optimizer.state_dict())  # puts each on its device
-    if run.lock:
-        start_files(run, bool(resumed))
+    if not run.lock:
+        return
+
+    # The logs keep their lines up to where the run goes on; files of another run go.
+    for path in (run.path(".jsonl"), run.path(".nonfinite.jsonl")):
+        lines = [x for x in data.read_lines(path) if resumed and x["step"] <= run.state.step]
+        if path.exists():
+            data.write_text(path, "".join(map(json_line, lines)))
+    data.write_text(Path(cfg.out) / "config.json", json.dumps(asdict(cfg), indent=2))
+    if not resumed and run.path(".resume.pt").exists():
+        os.replace(run.path(".resume.pt"), run.path(".resume.old.pt"))
 
 
 @torch.no_grad()
 def start_adapter(run: Run) -> None:
-    """Scales a new adapter's projection so that its output spreads like the LLM's embeddings, by
-    the first batch that can be used."""
+    """Scales a new adapter by the first usable batch: its output spreads like LLM embeddings."""
     for scheduled in islice(run_schedule(run), 100):
         batch = run.examples[scheduled]
         if batch["examples"]:
@@ -776,17 +734,6 @@ def start_adapter(run: Run) -> None:
             for p in run.model.adapter.enc_to_dec_proj.parameters():
                 p.mul_(factor)
             return
-
-
-def start_files(run: Run, resumed: bool) -> None:
-    """The logs keep their lines up to where the run goes on; files of another run go."""
-    for path in (run.path(".jsonl"), run.path(".nonfinite.jsonl")):
-        lines = [x for x in data.read_lines(path) if resumed and x["step"] <= run.state.step]
-        if path.exists():
-            data.write_text(path, "".join(map(json_line, lines)))
-    data.write_text(Path(run.cfg.out) / "config.json", json.dumps(asdict(run.cfg), indent=2))
-    if not resumed and run.path(".resume.pt").exists():
-        os.replace(run.path(".resume.pt"), run.path(".resume.old.pt"))
 
 
 def steps_of_a_pass(run: Run) -> float:
@@ -812,15 +759,10 @@ def open_loader(run: Run) -> Iterator[dict]:
     if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
         size = f"{needed / 1e6:.0f} MB for {workers} workers"
         raise UserError(f"/dev/shm has no {size}; docker run --shm-size=1g, or give --workers 0")
-    loader = torch.utils.data.DataLoader(
-        run.examples,
-        batch_size=None,
-        sampler=islice(run_schedule(run), rank(), None, world()),  # the ranks take turns
-        num_workers=workers,
-        pin_memory=run.cfg.device == "cuda",
-        worker_init_fn=ignore_signals,
-        timeout=LOADER_SECONDS if workers else 0,
-    )
+    turns = islice(run_schedule(run), rank(), None, world())  # the ranks take turns
+    options = {"num_workers": workers, "pin_memory": run.cfg.device == "cuda"}
+    options |= {"worker_init_fn": ignore_signals, "timeout": LOADER_SECONDS if workers else 0}
+    loader = torch.utils.data.DataLoader(run.examples, batch_size=None, sampler=turns, **options)
     return iter(loader)
 
 
@@ -840,7 +782,7 @@ def save(run: Run, **thresholds) -> None:
         "config": asdict(run.cfg),
         "adapter": asdict(run.model.adapter.config),
         "bases": run.bases,
-        "data": run.hours,
+        "data": run.mixture.hours,
         "contents": run.mixture.contents,
         "window": min(30.0, max(1.0, run.mixture.longest)),
         "step": run.state.step,
@@ -850,7 +792,7 @@ def save(run: Run, **thresholds) -> None:
     state = run.state
     if state.validated > 0:
         data.write_atomically(run.path(".pt"), partial(torch.save, checkpoint))
-        data.write_text(run.path(".NOTICE"), data.notice(run.hours))
+        data.write_text(run.path(".NOTICE"), data.notice(run.mixture.hours))
     if run.cfg.average > 1 and 0 < state.validated == state.step < run.cfg.steps:
         shutil.copyfile(run.path(".pt"), run.path(f".{state.step}.pt"))
         state.averaged.append(state.step)
@@ -866,24 +808,23 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
     it is not the run that was saved: of another configuration or manifests with other content."""
     if "state" not in resumed or "contents" not in resumed:
         raise UserError(f"{path}: is of an older version; start anew without --resume")
-
-    def refuse(before: str, now: object):
-        remedy = "give the same, or start anew without --resume"
-        raise UserError(f"{path}: was trained with {before}, found {now}; {remedy}")
-
     automatic = cfg.batch_frames == "auto"
     names = ["steps"] * bool(cfg.epochs) + ["batch_frames", "batch_tokens"] * automatic
     cfg = replace(cfg, **{name: resumed["config"][name] for name in names})
-    expected = resumed["config"] | {"accumulate * ranks": resumed["batches_a_step"]}
     config = asdict(cfg) | {"accumulate * ranks": cfg.accumulate * world()}
+    expected = resumed["config"] | {"accumulate * ranks": resumed["batches_a_step"]}
+    changes = []
     for name, value in expected.items():
         if name not in MAY_CHANGE and config.get(name) != value:
-            refuse(f"{name} {value!r}", repr(config.get(name)))
+            changes.append(f"{name} {value!r}, found {config.get(name)!r}")
     pairs = zip_longest(resumed["contents"], contents, fillvalue=("no manifest", 0, "", 0))
     for (before, rows, *content), (now, rows_now, *content_now) in pairs:
         if content != content_now:
-            what = f"{now} of {rows_now} rows and other content or weight"
-            refuse(f"{before} of {rows} rows", what)
+            other = f"{now} of {rows_now} rows and other content or weight"
+            changes.append(f"{before} of {rows} rows, found {other}")
+    if changes:
+        remedy = "give the same, or start anew without --resume"
+        raise UserError(f"{path}: was trained with {changes[0]}; {remedy}")
     return cfg
 
 
@@ -891,19 +832,17 @@ def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) 
 
 
 @torch.no_grad()
-def validate(run: Run) -> tuple[dict[str, float], list[tuple[dict, str]]]:
+def validate(run: Run) -> tuple[dict[str, float], list[tuple[dict, str]], dict[str, float]]:
     """Loss on some rows of the dev manifest, the loss when every row hears another row's audio, and
     the scores of answering the first rows of each task, or in a warm start of what CTC reads there.
-    Returns figures, and (example, answer) pairs. Raises UserError."""
+    Returns figures, (example, answer) pairs, and in the end refusal_threshold. Raises UserError."""
     cfg, model, examples = run.cfg, run.model, run.examples
     rows, frames = dev_examples(run, run.tasks, cfg.eval_rows)
     if len(rows) < 2:
         raise UserError(f"{cfg.dev}: {len(rows)} recordings can be used, expected 2; mend them")
     model.eval()
-    figures = {
-        "dev_loss": mean_loss(run, rows, frames),
-        "shuffled_loss": mean_loss(run, rows, frames[1:] + frames[:1]),
-    }
+    figures = {"dev_loss": mean_loss(run, rows, frames)}
+    figures["shuffled_loss"] = mean_loss(run, rows, frames[1:] + frames[:1])
     answered = []
     for task in data.TASKS:
         of_task = [i for i, example in enumerate(rows) if example["task"] == task]
@@ -919,14 +858,19 @@ def validate(run: Run) -> tuple[dict[str, float], list[tuple[dict, str]]]:
     for example, answer in zip(asked, answers, strict=True):
         if not isinstance(answer, data.AudioError):
             pairs.append((example, answer.text))
+    threshold = {}
+    if run.state.step == cfg.steps and "sqa" in run.tasks:
+        questions, frames = dev_examples(run, ("sqa",), 500)
+        recordings = encode_recordings(model, [[x] for x in frames])
+        answers = answer_examples(model, examples.tokenizer, questions, recordings, weigh=True)
+        threshold = refusal_threshold(questions, answers)
     for name, part in model.named_children():
         part.train(name in run.rates)
-    return figures | validation_scores(pairs), pairs
+    return figures | validation_scores(pairs), pairs, threshold
 
 
 def dev_examples(run: Run, tasks: tuple[str, ...], count: int) -> tuple[list[dict], list[Tensor]]:
-    """Up to `count` examples of these tasks of the dev manifest, always the same, and their frames.
-    Those whose audio cannot be used are left out."""
+    """Up to `count` usable examples of these tasks of dev, always the same, and their frames."""
     dev, chosen, frames = run.mixture.dev, [], []
     order = np.random.default_rng(0).permutation(len(dev)).tolist()
     for example in (dev[i] for i in order):
@@ -956,15 +900,6 @@ def mean_loss(run: Run, rows: list[dict], frames: list[Tensor]) -> float:
     return total / count
 
 
-def find_refusal_threshold(run: Run) -> dict[str, float]:
-    """refusal_threshold by up to 500 questions of the dev manifest."""
-    questions, frames = dev_examples(run, ("sqa",), 500)
-    run.model.eval()
-    recordings = encode_recordings(run.model, [[x] for x in frames])
-    answers = answer_examples(run.model, run.examples.tokenizer, questions, recordings, weigh=True)
-    return refusal_threshold(questions, answers)
-
-
 # --- The loop
 
 NONFINITE_STEPS = 5  # so many in a row end a run
@@ -972,35 +907,30 @@ LOWER_RATE = "the last checkpoint is untouched: lower the learning rate or leave
 
 
 def next_step(run: Run, loader: Iterator[dict]) -> tuple[list[dict], int, float]:
-    """This rank's batches of the next step, and over all ranks the target tokens and the seconds of
-    audio; batches without a usable row are passed over. Raises UserError if too many recordings
-    cannot be used."""
+    """This rank's batches of the next step that has a usable row, and all ranks' target tokens and
+    seconds of audio. Their draws go into the state. Raises UserError if too much is unusable."""
     state, rows = run.state, sum(map(len, run.mixture.manifests))
     for _ in range(100):
         batches = [next(loader) for _ in range(run.cfg.accumulate)]
-        tokens, audio = reduce_step(state, batches)
+        drawn = []
+        for batch in batches:
+            frames = sum(batch["lengths"]) if batch["examples"] else 0
+            count = len(batch["examples"]) + len(batch["bad"])
+            drawn.append((batch["position"], count, batch["bad"], len(batch["targets"]), frames))
+        tokens = audio = 0
+        for position, count, bad, targets, frames in chain(*gather(drawn)):
+            state.position = position  # the ranks take turns, so that the last one is the furthest
+            state.seen += count
+            state.bad |= dict(bad)
+            tokens += targets
+            audio += frames
         met = min(state.seen, rows)  # different recordings
         if len(state.bad) > 0.01 * max(met, 300):
             break
         if tokens:
-            return batches, tokens, audio
+            return batches, tokens, audio / 50
     why = "; ".join(f"{where}: {reason}" for where, reason in list(state.bad.items())[-3:])
     raise UserError(f"{len(state.bad)} of {met} recordings could not be used, more than 1 %: {why}")
-
-
-def reduce_step(state: RunState, batches: list[dict]) -> tuple[int, float]:
-    """Adds what all ranks drew for a step to the state. Returns target tokens and seconds."""
-    drawn = []
-    for batch in batches:
-        frames = sum(batch["lengths"]) if batch["examples"] else 0
-        rows = len(batch["examples"]) + len(batch["bad"])
-        drawn.append((batch["position"], rows, batch["bad"], len(batch["targets"]), frames))
-    drawn = list(chain(*gather(drawn)))
-    state.position = drawn[-1][0]  # the ranks take turns, so that the last one is the furthest
-    for _, rows, bad, *_ in drawn:
-        state.seen += rows
-        state.bad |= dict(bad)
-    return sum(tokens for *_, tokens, _ in drawn), sum(frames for *_, frames in drawn) / 50
 
 
 def backward(run: Run, batches: list[dict], tokens: int) -> tuple[float, float]:
@@ -1028,8 +958,8 @@ def leave_out(run: Run, batches: list[dict], loss: float, norm: float) -> dict:
     """Writes down the rows of a step without a finite loss or gradient, and passes over it. Returns
     the figures of the step; raises UserError when NONFINITE_STEPS in a row were like that."""
     step, path = run.state.step + 1, run.path(".nonfinite.jsonl")
-    figures = {"skipped": f"loss {loss}, gradient norm {norm}"}
     run.state.skipped += 1
+    figures = {"skipped": f"loss {loss}, gradient norm {norm}"}
     rows = chain(*gather([row for batch in batches for row in batch["examples"]]))
     run.record(".nonfinite.jsonl", *({"step": step, **figures, **row} for row in rows))
     what = f"step {step}: {figures['skipped']}"
@@ -1041,19 +971,15 @@ def leave_out(run: Run, batches: list[dict], loss: float, norm: float) -> dict:
 
 
 def validate_and_save(run: Run, stop: Stop) -> None:
-    """Once in a while: validates, saves, shows some answers. A signal ends a validation, and
-    --resume makes up for it."""
+    """Validates, saves, shows some answers. --resume makes up for what a signal ends."""
     cfg, state = run.cfg, run.state
-    threshold = {}
     state.averaged = gather(state.averaged)[0]  # what rank 0 has saved
     if state.step == cfg.steps and state.averaged:
         average_checkpoints(run)
     with unsharded(run.model):
         with suppress(KeyboardInterrupt):
             stop.waits = False
-            figures, pairs = validate(run)
-            if state.step == cfg.steps and "sqa" in run.tasks:
-                threshold = find_refusal_threshold(run)
+            figures, pairs, threshold = validate(run)
         stop.waits = True
     if any(gather(stop.signal)):
         return
@@ -1097,9 +1023,8 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
     if state.validated == cfg.steps:
         return print(f"{run.path('.pt')}: all {state.step} steps are done")
     loader = open_loader(run)
-    bar = tqdm(
-        total=cfg.steps, initial=state.step, desc=cfg.phase, unit=" steps", disable=rank() > 0
-    )
+    progress = {"initial": state.step, "total": cfg.steps, "unit": " steps"}
+    bar = tqdm(desc=cfg.phase, disable=rank() > 0, **progress)
     while True:
         # Once in a while, validate and save. A signal is answered here, between two steps.
         stop.waits = True

@@ -205,7 +205,6 @@ def answer(args: argparse.Namespace) -> int:
         examples,
         lambda example: load_audio(folder / example["audio"]),
         Journal(out.with_suffix(".answers.jsonl"), run_settings(path, args.source, args)),
-        score=False,
         num_beams=args.beams,
         step=fast_step(),
     )
