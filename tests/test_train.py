@@ -579,18 +579,16 @@ def last_dev_loss(out, phase):
     return [line for line in log(out, phase) if "dev_loss" in line][-1]["dev_loss"]
 
 
-WARM = {"steps": 40, "warm_start": 30, "eval_every": 15, "eval_clips": 4}
-
-
 def test_a_warm_start_is_ctc_before_the_llm_has_a_part(tiny_project, tmp_path):
-    """Nothing but the adapter is trained, although the LLM has low-rank updates."""
-    train.main(arguments(tiny_project, tmp_path, lora_rank=2, lora_alpha=2, **WARM))
-    ctc = [loss for step, loss, _ in losses(tmp_path) if step <= 30]
-    assert np.mean(ctc[-5:]) < 0.7 * np.mean(ctc[:5])
+    """It has a warmup and a cosine of its own, and is validated by what CTC reads."""
+    steps = {"steps": 24, "warm_start": 16, "eval_every": 8, "lora_rank": 2}
+    train.main(arguments(tiny_project, tmp_path, **steps))
+    ctc = [loss for step, loss, _ in losses(tmp_path) if step <= 16]
+    assert np.mean(ctc[-4:]) < 0.7 * np.mean(ctc[:4])
     validated = {line["step"]: line for line in log(tmp_path) if "dev_loss" in line}
-    assert validated.keys() == {15, 30, 40} and validated[15]["asr_wer"] >= 0
+    assert validated.keys() == {8, 16, 24} and validated[8]["wer"] >= 0
     shares = [line["lr"] for line in log(tmp_path) if "lr" in line]
-    assert shares[:2] == shares[30:32] == [0.5, 1] and shares[29] < 0.12 and shares[39] < 0.2
+    assert shares[:2] == shares[16:18] == [0.5, 1] and shares[15] < 0.12 and shares[23] < 0.2
 
 
 @pytest.mark.parametrize("phase", ["align", "ift"])
