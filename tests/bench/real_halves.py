@@ -380,6 +380,7 @@ def compare_transcripts(directory: Path, path: str, count: int) -> None:
         "transformers": lambda wave: encode_by_peer(peer.model.encoder, extractor, wave),
         "ours, padded to 30 s": lambda wave: encode(ours, pad(wave)),
         "ours, of real length": lambda wave: encode(ours, wave),
+        "ours, 1 s of silence behind": lambda wave: encode(ours, F.pad(wave, (0, 16000))),
     }
     drawn = list(clips(path, count))
     audio = sum(len(wave) for _, wave in drawn) / 16000
