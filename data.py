@@ -1154,6 +1154,8 @@ class Examples(torch.utils.data.Dataset):
         answer = speechless_answer(example)
         if random.random() < self.silence and answer is not None:
             path, number, seconds = SPEECHLESS_CLIPS[random.integers(len(SPEECHLESS_CLIPS))]
+            if self.states is None:  # others need no encoder
+                number = int(random.integers(2**31))
             example |= {"audio": path, "start": number, "duration": seconds, "text": answer}
         return example
 

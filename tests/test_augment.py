@@ -225,7 +225,7 @@ def test_what_is_right_where_nobody_speaks(tiny_project, tmp_path):
     frames = batch["features"].split(batch["lengths"])
     for i, example in enumerate(drawn[:3]):
         clip = example["audio"], example["start"], example["duration"]
-        assert clip in SPEECHLESS_CLIPS and batch["examples"][i] == example
+        assert clip[0] == "" and 1 <= clip[2] < 5 and batch["examples"][i] == example
         assert torch.equal(frames[i], data.fbank([data.load_clip(clip)])[0])
         assert example["instruction"] == plain.example(0, i, 2)["instruction"]
         assert examples.size(0, i, 2) == (batch["lengths"][i], batch["ids_lengths"][i])
