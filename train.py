@@ -945,8 +945,7 @@ def backward(run: Run, batches: list[dict], tokens: int) -> tuple[float, float]:
             run.net.set_requires_gradient_sync(last)
         separate = isinstance(run.net, DistributedDataParallel) and not last
         with run.net.no_sync() if separate else nullcontext():
-            inputs = on_device(batch, run.cfg.device)
-            part, _ = run.net(**inputs, warm_start=run.warm_start)
+            part, _ = run.net(**on_device(batch, run.cfg.device), warm_start=run.warm_start)
             (part * world() / tokens).backward()
         loss += part.item()
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
