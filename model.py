@@ -285,8 +285,8 @@ class LLMConfig:
         config = cls(**known_fields(cls, raw | rope_fields(raw)))
         valid = [type(x) is int and 0 <= x < config.vocab_size for x in config.eos_token_id]
         if not valid or not all(valid):
-            found = f"eos_token_id is {reprlib.repr(end_ids)}"
-            raise ValueError(f"{found}, expected integers below {config.vocab_size}")
+            fault = f"eos_token_id is {reprlib.repr(end_ids)}"
+            raise ValueError(f"{fault}, expected integers below {config.vocab_size}")
         return config
 
 
@@ -814,8 +814,8 @@ class WhisperEncoder(Pretrained):
         Source: WhisperEncoder of transformers."""
         longest = self.config.max_source_positions
         if max(lengths) > longest:
-            found = f"a window of {max(lengths) / 50:g} s, expected at most {longest / 50:g} s"
-            raise UserError(f"{found} for this encoder; give shorter windows")
+            fault = f"a window of {max(lengths) / 50:g} s, expected at most {longest / 50:g} s"
+            raise UserError(f"{fault} for this encoder; give shorter windows")
         rows = Rows(lengths, features.device)
         rows_of_10_ms = Rows([2 * n for n in lengths], features.device)
         x = features.to(self.compute_dtype).reshape(2 * len(features), -1)  # (2 N, bins)
@@ -1128,8 +1128,8 @@ class SpeechLM(nn.Module):
             return x
         placeholder = ids == AUDIO
         if not torch.is_grad_enabled() and placeholder.sum() != len(audio):
-            found = f"{int(placeholder.sum())} audio placeholders for {len(audio)} audio frames"
-            raise ValueError(f"ids hold {found}; adapter_length says how many a recording needs")
+            fault = f"{int(placeholder.sum())} audio placeholders for {len(audio)} audio frames"
+            raise ValueError(f"ids hold {fault}; adapter_length says how many a recording needs")
         frame = (placeholder.cumsum(0) - 1).clamp(0, len(audio) - 1)  # (N,)
         return torch.where(placeholder[:, None], audio.to(x.dtype)[frame], x)
 
@@ -1321,8 +1321,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     config = path.with_name("config.json")
     size = read_json(config).get("vocab_size") if config.exists() else None
     if largest < 0 or (is_number(size) and largest >= size):
-        found = f"has tokens up to {largest}, config.json {size}"
-        raise UserError(f"{path}: {found}; copy both from the same LLM")
+        fault = f"has tokens up to {largest}, config.json {size}"
+        raise UserError(f"{path}: {fault}; copy both from the same LLM")
     return tokenizer
 
 
@@ -1413,8 +1413,8 @@ def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) ->
         for name, base in bases.items():
             trained = checkpoint["bases"][name]
             if trained["sha256"] != base["sha256"]:
-                found = f"{name} {trained['path']}, found another model at {base['path']}"
-                raise UserError(f"{path}: was trained on the {found}; give the same --{name}")
+                fault = f"{name} {trained['path']}, found another model at {base['path']}"
+                raise UserError(f"{path}: was trained on the {fault}; give the same --{name}")
         state = checkpoint["model"]
         complete = changed_parts(state)
         shapes = {name: p.shape for name, p in model.named_parameters() if is_update(name)}
