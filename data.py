@@ -835,14 +835,15 @@ class Manifest:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        lines, end, digest = array("q"), 0, hashlib.sha256()
+        # Where each line begins, and the file's end; and which lines are not blank.
+        bounds, lines, digest = array("q", [0]), array("q"), hashlib.sha256()
         with one_line_errors(path, "give the path of a manifest"), open(path, "rb") as file:
-            for number, text in enumerate(file, 1):
+            for line, text in enumerate(file):
                 digest.update(text)
+                bounds.append(bounds[-1] + len(text))
                 if not text.isspace():
-                    lines.extend((number, end))
-                end += len(text)
-        self.lines = np.array(lines).reshape(-1, 2)  # the number of each, and where it begins
+                    lines.append(line)
+        self.bounds, self.lines = np.array(bounds), np.array(lines)
         self.content = len(self.lines), digest.hexdigest()  # rows, and a hash of the file
         if not len(self.lines):
             raise UserError(f"{path}: found no rows, expected one JSON object a line")
@@ -855,9 +856,9 @@ class Manifest:
 
     def __iter__(self) -> Iterator[dict]:
         with open(self.path, "rb") as file:
-            for number, start in self.lines.tolist():
-                file.seek(start)
-                yield parse_example(file.readline(), f"{self.path} line {number}")
+            for line in self.lines.tolist():
+                file.seek(self.bounds[line])
+                yield parse_example(file.readline(), f"{self.path} line {line + 1}")
 
     def select(self, rows: Iterable[int]) -> "Manifest":
         """Those rows of this manifest, by their numbers in it, in the file's order."""

@@ -445,7 +445,7 @@ def make_requests(model, tokenizer, examples, recordings):
             if len(ids) + 32 > config.max_position_embeddings:
                 failures[i] = data.AudioError(
                     f"{0.08 * len(audio):.0f} s of audio and the instruction take {len(ids)} of "
-                    f"the LLM's {config.max_position_embeddings} positions; ask about a part"
+                    f"{config.max_position_embeddings} LLM positions; ask about a shorter part"
                 )
     return [request for request in requests if request.example not in failures], failures
 

@@ -561,7 +561,7 @@ def test_without_extras(folder, capsys, tmp_path, monkeypatch):
         ("all.jsonl --degrade echo", 2, "invalid choice: 'echo'"),
         ("all.jsonl --ckpt ift.pt --beams 0", 2, "at least 1"),
         ("all.jsonl --beam-size 4", 2, "unrecognized arguments: --beam-size"),
-        ("all.jsonl", 1, "no out/align.pt or out/ift.pt; run python train.py --phase align first"),
+        ("all.jsonl", 1, "no out/align.pt or out/ift.pt; run python train.py first"),
         ("all.jsonl --ckpt none.pt", 1, "none.pt: No such file"),
         ("none.jsonl --ckpt ift.pt", 1, "none.jsonl: No such file"),
         ("empty.jsonl --ckpt ift.pt", 1, "empty.jsonl: found no rows"),
