@@ -615,7 +615,8 @@ FILE_NAME = re.compile(
     r"|(?=.*[0-9_])[a-z0-9_-]+"  # one word with digits
     r"|(?!.*[\s⺀-鿿]).*[/\\].*[^.?!]"  # one word with a slash, but not "and/or?" and no Chinese
     r"|([a-z]:|~|[.]+)?[/\\].*"
-    r"|.*[.](wave?|flac|mp[34]|mpe?g|og[ag]|opus|aif[fc]?|m4[ab]|aac|amr|wma|webm|mk[av]|mov|avi)"
+    r"|.*[.](wave?|flac|mp[1-4]|mpe?g|og[agv]|opus|ai(ff?|fc)|m4[abv]|aac|amr|wm[av]|web[am]"
+    r"|mk[av]|mov|avi|3gp|caf|au)"
 )
 
 
