@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import model
+
 QUERIES = 192  # that attend at once: their scores stay in the processor's caches
 LINES = 16  # of a bias that are filled at once, see SpreadBias
 
@@ -30,8 +32,10 @@ def attend(
 
     rows: model.Rows, of which only the lengths are read. bias (N, H, left + 1 + right): what
     relative keys add to the scores of a query; keys further away take the outermost. It is not for
-    causal attention.
+    causal attention. Where there is neither a bias nor a gradient, PyTorch's kernel is faster.
     """
+    if bias is None and not torch.is_grad_enabled():
+        return model.attend(q, k, v, rows, causal, dropout=dropout)
     biases = [None] * len(rows.lengths) if bias is None else bias.split(rows.lengths)
     parts = zip(*(x.split(rows.lengths) for x in (q, k, v)), biases, strict=True)
     return torch.cat([attend_row(*part, causal, left, dropout) for part in parts])
