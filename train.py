@@ -806,7 +806,8 @@ def save(run: Run, **thresholds) -> None:
 def resumed_config(cfg: TrainConfig, path: Path, resumed: dict, contents: list) -> TrainConfig:
     """The config of a run that goes on, with what it found out when it began. Raises UserError if
     it is not the run that was saved: of another configuration or manifests with other content."""
-    if "state" not in resumed or "contents" not in resumed:
+    complete_file = {"state", "contents"} <= resumed.keys()
+    if not complete_file or resumed["config"].keys() != asdict(cfg).keys():
         raise UserError(f"{path}: is of an older version; start anew without --resume")
     automatic = cfg.batch_frames == "auto"
     names = ["steps"] * bool(cfg.epochs) + ["batch_frames", "batch_tokens"] * automatic
