@@ -485,9 +485,9 @@ def augment(wave: Tensor, random: np.random.Generator, others: "Manifest") -> Te
     if random.random() < 0.3:
         wave = reverberate(wave, random.uniform(0.1, 0.8), random)
     if random.random() < 0.3:
-        wave = mix(wave, noise(len(wave), random.uniform(0, 2), random), random.uniform(0, 30))
+        wave = mix(wave, noise(len(wave), random.uniform(0, 2), random), random.uniform(5, 30))
     if random.random() < 0.2:
-        wave = mix(wave, babble(len(wave), others, random), random.uniform(0, 30))
+        wave = mix(wave, babble(len(wave), others, random), random.uniform(5, 20))
     if random.random() < 0.1:
         wave = telephone(wave)
     gain = 10 ** (random.uniform(-30, 6) / 20) / wave.abs().max().clamp(min=1e-5)
@@ -1155,8 +1155,6 @@ class Examples(torch.utils.data.Dataset):
         answer = speechless_answer(example)
         if random.random() < self.silence and answer is not None:
             path, number, seconds = SPEECHLESS_CLIPS[random.integers(len(SPEECHLESS_CLIPS))]
-            if self.states is None:  # others need no encoder
-                number = int(random.integers(2**31))
             example |= {"audio": path, "start": number, "duration": seconds, "text": answer}
         return example
 
