@@ -435,8 +435,10 @@ def make_requests(model, tokenizer, examples, recordings):
     prompt = data.make_prompt(tokenizer, config.eos_token_id, model.prompt)
     requests, failures = [], {}
     # Questions hear all windows at once, which are joined once for all that share a recording.
-    joined = {id(windows): [torch.cat(windows)] for windows in recordings if len(windows) > 1}
-    for i, (example, windows) in enumerate(zip(examples, recordings, strict=True)):
+    pairs = list(zip(examples, recordings, strict=True))
+    asked = {id(windows): windows for example, windows in pairs if example["task"] == "sqa"}
+    joined = {key: [torch.cat(windows)] for key, windows in asked.items() if len(windows) > 1}
+    for i, (example, windows) in enumerate(pairs):
         if example["task"] == "sqa":
             windows = joined.get(id(windows), windows)
         for w, audio in enumerate(windows):
