@@ -384,14 +384,15 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Pretrained(nn.Module):
-    """A module that is read from a checkpoint directory. Its classes have a config_class, and a
-    module_key(config, key): the module's name of a checkpoint's tensor, None if not needed."""
+    """A module that is read from a checkpoint directory. Its classes have a config_class, the name
+    of the part that they are in a SpeechLM, and a module_key(config, key): the module's name of a
+    checkpoint's tensor, None if not needed."""
 
     @classmethod
     def read_config(cls, directory: Path):
         """The configuration of a checkpoint. Raises UserError."""
         where, generation = directory / "config.json", directory / "generation_config.json"
-        raw = read_json(where)
+        raw, _ = read_base(directory, cls.part)
         if generation.exists():  # its end tokens win
             raw |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id"}
         with one_line_errors(where, COPY_CONFIG):
@@ -409,7 +410,13 @@ class Pretrained(nn.Module):
             raise ValueError(f"found {dtype}, {compute_dtype}, expected torch.float32 or bfloat16")
         directory = fetch(source)
         config = cls.read_config(directory)
-        state = read_state(directory, partial(cls.module_key, config), dtype, device)
+        _, prefix = read_base(directory, cls.part)
+
+        def rename(key: str) -> str | None:
+            own_part = key.startswith(prefix)
+            return cls.module_key(config, key.removeprefix(prefix)) if own_part else None
+
+        state = read_state(directory, rename, dtype, device)
         with one_line_errors(directory, "the weights and config.json are of different models"):
             if config.num_hidden_layers > len(state):  # before so many layers are built
                 raise ValueError(f"{len(state)} tensors for {config.num_hidden_layers} layers")
@@ -674,7 +681,7 @@ class ConformerLayer(nn.Module):
 
 
 class SpeechEncoder(Pretrained):
-    config_class = EncoderConfig
+    config_class, part = EncoderConfig, "encoder"
 
     def __init__(self, config: EncoderConfig, compute_dtype=torch.float32, kernels=PLAIN):
         super().__init__()
@@ -794,7 +801,7 @@ class WhisperLayer(nn.Module):
 
 
 class WhisperEncoder(Pretrained):
-    config_class = WhisperConfig
+    config_class, part = WhisperConfig, "encoder"
 
     def __init__(self, config: WhisperConfig, compute_dtype=torch.float32, kernels=PLAIN):
         super().__init__()
@@ -840,9 +847,9 @@ ENCODERS = {"wav2vec2-bert": SpeechEncoder, "whisper": WhisperEncoder}
 
 def encoder_class(path_or_hub_id: str | Path) -> type[Pretrained]:
     """The class of an encoder's checkpoint. Raises UserError."""
-    where = fetch(path_or_hub_id) / "config.json"
-    with one_line_errors(where, COPY_CONFIG):
-        raw = {"model_type": "", **read_json(where)}
+    directory = fetch(path_or_hub_id)
+    with one_line_errors(directory / "config.json", COPY_CONFIG):
+        raw = {"model_type": "", **read_base(directory, "encoder")[0]}
         expect(raw, model_type=list(ENCODERS))
         return ENCODERS[raw["model_type"]]
 
@@ -999,7 +1006,7 @@ class DecoderLayer(nn.Module):
 
 
 class LLM(Pretrained):
-    config_class = LLMConfig
+    config_class, part = LLMConfig, "llm"
 
     def __init__(self, config: LLMConfig, compute_dtype=torch.float32, kernels=PLAIN):
         super().__init__()
@@ -1213,6 +1220,29 @@ class SpeechLM(nn.Module):
         join = LengthAdapter(config, llm.compute_dtype, llm.kernels)
         return cls(encoder, join.to(device, dtypes["adapter"]), llm, prompt).eval()
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        encoder: str | Path = "",
+        llm: str | Path = "",
+    ) -> "SpeechLM":
+        """A trained model: of a checkpoint, a directory that prepare/export.py made, or the Hub id
+        of one. dtype: of all weights, None is the fastest; encoder, llm: where the base models of a
+        checkpoint are, if not where they were in training. Raises UserError."""
+        checkpoint = load_checkpoint(source)
+        encoder = encoder or locate_base("encoder", checkpoint["bases"]["encoder"])
+        llm = llm or locate_base("llm", checkpoint["bases"]["llm"])
+        dtype = dtype or fast_dtype(fetch(llm), device)
+        prompt = checkpoint["config"].get("prompt", "plain")  # older checkpoints knew no other
+        more = {"device": device, "prompt": prompt, **checkpoint["adapter"]}
+        model = cls.from_parts(encoder, llm, dtype, **more)
+        bases = {"encoder": fingerprint(encoder), "llm": fingerprint(llm)}
+        restore(model, checkpoint, bases, source)
+        return model
+
 
 # --- Low-rank updates (LoRA, arXiv 2106.09685)
 
@@ -1249,9 +1279,14 @@ def merged_state(module: nn.Module, state: dict[str, Tensor], alpha: float) -> d
 
 # --- Pretrained checkpoints: a directory of config.json and safetensors, one file or several
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BLOCK = 2**24  # numbers converted at once: 64 MB of float32
 DOWNLOAD_AGAIN = "it is truncated or damaged: download it again"
+# A directory that prepare/export.py made has all parts of a model. By the model_type in its
+# config.json, and by what its configurations of the two base models are called there.
+EXPORTED, EXPORTED_CONFIGS = "speech_lm", {"encoder": "audio_config", "llm": "text_config"}
+EXPORT_AGAIN = "it is no directory of prepare/export.py: export the model again"
 
 
 def fetch(path_or_hub_id: str | Path) -> Path:
@@ -1260,7 +1295,7 @@ def fetch(path_or_hub_id: str | Path) -> Path:
     path = Path(path_or_hub_id)
     if os.path.isdir(path):
         return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
+    if not HUB_ID.fullmatch(str(path_or_hub_id)):
         remedy = "give the directory of a checkpoint or a Hub id (a/b) by --encoder or --llm"
         raise UserError(f"{path}: no such directory; {remedy}")
     from huggingface_hub import snapshot_download  # takes half a second, so only when needed
@@ -1279,6 +1314,16 @@ def read_json(path: Path) -> dict:
         if not isinstance(raw, dict):
             raise ValueError(f"found a {type(raw).__name__}, expected a JSON object")
     return raw
+
+
+def read_base(directory: Path, part: str) -> tuple[dict, str]:
+    """The configuration of a base model and what the names of its tensors begin with: nothing where
+    it is alone in its directory; in an exported one it is a part. Raises UserError."""
+    raw = read_json(directory / "config.json")
+    if raw.get("model_type") != EXPORTED:
+        return raw, ""
+    with one_line_errors(directory / "config.json", EXPORT_AGAIN):
+        return dict(raw[EXPORTED_CONFIGS[part]]), f"{part}."
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -1318,8 +1363,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         tokenizer.no_truncation()
         tokenizer.decode(tokenizer.encode("A b. 1\n中").ids)
         largest = max(tokenizer.get_vocab().values(), default=-1)
-    config = path.with_name("config.json")
-    size = read_json(config).get("vocab_size") if config.exists() else None
+    has_config = path.with_name("config.json").exists()
+    size = read_base(path.parent, "llm")[0].get("vocab_size") if has_config else None
     if largest < 0 or (is_number(size) and largest >= size):
         fault = f"has tokens up to {largest}, config.json {size}"
         raise UserError(f"{path}: {fault}; copy both from the same LLM")
@@ -1328,7 +1373,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 def fast_dtype(directory: Path, device: str) -> torch.dtype:
     """bfloat16 where an LLM, but no tiny one, computes faster in it. Raises UserError."""
-    width = read_json(Path(directory) / "config.json").get("hidden_size")
+    width = read_base(Path(directory), "llm")[0].get("hidden_size")
     large = is_number(width) and width >= 512
     fast_cpu = str(device) == "cpu" and large and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if str(device).startswith("cuda") or fast_cpu else torch.float32
@@ -1394,15 +1439,40 @@ CHECKPOINT_PARTS |= {"data": list, "window": int | float, "step": int}
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint as a dict, its tensors mapped into memory. Raises UserError."""
+    """A checkpoint as a dict, its tensors mapped into memory; that of an exported directory or its
+    Hub id holds the adapter, and has that directory as both base models. Raises UserError."""
     with one_line_errors(path, "give an align.pt or ift.pt of this project, or train it first"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if is_exported(path):
+            directory = fetch(path)
+            raw = read_json(directory / "config.json")
+            expect({"model_type": "", **raw}, model_type=[EXPORTED])
+            of_adapter = re.compile(r"adapter\..+").search
+            state = read_state(directory, lambda key: of_adapter(key) and key, torch.float32, "cpu")
+            bases = dict.fromkeys(EXPORTED_CONFIGS, fingerprint(path))
+            checkpoint = raw["training"] | {"model": state, "bases": bases}
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         for name, kind in CHECKPOINT_PARTS.items():
             if not isinstance(checkpoint.get(name), kind):
                 raise ValueError(f"not a checkpoint of this project (it has no such {name})")
         for name in ("encoder", "llm"):
             Path(checkpoint["bases"][name]["path"])  # raises an error if it is no text
     return checkpoint
+
+
+def is_exported(path: str | Path) -> bool:
+    """Whether this is the place of an exported model, or such a Hub id, instead of a file's."""
+    is_hub_id = HUB_ID.fullmatch(str(path)) and Path(path).suffix != ".pt"
+    return os.path.isdir(path) or bool(is_hub_id) and not os.path.exists(path)
+
+
+def locate_base(name: str, base: dict) -> str | Path:
+    """Where a base model of a checkpoint is: where it was in training, or in demo/ beside this."""
+    for place in (base["path"], Path(__file__).resolve().with_name("demo") / name):
+        with suppress(UserError):
+            if os.path.isdir(place) and fingerprint(place)["sha256"] == base["sha256"]:
+                return place
+    return base["path"]  # of the Hub, or gone, or another model now
 
 
 def restore(model: SpeechLM, checkpoint: dict, bases: dict, path: str | Path) -> set[str]:

@@ -36,13 +36,11 @@ from model import (
     Rows,
     SpeechLM,
     UserError,
-    fast_dtype,
     fetch,
-    fingerprint,
     load_checkpoint,
     load_tokenizer,
+    locate_base,
     pick_device,
-    restore,
     steady_output,
     visible,
 )
@@ -555,30 +553,15 @@ def newest_checkpoint() -> Path:
     return max(paths, key=lambda path: path.stat().st_mtime)
 
 
-def locate_base(name: str, base: dict) -> str | Path:
-    """Where a base model of a checkpoint is: where it was in training, or in demo/ beside this."""
-    for place in (base["path"], data.INSTRUCTIONS_FILE.with_name(name)):
-        with suppress(UserError):
-            if os.path.isdir(place) and fingerprint(place)["sha256"] == base["sha256"]:
-                return place
-    return base["path"]  # of the Hub, or gone, or another model now
-
-
 def load_model(
     path: str | Path, device: str = "cpu", int8: bool = False, encoder: str = "", llm: str = ""
 ):
-    """The model of a checkpoint, in float32 or, where that is faster, in bfloat16, with int8 of the
-    LLM's weights rounded to 8 bits; its tokenizer; the checkpoint without weights. encoder, llm:
-    where its base models are, if not where they were in training. Raises UserError."""
+    """The model of a checkpoint or an exported directory, in float32 or, where that is faster, in
+    bfloat16, with int8 of the LLM's weights rounded to 8 bits; its tokenizer; the checkpoint
+    without weights. encoder, llm: as in SpeechLM.from_pretrained. Raises UserError."""
     checkpoint = load_checkpoint(path)
-    encoder = encoder or locate_base("encoder", checkpoint["bases"]["encoder"])
     llm = llm or locate_base("llm", checkpoint["bases"]["llm"])
-    directory = fetch(llm)
-    dtype = fast_dtype(directory, device)
-    prompt = checkpoint["config"].get("prompt", "plain")  # older checkpoints knew no other
-    more = {"device": device, "prompt": prompt, **checkpoint["adapter"]}
-    model = SpeechLM.from_parts(encoder, llm, dtype, **more)
-    restore(model, checkpoint, {"encoder": fingerprint(encoder), "llm": fingerprint(llm)}, path)
+    model = SpeechLM.from_pretrained(path, None, device, encoder, llm)
     del checkpoint["model"]
     if int8:
         try:
@@ -586,7 +569,7 @@ def load_model(
         except ImportError:
             raise UserError("--int8 needs extras/int8.py beside sample.py") from None
         quantise(model.llm)
-    return model.eval(), load_tokenizer(directory), checkpoint
+    return model, load_tokenizer(fetch(llm)), checkpoint
 
 
 def ask(model, tokenizer, checkpoint, recording, instruction, task=None, **options):

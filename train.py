@@ -57,6 +57,7 @@ from model import (
     fetch,
     fingerprint,
     first_line,
+    is_exported,
     is_update,
     keep_freed_memory,
     load_checkpoint,
@@ -306,7 +307,7 @@ def build(cfg: TrainConfig, rates: dict[str, float], adapter: dict, path="", che
         # Nothing reads it, so it would wait for a gradient.
         model.encoder.masked_spec_embed.requires_grad_(False)
     if checkpoint:
-        alpha = checkpoint["config"]["lora_alpha"]
+        alpha = checkpoint["config"].get("lora_alpha")
         if cfg.lora_rank and any(map(is_update, checkpoint["model"])) and alpha != cfg.lora_alpha:
             raise UserError(f"{path}: has updates of --lora-alpha {alpha:g}; give the same")
         changed |= restore(model, checkpoint, bases, path)
@@ -618,6 +619,8 @@ class Run:
 
 def open_run(cfg: TrainConfig) -> Run:
     """Everything that a run needs, as it was saved or new. Raises UserError."""
+    if cfg.init and is_exported(cfg.init):
+        cfg = replace(cfg, encoder=cfg.init, llm=cfg.init)  # it has both base models
     cfg, rates, tasks = resolve_phase(cfg)
     torch.manual_seed(cfg.seed)
     leaves_files = not (cfg.dry_run or cfg.show_batch)

@@ -2,9 +2,9 @@
 
     python -m demo.make            every stage in turn
     python -m demo.make corpus     speech and manifests; needs the programs espeak-ng and flite
-    python -m demo.make clips      the encoder's own training clips, about 0.3 GB of intermediate
-                                   files; needs festival with festvox-kdlpc16k and
-                                   festvox-us-slt-hts, and the Python package py-nanotts, too
+    python -m demo.make clips      the encoder's own training clips, 0.5 GB of intermediate files;
+                                   needs festival with festvox-kdlpc16k and festvox-us-slt-hts, and
+                                   the Python packages py-nanotts and hibari-tts, too
     python -m demo.make encoder    CTC pretraining on characters
     python -m demo.make llm        pretraining on text: copying, translation, questions
     python -m demo.make report     the figures of demo/README.md
@@ -37,7 +37,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from tqdm import tqdm
 
-from data import SAMPLE_RATE, fbank, instruction_of, load_audio, read_lines
+from data import (
+    SAMPLE_RATE,
+    Manifest,
+    augment,
+    fbank,
+    instruction_of,
+    load_audio,
+    read_lines,
+)
 from demo import grammar
 from demo.grammar import LANGUAGES, REFUSALS
 from model import (
@@ -68,6 +76,7 @@ PRETRAINING_VOICES = [  # of the encoder's own clips alone
     "festival-cmu_us_slt_arctic_hts",
     "pico-en-US",
     "pico-en-GB",
+    "hibari-heart",
 ]
 TEST_VOICE = "flite-rms"
 CLIPS_PER_FILE = 16  # joined, because every ogg file starts with some kilobytes of tables
@@ -108,6 +117,14 @@ def speak_pico(text, name, wav, rng):
     return rng.uniform(0.75, 1.2)
 
 
+def speak_hibari(text, name, wav, rng):
+    import hibari
+
+    samples = hibari.Hibari(name, threads=1)(text, speed=rng.uniform(0.85, 1.2))
+    soundfile.write(wav, samples, 24000)
+    return rng.uniform(0.75, 1.15)
+
+
 def speak_espeak(text, name, wav, rng):
     speed = str(rng.randint(160, 210))
     pitch = str(rng.randint(25, 75))
@@ -119,6 +136,7 @@ ENGINES = {
     "flite": speak_flite,
     "festival": speak_festival,
     "pico": speak_pico,
+    "hibari": speak_hibari,
     "espeak": speak_espeak,
 }
 
@@ -307,7 +325,7 @@ def word_error_rate(pairs: list[tuple[str, str]]) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# Encoder: CTC on characters. A clip is its features (F, 160) in half precision, and its characters.
+# Encoder: CTC on characters. A clip is its wave (N,) of 16-bit samples, and its characters.
 
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz"  # CTC classes 1 to 27; 0 is the blank
 ENCODER = EncoderConfig(
@@ -320,7 +338,11 @@ ENCODER = EncoderConfig(
     mask_time_prob=0.1,
     mask_time_length=8,
 )
-ENCODER_STEPS, ENCODER_BATCH, ENCODER_RATE = 3000, 24, 2e-3
+ENCODER_STAGES = (  # steps, learning rate, share of clips in noise, rooms and the like
+    (3000, 2e-3, 0.0),
+    (2000, 1e-3, 0.7),
+)
+ENCODER_BATCH = 24
 
 
 def plain_letters(text):
@@ -329,14 +351,13 @@ def plain_letters(text):
 
 def make_pretraining_clips():
     """Writes the encoder's own training clips to the work folder, 50 ogg files in each of its."""
-    torch.set_num_threads(1)
     clips = []
     for index, (audio, spoken) in speech_files("pretraining", PRETRAINING_FILES):
-        wave = torch.from_numpy(soundfile.read(io.BytesIO(audio), dtype="float32")[0])
+        wave = torch.from_numpy(soundfile.read(io.BytesIO(audio), dtype="int16")[0])
         for sentence, _, start, duration in spoken:
             first = round(start * SAMPLE_RATE)
-            features, _ = fbank([wave[first : first + round(duration * SAMPLE_RATE)]])
-            clips.append((features.half(), plain_letters(sentence[0][EN])))
+            clip = wave[first : first + round(duration * SAMPLE_RATE)].clone()
+            clips.append((clip, plain_letters(sentence[0][EN])))
         if (index + 1) % 50 == 0:
             torch.save(clips, WORK / f"clips-{index // 50:03d}.pt")
             clips = []
@@ -348,17 +369,22 @@ def corpus_clips(split, test_voice=False) -> list[tuple[Tensor, str]]:
     for example in read_lines(DEMO / f"{split}.jsonl"):
         is_wanted = (example["speaker"] == TEST_VOICE) == test_voice
         if example["task"] == "asr" and is_wanted:
-            features, _ = fbank([clip_wave(example)])
-            clips.append((features.half(), plain_letters(example["text"])))
+            wave = (clip_wave(example) * 32767).short()
+            clips.append((wave, plain_letters(example["text"])))
     return clips
 
 
-def disguise(clips, rng) -> list[Tensor]:
+def clip_features(waves: list[Tensor]) -> list[Tensor]:
+    """A list of (F, 160) of waves (N,) of 16-bit samples."""
+    features, lengths = fbank([wave / 32768 for wave in waves])
+    return list(features.split(lengths))
+
+
+def disguise(features: list[Tensor], rng) -> list[Tensor]:
     """Another speaker: stretches a batch of features in time by -15 to 35 % and along its 80 mel
     channels by up to 15 %, adds noise to every clip and zeroes a random band of up to 20 of its
-    channels. Returns a list of (F, 160)."""
+    channels. Takes and returns a list of (F, 160)."""
     # All clips are stretched together, as one picture of 10 ms frames and mel channels.
-    features = [features.float() for features, _ in clips]
     padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)  # (B, F, 160)
     frames = padded.shape[1]
     time_factor = rng.uniform(0.85, 1.35)
@@ -385,8 +411,9 @@ def ctc_word_error_rate(encoder, head, clips) -> float:
     pairs = []
     for i in range(0, len(clips), 16):
         batch = clips[i : i + 16]
-        lengths = [len(features) for features, _ in batch]
-        hidden = encoder(torch.cat([features.float() for features, _ in batch]), lengths)
+        features = clip_features([wave for wave, _ in batch])
+        lengths = [len(x) for x in features]
+        hidden = encoder(torch.cat(features), lengths)
         classes = head(hidden.float()).argmax(-1).split(lengths)
         for frames, (_, text) in zip(classes, batch, strict=True):
             distinct = frames.unique_consecutive().tolist()
@@ -428,18 +455,31 @@ def pretrain_encoder():
     clips += corpus_clips("train")
     encoder = SpeechEncoder(ENCODER, COMPUTE, default_kernels("cpu")).train()
     head = torch.nn.Linear(ENCODER.hidden_size, len(CHARACTERS) + 1)
+    for stage in ENCODER_STAGES:
+        pretrain_encoder_stage(encoder, head, clips, rng, *stage)
+
+
+def pretrain_encoder_stage(encoder, head, clips, rng, steps, rate, augmented):
     model = torch.nn.ModuleList([encoder, head])
     dev = corpus_clips("dev")
-    optimizers = make_optimizers(model, ENCODER_RATE)
+    places = np.random.default_rng(rng.randrange(2**32))
+    others = Manifest(DEMO / "train.jsonl")  # who babble
+    optimizers = make_optimizers(model, rate)
     batches = clip_batches(clips, ENCODER_BATCH, rng)
-    bar = tqdm(batches, "encoder", ENCODER_STEPS, mininterval=10)
+    bar = tqdm(batches, "encoder", steps, mininterval=10)
     # The word error rate is taken, and the weights are saved, every 100 steps.
-    for i, batch in enumerate(itertools.islice(bar, ENCODER_STEPS)):
-        loss = ctc_loss(encoder, head, disguise(batch, rng), [text for _, text in batch])
-        update(model, optimizers, loss, learning_rate(i, ENCODER_STEPS, ENCODER_RATE))
+    for i, batch in enumerate(itertools.islice(bar, steps)):
+        waves = []
+        for wave, _ in batch:
+            if rng.random() < augmented:
+                wave = 32767 * augment(wave / 32768, places, others)
+            waves.append(wave)
+        features = disguise(clip_features(waves), rng)
+        loss = ctc_loss(encoder, head, features, [text for _, text in batch])
+        update(model, optimizers, loss, learning_rate(i, steps, rate))
         if i % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-        if (i + 1) % 100 == 0 or i + 1 == ENCODER_STEPS:
+        if (i + 1) % 100 == 0 or i + 1 == steps:
             wer = ctc_word_error_rate(encoder, head, dev)
             bar.write(f"step {i + 1}: loss {loss.item():.3f}, dev WER {wer:.2f} %")
             weights = encoder.state_dict()
