@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import AUDIO, EncoderConfig, UserError, adapter_length, one_line_errors, visible
+from model import AUDIO, DEMO, EncoderConfig, UserError, adapter_length, one_line_errors, visible
 
 
 class AudioError(UserError):
@@ -530,8 +530,7 @@ def language_code(text: str) -> str | None:
 
 
 # Wordings by task and language of the wording; "targets" are what {to} and {in} stand for.
-INSTRUCTIONS_FILE = Path(__file__).resolve().parent / "demo" / "instructions.json"
-INSTRUCTIONS = json.loads(INSTRUCTIONS_FILE.read_text(encoding="utf-8"))
+INSTRUCTIONS = json.loads((DEMO / "instructions.json").read_text(encoding="utf-8"))
 # The only right answers to a question that the recording does not answer.
 REFUSALS = {
     "en": "Not answerable.",
@@ -627,11 +626,6 @@ def recognise(instruction: str) -> tuple[str | None, str]:
     return "sqa" if re.search("[?？]", text) else None, text
 
 
-def task_of(instruction: str) -> str | None:
-    """The task of a known wording; else sqa for a question mark, or None, answered as asr is."""
-    return recognise(instruction)[0]
-
-
 # --- Licences: what training accepts, and whom a trained model owes a mention
 
 FREE = re.compile(
@@ -640,7 +634,7 @@ FREE = re.compile(
 )
 NO_CREDIT_NEEDED = re.compile("CC0-.*|PDDL-.*|LicenseRef-PublicDomain|public domain", re.IGNORECASE)
 # What the corpora that prepare/corpora.py knows want to be said.
-ATTRIBUTIONS = json.loads(INSTRUCTIONS_FILE.with_name("attributions.json").read_text("utf-8"))
+ATTRIBUTIONS = json.loads((DEMO / "attributions.json").read_text(encoding="utf-8"))
 
 
 @lru_cache

@@ -21,7 +21,6 @@ import math
 import os
 import re
 import reprlib
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,10 +32,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+DEMO = Path(__file__).resolve().parent / "demo"
 AUDIO = -1  # placeholder id: this position of a sequence holds the recording's next audio frame
 LOSS_CHUNK = 1024  # answer positions whose logits exist at once: 1,024 x 151,936 bfloat16 is 311 MB
 SOFTMAX_ROWS = {"cpu": 4, "cuda": 256}  # of them, those in float32 at once; on a CPU, in its caches
@@ -411,12 +410,8 @@ class Pretrained(nn.Module):
         directory = fetch(source)
         config = cls.read_config(directory)
         _, prefix = read_base(directory, cls.part)
-
-        def rename(key: str) -> str | None:
-            own_part = key.startswith(prefix)
-            return cls.module_key(config, key.removeprefix(prefix)) if own_part else None
-
-        state = read_state(directory, rename, dtype, device)
+        rename = partial(cls.module_key, config)
+        state = read_state(directory, prefix, rename, dtype, device)
         with one_line_errors(directory, "the weights and config.json are of different models"):
             if config.num_hidden_layers > len(state):  # before so many layers are built
                 raise ValueError(f"{len(state)} tensors for {config.num_hidden_layers} layers")
@@ -424,9 +419,6 @@ class Pretrained(nn.Module):
                 model = cls(config, compute_dtype, kernels or default_kernels(device))
             model.load_state_dict(state, strict=True, assign=True)
         return model.eval()
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        save_weights(directory, self.config.to_dict(), self.state_dict())
 
 
 # --- Packed sequences, and attention within each of them
@@ -1379,16 +1371,19 @@ def fast_dtype(directory: Path, device: str) -> torch.dtype:
     return torch.bfloat16 if str(device).startswith("cuda") or fast_cpu else torch.float32
 
 
-def read_state(directory: Path, rename: Callable, dtype: torch.dtype, device: str) -> dict:
-    """The tensors of a checkpoint by the names that rename(key) gives, without those of None.
-    Tensors already in `dtype` stay memory-mapped; others are converted in blocks of 64 MB, so that
-    loading needs hardly more memory than the weights. Raises UserError."""
+def read_state(directory: Path, prefix: str, rename: Callable, dtype: torch.dtype, device: str):
+    """{name: tensor} of a checkpoint's tensors whose keys begin with a prefix, by the names that
+    rename(the rest of the key) gives, without those of None. Tensors already in `dtype` stay
+    memory-mapped; others are converted in blocks of 64 MB, so that loading needs hardly more memory
+    than the weights. Raises UserError."""
     device = str(torch.empty(0, device=device).device)  # "cuda" alone would be GPU 0
     state = {}
     for path in weight_files(directory):
         with one_line_errors(path, DOWNLOAD_AGAIN), safe_open(path, framework="pt") as file:
-            for key in filter(rename, file.keys()):
-                name = rename(key)
+            for key in file.keys():
+                name = rename(key.removeprefix(prefix)) if key.startswith(prefix) else None
+                if name is None:
+                    continue
                 tensor = read_tensor(path, key, dtype, device)
                 if name in state and not torch.equal(state[name], tensor):
                     raise ValueError(f"two different {name}, expected one (tie_word_embeddings?)")
@@ -1414,24 +1409,6 @@ def read_tensor(path: Path, key: str, dtype: torch.dtype, device: str) -> Tensor
     return tensor
 
 
-def save_weights(directory: str | Path, config: dict, state: dict[str, Tensor]) -> None:
-    """Writes the weights and the JSON files of a checkpoint directory; each replaces its forerunner
-    only when all of them are on disk."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    objects = {"config.json": config}
-    if "eos_token_id" in config:
-        objects["generation_config.json"] = {"eos_token_id": config["eos_token_id"]}
-    weights = directory / "model.safetensors.tmp"
-    state = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(state, weights, metadata={"format": "pt"})
-    for name, values in objects.items():
-        (directory / f"{name}.tmp").write_text(json.dumps(values, indent=2) + "\n")
-    shutil.copymode(directory / "config.json.tmp", weights)  # safetensors lets nobody else read it
-    for name in ("model.safetensors", *objects):
-        os.replace(directory / f"{name}.tmp", directory / name)
-
-
 # --- Checkpoints of this project: one file with the parts that were trained, see train.py
 
 CHECKPOINT_PARTS = dict.fromkeys(("model", "adapter", "bases", "config"), dict)
@@ -1446,8 +1423,7 @@ def load_checkpoint(path: str | Path) -> dict:
             directory = fetch(path)
             raw = read_json(directory / "config.json")
             expect({"model_type": "", **raw}, model_type=[EXPORTED])
-            of_adapter = re.compile(r"adapter\..+").search
-            state = read_state(directory, lambda key: of_adapter(key) and key, torch.float32, "cpu")
+            state = read_state(directory, "adapter.", "adapter.{}".format, torch.float32, "cpu")
             bases = dict.fromkeys(EXPORTED_CONFIGS, fingerprint(path))
             checkpoint = raw["training"] | {"model": state, "bases": bases}
         else:
@@ -1468,7 +1444,7 @@ def is_exported(path: str | Path) -> bool:
 
 def locate_base(name: str, base: dict) -> str | Path:
     """Where a base model of a checkpoint is: where it was in training, or in demo/ beside this."""
-    for place in (base["path"], Path(__file__).resolve().with_name("demo") / name):
+    for place in (base["path"], DEMO / name):
         with suppress(UserError):
             if os.path.isdir(place) and fingerprint(place)["sha256"] == base["sha256"]:
                 return place

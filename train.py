@@ -44,6 +44,7 @@ from tqdm import tqdm
 import data
 from eval import json_line, refusal_threshold, validation_scores
 from model import (
+    DEMO,
     LLM,
     AdapterConfig,
     Kernels,
@@ -70,7 +71,6 @@ from model import (
 )
 from sample import Answer, answer_examples, encode_recordings
 
-DEMO = Path(__file__).resolve().parent / "demo"
 LINEAR = {  # layers that low-rank updates can be added to, by part
     "llm": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
     "encoder": "linear_q linear_k linear_v linear_out intermediate_dense output_dense".split(),

@@ -32,7 +32,7 @@ import sacrebleu
 import soundfile
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
@@ -54,7 +54,6 @@ from model import (
     LLMConfig,
     SpeechEncoder,
     default_kernels,
-    save_weights,
 )
 from sample import generate
 
@@ -304,8 +303,10 @@ def learning_rate(i, steps, peak):
 
 
 def save_bfloat16(directory, config, weights):
-    weights = {name: p.bfloat16() for name, p in weights.items()}
-    save_weights(directory, config, weights)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.bfloat16().contiguous() for name, p in weights.items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def word_error_rate(pairs: list[tuple[str, str]]) -> float:

@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     option = parser.add_argument
     option("manifests", nargs="+", help="manifests to train on")
     option("--against", nargs="+", default=[], help="manifests of tests, to find leaks from them")
-    llm = data.INSTRUCTIONS_FILE.with_name("llm")
+    llm = model.DEMO / "llm"
     option("--tokenizer", default=llm, help="LLM whose context all must fit into; default: demo's")
     option("--sample", type=int, default=math.inf, help="decode so many recordings, 0 for none")
     option("--allow-licence", nargs="+", default=[], help="SPDX licences to take besides free ones")

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from data import REFUSALS, audio_seconds, load_audio, task_of, write_atomically
+from data import REFUSALS, audio_seconds, load_audio, recognise, write_atomically
 from eval import (
     Journal,
     answer_manifest,
@@ -115,7 +115,7 @@ QUESTION = re.compile("question|frage|domanda|问题|summar|zusammen|riassu|总�
 def sample_task(instruction: str) -> str | None:
     """The task of a sample, which the files do not tell. A summary counts as a question: it is
     about the recording as one piece."""
-    task = task_of(instruction)
+    task, _ = recognise(instruction)
     return "sqa" if task is None and QUESTION.search(instruction) else task
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -129,6 +130,16 @@ def tiny_speech_lm(family="qwen2", kernels=model.Kernels(), **llm_config):  # no
     return randomise(model.SpeechLM(tiny_encoder(kernels), adapter, llm))
 
 
+def save_base(module, directory):
+    """Writes a pretrained encoder's or LLM's directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    # Weights that are mapped into memory from there must not be written over.
+    save_file(state, directory / "new.safetensors", metadata={"format": "pt"})
+    (directory / "new.safetensors").rename(directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(module.config.to_dict()))
+
+
 # --- Batches
 
 
@@ -233,9 +244,9 @@ def make_project(directory, special_tokens=(), end=0):
     has its pitch. Returns the directory."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens(list(special_tokens))
-    tiny_encoder().save_pretrained(directory / "encoder")
+    save_base(tiny_encoder(), directory / "encoder")
     llm = tiny_llm(vocab_size=tokenizer.get_vocab_size(), eos_token_id=end)
-    llm.save_pretrained(directory / "llm")
+    save_base(llm, directory / "llm")
     tokenizer.save(str(directory / "llm" / "tokenizer.json"))
     random = np.random.default_rng(0)
     write_tones(directory, "train", 40, random)

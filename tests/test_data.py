@@ -23,8 +23,8 @@ from data import (
     instruction_of,
     make_prompt,
     open_mixture,
+    recognise,
     render,
-    task_of,
 )
 from demo.grammar import LANGUAGES, count_sentences, example, split_of
 from model import AUDIO, AdapterConfig, load_tokenizer
@@ -236,7 +236,7 @@ def test_instructions_are_drawn_from_the_wordings(task, target):
     rng = random.Random(0)
     drawn = {instruction_of(example, rng) for _ in range(400)}
     assert len(drawn) > (15 if task == "sqa" else 60) and instruction_of(example) in drawn
-    assert {task_of(text) for text in drawn} == {task}
+    assert {recognise(text)[0] for text in drawn} == {task}
     if task == "sqa":
         assert all("Who {x}?" in text for text in drawn)
     else:
@@ -257,7 +257,7 @@ def test_bare_transcripts_are_asked_for_as_such():
     assert instruction_of(example | {"target_language": "fr"}) in written  # of any language
     for choices in bare.values():
         assert len(set(choices)) >= 10 and not written & set(choices)
-        assert {task_of(wording) for wording in choices} == {"asr"}
+        assert {recognise(wording)[0] for wording in choices} == {"asr"}
 
 
 ASKED = {
@@ -270,7 +270,7 @@ ASKED = {
 
 def test_what_an_instruction_asks_for():
     for task, texts in ASKED.items():
-        assert {task_of(text) for text in texts} == {task}
+        assert {recognise(text)[0] for text in texts} == {task}
 
 
 # ------------------------------------------------------------------------------

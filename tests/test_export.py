@@ -16,7 +16,7 @@ import eval
 import model
 import sample
 import train
-from conftest import make_project, make_tokenizer, refused, relative_error, tiny_llm
+from conftest import make_project, make_tokenizer, refused, relative_error, save_base, tiny_llm
 from prepare import export
 
 INSTRUCTIONS = ("Transcribe the speech.", "Translate to German.", "Who speaks? <|endoftext|>", "é")
@@ -54,7 +54,7 @@ def make_checkpoint(directory, encoder="w2v-BERT", family="qwen2", lora=2, **opt
     make_project(directory)
     tokenizer = make_tokenizer()
     llm = tiny_llm(family, vocab_size=tokenizer.get_vocab_size(), eos_token_id=0)
-    llm.save_pretrained(directory / "llm")
+    save_base(llm, directory / "llm")
     if encoder == "whisper":
         (directory / "encoder" / "model.safetensors").unlink()
         peer_whisper().save_pretrained(directory / "encoder")

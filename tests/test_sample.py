@@ -21,7 +21,7 @@ import torch
 import data
 import model
 import sample
-from conftest import ESCAPES, ROOT, make_project, randomise, refused, tiny_llm
+from conftest import ESCAPES, ROOT, make_project, randomise, refused, save_base, tiny_llm
 from data import (
     REFUSALS,
     Examples,
@@ -55,7 +55,7 @@ def make_folder(folder):
     for text, token in tokens.items():
         if not re.fullmatch("Ġ?[A-Za-z]+", text):
             llm.lm_head.weight.data[token] = 0
-    llm.save_pretrained(folder / "llm")
+    save_base(llm, folder / "llm")
     write_checkpoint(folder, folder / "ift.pt")
     lines = []
     for i, example in enumerate(Manifest(folder / "train.jsonl").select(range(8))):
@@ -354,7 +354,7 @@ def test_base_models_that_moved(asked, tmp_path, monkeypatch, capsys):
 
     # Those beside the program are taken, if they are the same ones, also for a relative path or a
     # directory that is empty now.
-    monkeypatch.setattr(data, "INSTRUCTIONS_FILE", moved / "instructions.json")
+    monkeypatch.setattr(model, "DEMO", moved)
     assert run(sample, capsys, *argv) == before
     (folder / "llm").mkdir(parents=True)
     assert run(sample, capsys, *argv) == before

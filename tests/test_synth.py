@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 import sample
-from conftest import ROOT, make_tokenizer, tiny_llm
+from conftest import ROOT, make_tokenizer, save_base, tiny_llm
 from data import REFUSALS, Manifest, accepted
 from prepare import filters, synth, writer
 from prepare.derive import strictest
@@ -28,7 +28,7 @@ def llm(tmp_path_factory):
     tokenizer.add_special_tokens(list(writer.CHATML))
     sizes = {"vocab_size": tokenizer.get_vocab_size(), "hidden_size": 24, "num_hidden_layers": 2}
     random_llm = tiny_llm(**sizes, max_position_embeddings=2048, eos_token_id=0)
-    random_llm.save_pretrained(directory)
+    save_base(random_llm, directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     return str(directory)
 

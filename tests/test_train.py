@@ -19,7 +19,7 @@ import torch
 
 import sample
 import train
-from conftest import ESCAPES, gradients, make_project, speech_batch, tiny_speech_lm
+from conftest import ESCAPES, gradients, make_project, save_base, speech_batch, tiny_speech_lm
 from data import (
     Examples,
     Manifest,
@@ -457,7 +457,7 @@ def test_the_encoder_cache_knows_what_it_depends_on(capsys, tiny_project, tmp_pa
     assert len(caches()) == 2
     encoder = SpeechEncoder.from_pretrained(project / "encoder")
     encoder.feature_projection.projection.bias.data += 0.1
-    encoder.save_pretrained(project / "encoder")
+    save_base(encoder, project / "encoder")
     assert len(caches()) == 3
     capsys.readouterr()
     assert len(caches(cache_gb=1e-6)) == 3
@@ -831,7 +831,7 @@ def test_init_fits_or_is_refused(aligned, tiny_project, tmp_path):
     )
     other = LLM.from_pretrained(tiny_project / "llm")
     other.model.norm.weight.data += 1
-    other.save_pretrained(tmp_path / "llm")
+    save_base(other, tmp_path / "llm")
     shutil.copy(tiny_project / "llm" / "tokenizer.json", tmp_path / "llm")
     refused(
         arguments(tiny_project, **ift | {"llm": tmp_path / "llm"}),

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--out", default="out/held_out", help="directory (%(default)s)")
     args = parser.parse_args()
     import eval
-    from data import task_of, wordings
+    from data import recognise, wordings
 
     for task, by_language in HELD_OUT.items():
         known = {wording for _, wording in wordings(task)}
@@ -106,7 +106,7 @@ def main() -> None:
     reworded = [variant for example in examples for variant in reword(example)]
     right = 0
     for example in reworded:
-        is_question = task_of(example["instruction"]) == "sqa"
+        is_question = recognise(example["instruction"])[0] == "sqa"
         right += is_question == (example["task"] == "sqa")
     share = 100 * right / len(reworded)
     print(f"the wording alone tells of {share:.1f} % whether they are questions")
