@@ -97,6 +97,7 @@ class TrainConfig:
     dry_run: bool = option(False, "Measure three steps of the largest batches, and leave nothing.")
     show_batch: bool = option(False, "Print the first batch as it is read; leave nothing.")
     seed: int = option(0, "Seed of everything random.")
+    log: str = option("", "Show the log there, too.", choices="tensorboard wandb")
 
     encoder: str = option(str(DEMO / "encoder"), "w2v-BERT 2.0 or Whisper, directory or Hub id.")
     llm: str = option(str(DEMO / "llm"), "Qwen2.5, Qwen3 or Llama, directory or Hub id.")
@@ -166,7 +167,7 @@ DEFAULTS = ("steps", "warmup", "batch_frames")
 
 # Every other option must stay for a run to be resumed. Models and manifests are known by content,
 # and --accumulate follows the number of ranks.
-MAY_CHANGE = "resume dry_run show_batch out device workers fsdp checkpointing".split()
+MAY_CHANGE = "resume dry_run show_batch log out device workers fsdp checkpointing".split()
 MAY_CHANGE += ["init", "encoder", "llm", "data", "dev", "accumulate"]
 
 
@@ -601,6 +602,7 @@ class Run:
     net: nn.Module | None = None  # the model as it is called in training
     optimizer: torch.optim.Optimizer | None = None
     state: RunState = field(default_factory=RunState)
+    log: Callable | None = None  # see open_log
 
     @property
     def warm_start(self) -> bool:
@@ -615,6 +617,8 @@ class Run:
         if rank() == 0:
             with open(self.path(ending), "a", encoding="utf-8") as file:
                 file.writelines(json_line(line) for line in lines)
+        if self.log and ending == ".jsonl":
+            list(map(self.log, lines))
 
 
 def open_run(cfg: TrainConfig) -> Run:
@@ -1025,6 +1029,7 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
         return import_plan().dry_run(run, run_schedule, backward, steps_of_a_pass(run))
     if state.validated == cfg.steps:
         return print(f"{run.path('.pt')}: all {state.step} steps are done")
+    run.log = open_log(run)
     loader = open_loader(run)
     progress = {"initial": state.step, "total": cfg.steps, "unit": " steps"}
     bar = tqdm(desc=cfg.phase, disable=rank() > 0, **progress)
@@ -1085,6 +1090,16 @@ def report(run: Run) -> None:
     skipped = sum("skipped" in line for line in lines)
     counts = f"{run.state.seen} rows drawn, {skipped} steps and {len(run.state.bad)} recordings"
     print(f"{run.path('.pt')}: {counts} left out")
+
+
+def open_log(run: Run) -> Callable | None:
+    """What shows the lines of the log elsewhere, on rank 0. Raises UserError if it is missing."""
+    if not run.cfg.log or rank() > 0:
+        return None
+    with one_line_errors(f"--log {run.cfg.log}", f"pip install {run.cfg.log}"):
+        from extras import logs
+
+        return logs.open_log(run.cfg.log, run.path(""), asdict(run.cfg), run.state.step)
 
 
 def import_plan():

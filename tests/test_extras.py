@@ -3,10 +3,13 @@ gradients; the report shows any text as text; curves are drawn."""
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from test_train import arguments
 
 import model
 import train
@@ -23,6 +26,7 @@ from extras import cpu, decode, plan
 from extras.curves import draw_curves
 from extras.decode import FastDecode
 from extras.int8 import Int8Linear, quantise, round_matrix
+from extras.logs import numbers
 from extras.report import write_report
 from model import Kernels, Rows, default_kernels
 from sample import KVCache, decode_step, generate, prefill, read_prefix
@@ -386,3 +390,58 @@ def test_the_memory_of_a_step(monkeypatch):
     share = plan.memory_share(forward, {"fails": False, "x": torch.ones(100)})
     assert share == pytest.approx((2000 + 8 * 1010) / 100_000) and model.weight.grad is None
     assert plan.memory_share(forward, {"fails": True, "x": torch.ones(100)}) == 1
+
+
+# --- Logs elsewhere
+
+
+class FakeLog:
+    """Stands for TensorBoard's writer and wandb's module and run: notes what it is given."""
+
+    def __init__(self, *args, **options):
+        self.opened, self.lines = (args, options), []
+
+    def init(self, **options):
+        self.opened = options
+        return self
+
+    def add_scalar(self, name, value, step):
+        self.lines.append((step, name, value))
+
+    def log(self, figures, step):
+        self.lines += [(step, name, value) for name, value in figures.items()]
+
+    def flush(self):
+        self.flushed = len(self.lines)
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_logs_elsewhere_are_those_on_disk(tiny_project, tmp_path, monkeypatch, kind):
+    """A run that goes on shows its steps from there on only."""
+    logs = []
+
+    def open_fake(*args, **options):
+        logs.append(FakeLog(*args, **options))
+        return logs[-1]
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace())
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = open_fake
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **x: open_fake(**x)))
+    train.main(arguments(tiny_project, tmp_path, log=kind, steps=4))
+    lines = [json.loads(line) for line in (tmp_path / "align.jsonl").open()]
+    expected = [(x["step"], k, v) for x in lines for k, v in x.items() if k != "step"]
+    assert logs[0].lines == expected and {name for _, name, _ in expected} >= {"loss", "dev_loss"}
+
+    # Without the option nothing is imported, and the log on disk is the same.
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    train.main(arguments(tiny_project, tmp_path / "plain", steps=4))
+    plain = (tmp_path / "plain" / "align.jsonl").read_text()
+    assert plain == (tmp_path / "align.jsonl").read_text()
+    with pytest.raises(SystemExit, match=f"train.py: --log {kind}: .*; pip install {kind}$"):
+        train.main(arguments(tiny_project, tmp_path / "none", log=kind))
+
+
+def test_text_is_no_figure():
+    line = {"step": 3, "loss": 1.5, "skipped": "loss nan, gradient norm 1.0"}
+    assert numbers(line) == {"loss": 1.5}

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = ("model", "data", "sample", "eval", "train")  # each imports only those before it
 RUNTIME = {"torch", "safetensors", "tokenizers", "numpy", "soundfile", "tqdm", "huggingface_hub"}
-OPTIONAL = {"pyarrow"}  # imported inside the one function that needs it
+OPTIONAL = {"pyarrow", "wandb"}  # imported inside the one function that needs it
 SCORERS = {"sacrebleu", "jiwer", "whisper_normalizer"}
 NEVER = {"found", "some", "own", "kept", "told", "heard", "said", "whole"}  # as last words of names
 LINES = 5000  # of the five files together
