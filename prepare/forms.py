@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from data import task_of
+from data import recognise
 from model import UserError, one_line_errors
 from prepare.corpus_formats import (
     DAMAGED,
@@ -123,7 +123,7 @@ def chat(source, dropped, language=("en",), licence="unknown"):
                 audio = audio if isinstance(audio, str) else audio.get("url") or audio["data"]
                 audio = path.parent / audio.removeprefix("file://")
                 instruction = " ".join(part["text"] for part in asked if part["type"] == "text")
-                task = task_of(instruction) or "asr"
+                task = recognise(instruction)[0] or "asr"
                 text = answer if isinstance(answer, str) else answer[0]["text"]
             except (ValueError, TypeError, LookupError, AttributeError):
                 dropped["not one recording, one instruction and one answer"].append(where)
