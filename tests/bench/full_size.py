@@ -7,12 +7,14 @@ takes about 5 minutes, 6 GB of disk and 12 GB of memory. It writes both checkpoi
 in the published layout and dtype (encoder float32, LLM bfloat16). Then each implementation, in a
 process of its own, loads them and computes hidden states of 10 s of audio and logits of 64 tokens.
 Printed are the errors between the two, seconds to load and to compute, and the peak of memory over
-the weights' size. --layers 1 is a quick try, which needs a --dir of its own.
+the weights' size. At last both are exported with a new adapter (prepare/export.py); `--only export`
+does nothing else. --layers 1 is a quick try, which needs a --dir of its own.
 """
 
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -58,6 +60,7 @@ LLM = dict(
 LARGEST = 1e-4  # relative error of float32: the largest difference to transformers
 MEAN = 2e-2  # relative error of bfloat16: the mean difference to float32
 PEAK = 1.15  # times the weights' size
+EXPORT_PEAK, EXPORT_SECONDS = 1.3, 60  # the same, and seconds beside writing the files
 
 
 def peer_class(part: str, layers: int = 0) -> tuple[type, object]:
@@ -146,6 +149,61 @@ def measure(part: str, side: str, dtype: str, directory: Path) -> float:
     return peak
 
 
+def run_export(directory: Path) -> None:
+    """Exports both halves and a new adapter in bfloat16; prints its figures as JSON."""
+    import model
+    from prepare import export
+
+    bases = {part: model.fingerprint(directory / part) for part in ("encoder", "llm")}
+    encoder = model.SpeechEncoder.read_config(directory / "encoder")
+    config = model.AdapterConfig.between(encoder, model.LLM.read_config(directory / "llm"))
+    adapter = model.LengthAdapter(config)
+    checkpoint = {
+        "model": {f"adapter.{name}": tensor for name, tensor in adapter.state_dict().items()},
+        "adapter": vars(config),
+        "bases": bases,
+        "config": {"phase": "align", "lora_alpha": 32.0},
+        "data": [["random", "CC0-1.0", "en", 1.0]],
+        "window": 30.0,
+        "step": 0,
+    }
+    torch.save(checkpoint, directory / "align.pt")
+    shutil.copy(model.DEMO / "llm" / "tokenizer.json", directory / "llm")
+    shutil.rmtree(directory / "exported", ignore_errors=True)
+    del checkpoint, adapter
+    writing = []
+    save_file = export.save_file
+
+    def timed_save(*args, **options) -> None:
+        start = time.time()
+        save_file(*args, **options)
+        writing.append(time.time() - start)
+
+    export.save_file = timed_save
+    before, start = memory("VmRSS"), time.time()
+    export.main([str(directory / "align.pt"), str(directory / "exported")])
+    seconds = time.time() - start
+    size = sum(path.stat().st_size for path in (directory / "exported").iterdir())
+    peak = memory("VmHWM") - before
+    print(json.dumps({"peak": peak, "size": size, "seconds": seconds, "writing": sum(writing)}))
+
+
+def measure_export(directory: Path) -> dict[str, tuple[float, float]]:
+    """Runs the export in a process of its own. Returns what is bounded."""
+    command = [sys.executable, __file__, "--dir", directory, "--run", "export", "", ""]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(result.stderr)
+    figures = json.loads(result.stdout.splitlines()[-1])
+    peak, beside = figures["peak"] / figures["size"], figures["seconds"] - figures["writing"]
+    print(
+        f"export: {figures['size'] / 1e9:.2f} GB in {figures['seconds']:.1f} s, of which "
+        f"{figures['writing']:.1f} s write, peak {peak:.2f} x weights",
+        flush=True,
+    )
+    return {"export peak": (peak, EXPORT_PEAK), "export seconds": (beside, EXPORT_SECONDS)}
+
+
 def differences(ours: Tensor, other: Tensor) -> tuple[float, float]:
     """The largest and the mean difference, relative to the other's largest value and norm."""
     largest = (ours - other).abs().max() / other.abs().max()
@@ -176,8 +234,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, default=Path("out/full_size"))
     parser.add_argument("--layers", type=int, default=0, help="of each model; 0: all")
+    parser.add_argument("--only", choices=["export"], help="compare nothing")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.run and args.run[0] == "export":
+        return run_export(args.dir)
     if args.run:
         return run(*args.run, args.dir / args.run[0])
     bounded = {}
@@ -186,7 +247,9 @@ def main() -> None:
         if not (directory / "config.json").exists():
             print(f"writing a random {part} checkpoint to {directory}", flush=True)
             write(part, directory, args.layers)
-        bounded |= compare(part, args.dir)
+        if not args.only:
+            bounded |= compare(part, args.dir)
+    bounded |= measure_export(args.dir)
     missed = []
     for name, (value, bound) in bounded.items():
         if not value < bound:
