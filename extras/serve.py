@@ -18,6 +18,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import torch.nn.functional as F
@@ -29,16 +30,13 @@ from model import first_line, one_line_errors
 PAGE = Path(__file__).with_name("page.html")
 MOST_SECONDS = 600  # of a recording
 MOST_BYTES = 128 * 2**20  # of an audio file: ten minutes at 48 kHz in stereo are 110 MiB
-MOST_WORDS = 2000  # characters of an instruction
+MOST_WORDS = 10000  # bytes of an instruction
 MOST_RECORDINGS = 8  # of which the embeddings are in memory
 MOST_JOBS = 16  # that wait
 PEAKS = 300  # values of the picture of a recording
-INSTRUCTIONS = (
-    "Transcribe.",
-    "Translate to German.",
-    "Translate to Italian.",
-    "Translate to Chinese.",
-)
+HEADERS = {"Cache-Control": "no-store", "X-Frame-Options": "DENY"}
+LANGUAGES = ("German", "Italian", "Chinese")
+INSTRUCTIONS = ["Transcribe.", *(f"Translate to {language}." for language in LANGUAGES)]
 
 
 def serve_page(host: str, port: int, encode_waves, ask, loaded: tuple, options: dict) -> None:
@@ -55,28 +53,20 @@ def serve_page(host: str, port: int, encode_waves, ask, loaded: tuple, options: 
 class Refusal(Exception):
     """A request that is not followed: its HTTP status, and one line that says why."""
 
-    def __init__(self, status: int, line: str):
-        super().__init__(line)
-        self.status = status
 
+class Job(NamedTuple):
+    """What a request wants of the model."""
 
-class Job:
-    """What a request wants of the model, and the lines of its answer; None is behind the last."""
-
-    def __init__(self, run: Callable[["Job"], None], is_gone: Callable[[], bool]):
-        self.run, self.is_gone = run, is_gone
-        self.lines: queue.SimpleQueue = queue.SimpleQueue()
-
-    def check(self) -> None:
-        """Raises ConnectionError if nobody waits for this any more."""
-        if self.is_gone():
-            raise ConnectionAbortedError
+    run: Callable[["Job"], None]
+    is_gone: Callable[[], bool]  # whether nobody waits for it any more
+    lines: queue.SimpleQueue  # of its answer; None is behind the last
 
     def work(self) -> None:
+        """Does it, if somebody still waits for it."""
         try:
-            self.check()
-            self.run(self)
-        except ConnectionError:
+            if not self.is_gone():
+                self.run(self)
+        except ConnectionAbortedError:
             pass
         except Exception as error:  # whatever it is, the next job may go well
             self.lines.put({"error": first_line(error)})
@@ -114,17 +104,17 @@ class Server(ThreadingHTTPServer):
         self.recordings[key] = recording
         for oldest in list(self.recordings)[:-MOST_RECORDINGS]:
             del self.recordings[oldest]
-        peaks = F.adaptive_max_pool1d(wave.abs()[None], PEAKS)[0].tolist()
-        seconds = len(wave) / data.SAMPLE_RATE
-        peaks = [round(peak, 3) for peak in peaks]
-        job.lines.put({"recording": key, "seconds": seconds, "peaks": peaks})
+        peaks = F.adaptive_max_pool1d(wave.abs()[None], PEAKS)[0]
+        line = {"recording": key, "seconds": len(wave) / data.SAMPLE_RATE}
+        job.lines.put(line | {"peaks": [round(peak, 3) for peak in peaks.tolist()]})
 
     def answer(self, recording: list[Tensor], instruction: str, job: Job) -> None:
         """Answers as the command does. A client that goes away ends it before the next token."""
         step = self.options["step"]
 
         def checked_step(*inputs):
-            job.check()
+            if job.is_gone():
+                raise ConnectionAbortedError
             return step(*inputs)
 
         begin = time.perf_counter()
@@ -152,17 +142,11 @@ def read_recording(content: bytes) -> Tensor:
         raise Refusal(415, str(error).removeprefix(f"{file}: ")) from None
 
 
-def host_name(host: str) -> str:
-    """The name or address in a Host header, without its port; "" if that is none."""
+def is_direct(host: str, name: str) -> bool:
+    """Whether a Host header names an address, localhost, or this name."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def is_address(name: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(name))
+        hostname = urlsplit(f"//{host}").hostname or ""
+        return hostname in ("localhost", name.lower()) or bool(ipaddress.ip_address(hostname))
     except ValueError:
         return False
 
@@ -186,9 +170,9 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(404, f"nothing is at {self.path[:100]}; the page is at /")
             routes[self.path]()
         except Refusal as refusal:
-            line = json.dumps({"error": str(refusal)}, ensure_ascii=False) + "\n"
-            self.send_head(refusal.status, "application/json")
-            self.wfile.write(line.encode())
+            status, line = refusal.args
+            self.send_head(status, "application/json")
+            self.send_line({"error": line})
         except (ConnectionError, TimeoutError):
             pass  # the client went away
 
@@ -196,8 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         """Lets only the page itself and programs ask, not the pages of other sites. Those may give
         their names this address (DNS rebinding), so that a Host of another name is refused."""
         host = self.headers.get("Host", "")
-        name = host_name(host)
-        if name not in ("localhost", self.server.host.lower()) and not is_address(name):
+        if not is_direct(host, self.server.host):
             raise Refusal(403, "found a Host that is no address, localhost, or that of --host")
         origin = self.headers.get("Origin", f"http://{host}")
         if origin.partition("://")[2] != host:
@@ -205,11 +188,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_head(self, status: int, kind: str) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("X-Frame-Options", "DENY")
+        for name, value in (HEADERS | {"Content-Type": f"{kind}; charset=utf-8"}).items():
+            self.send_header(name, value)
         self.end_headers()
+
+    def send_line(self, line: dict) -> None:
+        self.wfile.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def send_page(self) -> None:
         self.send_head(200, "text/html")
@@ -221,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(411, "the request does not say its length in bytes")
         size = int(length[:15])
         if size > most:
-            line = f"found {size:,} bytes, expected at most {most:,}; choose a shorter part"
+            line = f"found {size:,} bytes, expected at most {most:,}; send less"
             raise Refusal(413, line)
         body = self.rfile.read(size)
         if len(body) < size:
@@ -234,15 +218,14 @@ class Handler(BaseHTTPRequestHandler):
         self.run_job(lambda job: self.server.encode(wave, job))
 
     def take_instruction(self) -> None:
-        body = self.read_body(16 * MOST_WORDS)
+        body = self.read_body(MOST_WORDS)
         try:
             request = json.loads(body)
             key, instruction = str(request["recording"]), str(request["instruction"]).strip()
         except (ValueError, KeyError, TypeError, RecursionError):
             raise Refusal(400, "expected JSON with a recording and an instruction") from None
-        if not 0 < len(instruction) <= MOST_WORDS:
-            line = f"an instruction has 1 to {MOST_WORDS} characters, found {len(instruction)}"
-            raise Refusal(400, line)
+        if not instruction:
+            raise Refusal(400, "expected an instruction that is not empty")
         recording = self.server.recordings.get(key)
         if recording is None:
             raise Refusal(404, "this recording is no longer here; send it again")
@@ -250,7 +233,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def run_job(self, run: Callable[[Job], None]) -> None:
         """Lets the model do a job in its turn, and sends lines of JSON as they are made."""
-        job = Job(run, self.is_gone)
+        job = Job(run, self.is_gone, queue.SimpleQueue())
         ahead = self.server.jobs.unfinished_tasks
         try:
             self.server.jobs.put_nowait(job)
@@ -259,7 +242,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_head(200, "application/x-ndjson")
         notices = [{"waiting": ahead}] if ahead else []
         for line in chain(notices, iter(job.lines.get, None)):
-            self.wfile.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self.send_line(line)
 
     def is_gone(self) -> bool:
         """Whether the client has closed its connection, without waiting for it."""

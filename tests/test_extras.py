@@ -6,6 +6,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
+import soundfile
 import torch
 
 import model
@@ -18,8 +19,8 @@ from conftest import (
     tiny_llm,
     tiny_speech_lm,
 )
-from data import AudioError
-from extras import cpu, decode, plan
+from data import AudioError, load_audio
+from extras import cpu, decode, plan, serve
 from extras.curves import draw_curves
 from extras.decode import FastDecode
 from extras.int8 import Int8Linear, quantise, round_matrix
@@ -386,3 +387,13 @@ def test_the_memory_of_a_step(monkeypatch):
     share = plan.memory_share(forward, {"fails": False, "x": torch.ones(100)})
     assert share == pytest.approx((2000 + 8 * 1010) / 100_000) and model.weight.grad is None
     assert plan.memory_share(forward, {"fails": True, "x": torch.ones(100)}) == 1
+
+
+# --- The page, whose answers tests/test_serve.py compares with the command's
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
+def test_a_recording_of_the_page_is_the_file(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, 0.5 * torch.randn(30000, 2).numpy(), 44100)
+    assert torch.equal(serve.read_recording(path.read_bytes()), load_audio(path))

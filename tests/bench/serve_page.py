@@ -257,6 +257,16 @@ def main() -> None:
             take_pictures(page, args.pictures, "files")
         other = open_page(browser, address, errors, addresses)
         check_stopping(page, other, sample)
+        if args.pictures:
+            page.get_by_role("button", name="Record", exact=True).click()
+            page.wait_for_timeout(3000)
+            take_pictures(page, args.pictures, "recording")
+            page.get_by_role("button", name="Stop recording").click()
+            give(page, "bad.wav", b"no audio" * 9)
+            expect(page.locator("#error")).to_contain_text("bad.wav")
+            take_pictures(page, args.pictures, "error")
+            give(page, "short.wav", SAMPLE.read_bytes())
+            give(page, "long.wav", wav_bytes(np.tile(sample, 200)))
         check_microphones(playwright, args.chromium, address)
         check_lost(page, process, address, args.ckpt)
         if args.pictures:
