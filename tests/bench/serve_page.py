@@ -127,6 +127,7 @@ def check_files(page: Page, sample: np.ndarray) -> None:
     expect(error).to_contain_text("“bad.wav”: found content that starts with")
     give(page, "hour.wav", wav_bytes(np.zeros(3600 * 8000), 8000, "PCM_U8"))
     expect(error).to_contain_text("longer than 10 minutes", timeout=30000)
+    expect(page.locator("#about")).to_contain_text("dropped.flac")
     # The recording from before is still the one that is asked about.
     assert "Vogel" in ask(page, "Translate to German.")
     expect(error).to_have_text("")
