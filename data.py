@@ -79,10 +79,11 @@ SAMPLE_RATE = 16000  # samples a second
 MIN_SAMPLES = 560  # 35 ms: two windows of 25 ms, 10 ms apart, make one 20 ms frame
 MIN_WINDOW = SAMPLE_RATE // 2  # samples; shorter clips get silence behind them
 OUTPUTS = 80  # of the resampler that are computed from one slice of its input
+AudioFile = str | Path | io.BytesIO  # a path, or the bytes of a file
 READ_AGAIN = "copy or download it again, or convert it to flac"
 
 
-def load_audio(path: str | Path, start: float = 0.0, duration: float | None = None) -> Tensor:
+def load_audio(path: AudioFile, start: float = 0.0, duration: float | None = None) -> Tensor:
     """An audio file, or `duration` seconds of it from `start`, as a mono 16 kHz waveform: (N,)
     float32, full scale at +-1, channels averaged. path: any file that libsndfile decodes, sampled
     at 1 to 200 kHz; SHARD.tar/MEMBER is a member of an uncompressed tar. For n samples at another
@@ -140,14 +141,17 @@ def audio_seconds(path: str | Path) -> float:
 
 
 @contextmanager
-def open_sound(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, io.IOBase]]:
+def open_sound(path: AudioFile) -> Iterator[tuple[soundfile.SoundFile, io.IOBase]]:
     """An audio file or a member of a tar, opened, and its bytes. Raises nothing but AudioError."""
     shard, tar, member = str(path).partition(".tar/")
     name = shard + ".tar" if tar else path
     with one_line_errors(path, "correct the path, or its rights", AudioError):
-        if not os.path.isfile(name) or tar and member not in tar_members(name):
+        if isinstance(path, io.BytesIO):  # each opening has a place of its own in it
+            file = io.BytesIO(path.getvalue())
+        elif not os.path.isfile(name) or tar and member not in tar_members(name):
             raise AudioError(f"{path}: no such file; correct the path")
-        file = open(name, "rb", buffering=0)
+        else:
+            file = open(name, "rb", buffering=0)
     with file, one_line_errors(path, READ_AGAIN, AudioError):
         if tar:
             offset, size = tar_members(name)[member]
@@ -155,7 +159,8 @@ def open_sound(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, io.IOBas
             file = io.BytesIO(file.read(size))
         try:
             # By its descriptor, so that libsndfile judges the content and never the name.
-            sound = soundfile.SoundFile(file if tar else file.fileno(), closefd=False)
+            source = file if isinstance(file, io.BytesIO) else file.fileno()
+            sound = soundfile.SoundFile(source, closefd=False)
         except soundfile.SoundFileError as error:
             file.seek(0)
             head = file.read(16)
@@ -207,7 +212,7 @@ class Endless(io.BytesIO):  # bytes whose number cannot be known by seeking the 
         return super().seek(0) if whence == os.SEEK_END else super().seek(offset, whence)
 
 
-def promised_seconds(path: str | Path) -> float:
+def promised_seconds(path: AudioFile) -> float:
     """A file's length by its header, or decoded if that says none. AudioError if it is longer."""
     with open_sound(path) as (sound, file):
         frames, seekable, log = sound.frames, sound.seekable(), sound.extra_info

@@ -614,7 +614,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, with its last word in args.instruction if that is one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("audio", nargs="+", help="recordings, and behind them the instruction; else you are asked")
+    add("audio", nargs="*", help="recordings, and behind them the instruction; else you are asked")
     add("--ckpt", help="checkpoint; otherwise the newest of out/ift.pt and out/align.pt")
     add("--json", action="store_true", help="print one JSON object per recording and instruction")
     add("--whole", action="store_true", help="ask about a long recording at once, as questions do")
@@ -625,7 +625,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--int8", action="store_true", help="8-bit LLM weights: less memory, faster alone")
     add("--encoder", help="directory or Hub id of the encoder, if it is not where it was")
     add("--llm", help="directory or Hub id of the LLM, if it is not where it was")
+    add("--serve", action="store_true", help="record and ask on a page in the browser")
+    add("--host", default="127.0.0.1", help="address of the page; others than this reach further")
+    add("--port", type=int, default=7860, help="port of the page")
     args = parser.parse_intermixed_args(argv)
+    if bool(args.audio) == args.serve:
+        parser.error("either these arguments are required: audio; or --serve, without them")
     args.instruction = None
     if len(args.audio) > 1 and args.audio[-1].strip() and not is_recording(args.audio[-1]):
         args.instruction = args.audio.pop()
@@ -651,18 +656,24 @@ def main(argv: list[str] | None = None) -> None:
         waves = {path: data.load_audio(path) for path in args.audio}
         bases = args.encoder, args.llm
         loaded = load_model(args.ckpt or newest_checkpoint(), device, args.int8, *bases)
+        if args.serve:
+            from extras.serve import serve_page
+
+            return serve_page(args.host, args.port, encode_waves, ask, loaded, options)
+    except ImportError as error:
+        sys.exit(f"sample.py: --serve needs extras/serve.py beside sample.py ({error})")
     except UserError as error:
         sys.exit(f"sample.py: {error}")
     model, _, checkpoint = loaded
     recordings, failed = {}, False
     for instruction in [args.instruction] if args.instruction else iter(read_instruction, ""):
         for path, wave in waves.items():
-            if path not in recordings:
-                (recordings[path],) = encode_waves(model, [wave], checkpoint["window"])
+            recording = recordings.get(path) or encode_waves(model, [wave], checkpoint["window"])[0]
+            recordings[path] = recording
             if len(waves) > 1 and not args.json:
                 print(visible(f"{path}: "), end="")
             try:
-                task, answer = ask(*loaded, recordings[path], instruction, **options)
+                task, answer = ask(*loaded, recording, instruction, **options)
             except data.AudioError as error:
                 failed = True
                 print(end="" if args.json else "\n")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+import soundfile
 import torch
 from test_train import arguments
 
@@ -21,8 +22,8 @@ from conftest import (
     tiny_llm,
     tiny_speech_lm,
 )
-from data import AudioError
-from extras import cpu, decode, plan
+from data import AudioError, load_audio
+from extras import cpu, decode, plan, serve
 from extras.curves import draw_curves
 from extras.decode import FastDecode
 from extras.int8 import Int8Linear, quantise, round_matrix
@@ -445,3 +446,13 @@ def test_logs_elsewhere_are_those_on_disk(tiny_project, tmp_path, monkeypatch, k
 def test_text_is_no_figure():
     line = {"step": 3, "loss": 1.5, "skipped": "loss nan, gradient norm 1.0"}
     assert numbers(line) == {"loss": 1.5}
+
+
+# --- The page, whose answers tests/test_serve.py compares with the command's
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
+def test_a_recording_of_the_page_is_the_file(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, 0.5 * torch.randn(30000, 2).numpy(), 44100)
+    assert torch.equal(serve.read_recording(path.read_bytes()), load_audio(path))
