@@ -16,7 +16,15 @@ import eval
 import model
 import sample
 import train
-from conftest import make_project, make_tokenizer, refused, relative_error, save_base, tiny_llm
+from conftest import (
+    ROOT,
+    make_project,
+    make_tokenizer,
+    refused,
+    relative_error,
+    save_base,
+    tiny_llm,
+)
 from prepare import export
 
 INSTRUCTIONS = ("Transcribe the speech.", "Translate to German.", "Who speaks? <|endoftext|>", "é")
@@ -196,6 +204,22 @@ def test_the_programs_take_an_exported_directory(exported, tmp_path, capsys):
         (trained.state_dict()[name] - p).norm() / (1e-6 + p.norm()) for name, p in before.items()
     ]
     assert 0 < max(shares) < 0.5  # it went on from there
+
+
+def test_a_hub_id_is_an_exported_directory(exported, tmp_path):
+    """It is looked up in the Hub's cache; a file that is not there is not taken for one."""
+    _, hub, _ = exported["qwen2"]
+    folder = tmp_path / "hub" / "models--org--speech"
+    (folder / "snapshots").mkdir(parents=True)
+    (folder / "snapshots" / "abc").symlink_to(hub)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    code = "import sample; print(sample.load_model('org/speech')[2]['bases']['llm']['path'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip() == "org/speech", done.stderr
 
 
 def test_the_directory_explains_itself(exported, tmp_path):
