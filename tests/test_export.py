@@ -47,6 +47,9 @@ for directory, recordings, out in zip(*(sys.argv[i::3] for i in (1, 2, 3)), stri
             answers = model.generate(**inputs, max_new_tokens=12, do_sample=False)
             ids += answers[:, inputs["input_ids"].shape[1] :].tolist()
         results[size] = torch.stack(logits), ids
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        results["eager"] = model(**inputs).logits[:, -1]
     assert not any(name.split(".")[0] in ("data", "sample", "prepare") for name in sys.modules)
     torch.save(results, out)
 """
@@ -135,6 +138,7 @@ def test_transformers_gives_our_answers(exported, name):
     waves, texts = torch.load(hub.parent.parent / "recordings.pt")
     logits, answers = our_results(model.SpeechLM.from_pretrained(path, torch.float32), waves, texts)
     assert len({tuple(answer) for answer in answers}) > 3
+    assert relative_error(logits[8:], results.pop("eager")) < 1e-4
     for size, (theirs, ids) in results.items():
         assert relative_error(logits, theirs) < 1e-4, size
         for answer, row in zip(answers, ids, strict=True):
