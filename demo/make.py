@@ -341,7 +341,8 @@ ENCODER = EncoderConfig(
 )
 ENCODER_STAGES = (  # steps, learning rate, share of clips in noise, rooms and the like
     (3000, 2e-3, 0.0),
-    (2000, 1e-3, 0.7),
+    (1500, 1e-3, 0.7),
+    (1400, 8e-4, 0.7),
 )
 ENCODER_BATCH = 24
 

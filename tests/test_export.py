@@ -28,6 +28,7 @@ from conftest import (
 from prepare import export
 
 INSTRUCTIONS = ("Transcribe the speech.", "Translate to German.", "Who speaks? <|endoftext|>", "é")
+CHATML = ("<|im_start|>", "<|im_end|>")
 FAMILIES = ("qwen2", "qwen2 untied", "qwen3", "llama", "llama untied")
 PEER = """
 import sys, torch
@@ -61,10 +62,12 @@ def one_thread():
 
 
 def make_checkpoint(directory, encoder="w2v-BERT", family="qwen2", lora=2, **options):
-    """A project and a checkpoint of it whose trained tensors are random. Returns its path."""
-    make_project(directory)
-    tokenizer = make_tokenizer()
-    llm = tiny_llm(family, vocab_size=tokenizer.get_vocab_size(), eos_token_id=0)
+    """A project and a checkpoint of it whose trained tensors are random. Returns its path. Of the
+    LLMs, that of Qwen3 chats in ChatML."""
+    make_project(directory, CHATML if family == "qwen3" else ())
+    tokenizer = model.load_tokenizer(directory / "llm")
+    end = tokenizer.token_to_id("<|im_end|>") or 0
+    llm = tiny_llm(family, vocab_size=tokenizer.get_vocab_size(), eos_token_id=end)
     save_base(llm, directory / "llm")
     if encoder == "whisper":
         (directory / "encoder" / "model.safetensors").unlink()
@@ -91,6 +94,7 @@ def run_peer(*jobs):
 def our_results(speech_lm, waves, texts):
     """Logits (B, V) of the first token of each answer, and ids of the answers up to their end."""
     tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(list(CHATML) if speech_lm.prompt == "chat" else [])
     prompt = data.make_prompt(tokenizer, speech_lm.llm.config.eos_token_id, speech_lm.prompt)
     logits, answers = [], []
     for wave, text in zip(waves, texts, strict=True):
@@ -136,13 +140,16 @@ def exported(tmp_path_factory):
 def test_transformers_gives_our_answers(exported, name):
     path, hub, results = exported[name]
     waves, texts = torch.load(hub.parent.parent / "recordings.pt")
-    logits, answers = our_results(model.SpeechLM.from_pretrained(path, torch.float32), waves, texts)
+    speech_lm = model.SpeechLM.from_pretrained(path, torch.float32)
+    assert speech_lm.prompt == ("chat" if name == "qwen3" else "plain")
+    logits, answers = our_results(speech_lm, waves, texts)
+    ends = set(speech_lm.llm.config.eos_token_id)
     assert len({tuple(answer) for answer in answers}) > 3
     assert relative_error(logits[8:], results.pop("eager")) < 1e-4
     for size, (theirs, ids) in results.items():
         assert relative_error(logits, theirs) < 1e-4, size
         for answer, row in zip(answers, ids, strict=True):
-            assert row[: len(answer)] == answer and set(row[len(answer) :]) <= {0}, size
+            assert row[: len(answer)] == answer and set(row[len(answer) :]) <= ends, size
 
 
 @pytest.mark.parametrize("part", ["encoder", "adapter", "llm"])
