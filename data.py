@@ -437,7 +437,7 @@ def feature_length(seconds: float, encoder: EncoderConfig) -> int:
 
 # --- Augmentation: waves (N,) as other places would have made them, and those without any speech
 
-SPEECHLESS_CLIPS = [("", number, 1 + number / 8) for number in range(32)]  # of 1 to 5 s
+SPEECHLESS_CLIPS = [("", number, 1 + number % 32 / 8) for number in range(96)]  # of 1 to 5 s
 
 
 def noise(size: int, exponent: float, random: np.random.Generator) -> Tensor:

