@@ -1,0 +1,409 @@
+"""Kernels for CUDA, in Triton: attention with clipped relative keys, and the depthwise convolution.
+
+Both give what the operators of the same names in model.py give, values and gradients, and the same
+bits every time, as nothing is added atomically. Triton comes with PyTorch for CUDA; its interpreter
+(TRITON_INTERPRET=1) runs the kernels on a CPU. They were not run on CUDA.
+
+Letters in shape comments: N positions of all rows of a batch, n of one row, m queries and k keys of
+a tile, H heads, d width of a head, D channels, T frames.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import model
+
+# Queries and keys of a tile, warps, and stages of the pipeline, of the kernel that computes
+# attention, the one for the gradients of queries and biases, and the one for those of keys and
+# values; by the bytes of a number. None spills at heads of 64, see tests/bench/kernels.py.
+TILES = {
+    2: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
+    4: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+}
+FRAMES = 512  # of one channel that one program of the convolution computes
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x * LOG2E), and 2 ** x is one instruction
+
+
+# --- Attention
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    left: int = 0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention within each row: q (N, H, d), k and v (N, Hkv, d) -> (N, H, d).
+
+    rows: model.Rows. bias (N, H, left + 1 + right): what relative keys add to the scores of a
+    query; keys further away take the outermost. Without it, with dropout, or where the width of a
+    head is no power of two, PyTorch's kernels are used.
+    """
+    d = q.shape[2]
+    if bias is None or dropout or d < 16 or d & (d - 1):
+        return model.attend_varlen(q, k, v, rows, causal, bias, left, dropout)
+    return RelativeAttention.apply(q, k, v, bias, rows, left)
+
+
+class RelativeAttention(torch.autograd.Function):
+    """Nothing of n x n numbers is ever in memory: of each query the logarithm of the sum of its
+    exponentials is saved, and the weights are computed again from it."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, rows, left):
+        q, k, v, bias = (x.contiguous() for x in (q, k, v, bias))
+        y = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)  # (N, H), base 2
+        launch(0, rows, bias, left, q, k, v, bias, y, lse)
+        ctx.save_for_backward(q, k, v, bias, y, lse)
+        ctx.rows, ctx.left = rows, left
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, bias, y, lse = ctx.saved_tensors
+        dy = dy.contiguous()
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        d_bias = torch.zeros_like(bias)  # a place without a key stays zero
+        delta = torch.empty_like(lse)
+        launch(1, ctx.rows, bias, ctx.left, q, k, v, bias, y, lse, dy, delta, dq, d_bias)
+        launch(2, ctx.rows, bias, ctx.left, q, k, v, bias, lse, dy, delta, dk, dv)
+        return dq, dk, dv, d_bias, None, None
+
+
+def launch(step: int, rows, bias: Tensor, left: int, *tensors: Tensor) -> None:
+    """Runs one of the three kernels on tensors of which the first is the queries (N, H, d)."""
+    q = tensors[0]
+    m, k, warps, stages = TILES[q.element_size()][step]
+    grid = triton.cdiv(max(rows.lengths), k if step == 2 else m), len(rows.lengths), q.shape[1]
+    kernel = (attention, query_gradients, key_gradients)[step]
+    sizes = attention_sizes(q.shape[1], q.shape[2], bias.shape[2], left)
+    with torch.cuda.device_of(q):
+        kernel[grid](
+            *tensors, rows.begin, rows.count, **sizes, M=m, K=k, num_warps=warps, num_stages=stages
+        )
+
+
+def attention_sizes(heads: int, d: int, places: int, left: int) -> dict[str, int | float]:
+    """The constants of a kernel."""
+    return dict(H=heads, D=d, PLACES=places, BEFORE=left, SCALE=d**-0.5)
+
+
+@triton.jit
+def lines(x, at, n, H: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to the lines (WIDTH) of one head at positions `at`, and which are there."""
+    column = tl.arange(0, WIDTH)[None]
+    return x + at[:, None] * (H * WIDTH) + column, (at[:, None] < n) & (column >= 0)
+
+
+@triton.jit
+def load_lines(x, at, n, H: tl.constexpr, WIDTH: tl.constexpr):
+    """Lines of one head, zeros from position n on: (m, WIDTH) or (k, WIDTH)."""
+    pointers, there = lines(x, at, n, H, WIDTH)
+    return tl.load(pointers, mask=there, other=0.0)
+
+
+@triton.jit
+def load_bias(bias, i, place, n, H: tl.constexpr, PLACES: tl.constexpr):
+    """The biases of queries i at these places, to base 2, of the shape that both broadcast to."""
+    there = i + 0 * place < n
+    return tl.load(bias + (i * (H * PLACES) + place), mask=there, other=0.0).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def places(i, j, PLACES: tl.constexpr, BEFORE: tl.constexpr):
+    """The place of the bias of queries i for keys j."""
+    return tl.minimum(tl.maximum(j - i + BEFORE, 0), PLACES - 1)
+
+
+@triton.jit
+def side_of_band(side: tl.constexpr, at, n, FAR: tl.constexpr, NEAR: tl.constexpr, M, K):
+    """(start, stop): of a row's n keys, in tiles of K, those that lie left of the band of M queries
+    from position `at` on (side 0), across it (1), or right of it (2). Left are tiles whose every
+    key is FAR or more left of each query, right those NEAR or more right of it."""
+    first = tl.minimum(tl.maximum(at - FAR + 1, 0) // K * K, n)
+    end = tl.minimum((at + M - 1 + NEAR + K - 1) // K * K, n)
+    if side == 0:
+        return 0, first
+    elif side == 1:
+        return first, end
+    else:
+        return end, n
+
+
+@triton.jit
+def attention(
+    q,
+    k,
+    v,
+    bias,
+    y,
+    lse,
+    begin,
+    count,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PLACES: tl.constexpr,
+    BEFORE: tl.constexpr,
+    SCALE: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+):
+    """y (N, H, d) of M queries of a row and head, and their lse (N, H)."""
+    row, h, m0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * M
+    n = tl.load(count + row).to(tl.int32)
+    if m0 >= n:
+        return
+    base = tl.load(begin + row) * H + h  # int64: what is added to it counts from the row's begin
+    k, v, bias = k + base * D, v + base * D, bias + base * PLACES
+    i = m0 + tl.arange(0, M)
+    x = load_lines(q + base * D, i, n, H, D)  # (m, d)
+
+    # Of each query the highest score, the sum of exponentials, and that of weighted values.
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, D), tl.float32)
+    for side in tl.static_range(3):
+        start, stop = side_of_band(side, m0, n, BEFORE, PLACES - 1 - BEFORE, M, K)
+        added = load_bias(bias, i[:, None], PLACES - 1 if side == 2 else 0, n, H, PLACES)
+        for k0 in range(start, stop, K):
+            j = k0 + tl.arange(0, K)
+            s = tl.dot(x, load_lines(k, j, n, H, D).T, input_precision="ieee")  # (m, k)
+            if side == 1:
+                place = places(i[:, None], j[None], PLACES, BEFORE)
+                s = s * (SCALE * LOG2E) + load_bias(bias, i[:, None], place, n, H, PLACES)
+            else:
+                s = s * (SCALE * LOG2E) + added
+            s = tl.where(j[None] < n, s, float("-inf"))
+            higher = tl.maximum(top, tl.max(s, 1))
+            p = tl.exp2(s - higher[:, None])
+            shrink = tl.exp2(top - higher)
+            total = total * shrink + tl.sum(p, 1)
+            values = load_lines(v, j, n, H, D)
+            acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+            top = higher
+    pointers, there = lines(y + base * D, i, n, H, D)
+    tl.store(pointers, (acc / total[:, None]).to(y.dtype.element_ty), mask=there)
+    tl.store(lse + base + i * H, top + tl.log2(total), mask=i < n)
+
+
+@triton.jit
+def query_gradients(
+    q,
+    k,
+    v,
+    bias,
+    y,
+    lse,
+    dy,
+    delta,
+    dq,
+    d_bias,
+    begin,
+    count,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PLACES: tl.constexpr,
+    BEFORE: tl.constexpr,
+    SCALE: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+):
+    """dq (N, H, d) and d_bias (N, H, places) of M queries of a row and head; and delta (N, H), the
+    sums of y * dy, for the other kernel. A place between the two outermost has one key at most, so
+    its gradient is stored where the score is; those of the outermost are summed."""
+    row, h, m0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * M
+    n = tl.load(count + row).to(tl.int32)
+    if m0 >= n:
+        return
+    base = tl.load(begin + row) * H + h
+    k, v = k + base * D, v + base * D
+    bias, d_bias = bias + base * PLACES, d_bias + base * PLACES
+    i = m0 + tl.arange(0, M)
+    x = load_lines(q + base * D, i, n, H, D)  # (m, d)
+    dx = load_lines(dy + base * D, i, n, H, D)
+    d_total = tl.sum(load_lines(y + base * D, i, n, H, D).to(tl.float32) * dx, 1)  # (m,)
+    tl.store(delta + base + i * H, d_total, mask=i < n)
+    total = tl.load(lse + base + i * H, mask=i < n, other=float("inf"))
+
+    d_first = tl.zeros((M,), tl.float32)
+    d_last = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, D), tl.float32)
+    for side in tl.static_range(3):
+        start, stop = side_of_band(side, m0, n, BEFORE, PLACES - 1 - BEFORE, M, K)
+        added = load_bias(bias, i[:, None], PLACES - 1 if side == 2 else 0, n, H, PLACES)
+        for k0 in range(start, stop, K):
+            j = k0 + tl.arange(0, K)
+            keys = load_lines(k, j, n, H, D)
+            s = tl.dot(x, keys.T, input_precision="ieee") * (SCALE * LOG2E)  # (m, k)
+            place = places(i[:, None], j[None], PLACES, BEFORE)
+            if side == 1:
+                s += load_bias(bias, i[:, None], place, n, H, PLACES)
+            else:
+                s += added
+            s = tl.where(j[None] < n, s, float("-inf"))
+            dp = tl.dot(dx, load_lines(v, j, n, H, D).T, input_precision="ieee")
+            ds = tl.exp2(s - total[:, None]) * (dp - d_total[:, None])
+            if side == 0:
+                d_first += tl.sum(ds, 1)
+            elif side == 1:
+                inner = (place > 0) & (place < PLACES - 1) & (i[:, None] < n) & (j[None] < n)
+                pointers = d_bias + i[:, None] * (H * PLACES) + place
+                tl.store(pointers, ds.to(d_bias.dtype.element_ty), mask=inner)
+                d_first += tl.sum(tl.where(place == 0, ds, 0.0), 1)
+                if PLACES > 1:
+                    d_last += tl.sum(tl.where(place == PLACES - 1, ds, 0.0), 1)
+            else:
+                d_last += tl.sum(ds, 1)
+            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="ieee")
+    pointers, there = lines(dq + base * D, i, n, H, D)
+    tl.store(pointers, (acc * SCALE).to(dq.dtype.element_ty), mask=there)
+    if PLACES == 1:
+        d_first += d_last
+    else:
+        last = d_bias + i * (H * PLACES) + (PLACES - 1)
+        tl.store(last, d_last.to(d_bias.dtype.element_ty), mask=i < n)
+    tl.store(d_bias + i * (H * PLACES), d_first.to(d_bias.dtype.element_ty), mask=i < n)
+
+
+@triton.jit
+def key_gradients(
+    q,
+    k,
+    v,
+    bias,
+    lse,
+    dy,
+    delta,
+    dk,
+    dv,
+    begin,
+    count,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PLACES: tl.constexpr,
+    BEFORE: tl.constexpr,
+    SCALE: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+):
+    """dk and dv (N, H, d) of K keys of a row and head, from all queries of the row, M at a time.
+    Seen from a key, the queries that take their last bias for it are on the left."""
+    row, h, k0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * K
+    n = tl.load(count + row).to(tl.int32)
+    if k0 >= n:
+        return
+    base = tl.load(begin + row) * H + h
+    q, dy, bias = q + base * D, dy + base * D, bias + base * PLACES
+    j = k0 + tl.arange(0, K)
+    keys = load_lines(k + base * D, j, n, H, D)  # (k, d)
+    values = load_lines(v + base * D, j, n, H, D)
+
+    k_acc = tl.zeros((K, D), tl.float32)
+    v_acc = tl.zeros((K, D), tl.float32)
+    for side in tl.static_range(3):
+        start, stop = side_of_band(side, k0, n, PLACES - 1 - BEFORE, BEFORE, K, M)
+        for m0 in range(start, stop, M):
+            i = m0 + tl.arange(0, M)
+            x = load_lines(q, i, n, H, D)  # (m, d)
+            dx = load_lines(dy, i, n, H, D)
+            # Behind the row's end the weights are 2 ** -inf, and nothing is added.
+            total = tl.load(lse + base + i * H, mask=i < n, other=float("inf"))
+            d_total = tl.load(delta + base + i * H, mask=i < n, other=0.0)
+            if side == 1:
+                place = places(i[None], j[:, None], PLACES, BEFORE)
+            else:
+                place = PLACES - 1 if side == 0 else 0
+            s = tl.dot(keys, x.T, input_precision="ieee") * (SCALE * LOG2E)  # (k, m)
+            s += load_bias(bias, i[None], place, n, H, PLACES)
+            p = tl.exp2(s - total[None])
+            v_acc = tl.dot(p.to(dx.dtype), dx, v_acc, input_precision="ieee")
+            dp = tl.dot(values, dx.T, input_precision="ieee")
+            ds = p * (dp - d_total[None])
+            k_acc = tl.dot(ds.to(x.dtype), x, k_acc, input_precision="ieee")
+    pointers, there = lines(dk + base * D, j, n, H, D)
+    tl.store(pointers, (k_acc * SCALE).to(dk.dtype.element_ty), mask=there)
+    pointers, there = lines(dv + base * D, j, n, H, D)
+    tl.store(pointers, v_acc.to(dv.dtype.element_ty), mask=there)
+
+
+# --- Convolution
+
+
+def depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """x (1, D, T), each channel convolved with its line of weight (D, 1, kernel) ->
+    (1, D, T - kernel + 1)."""
+    return Depthwise.apply(x, weight)
+
+
+class Depthwise(torch.autograd.Function):
+    """The gradient of x is a convolution again, with the weight turned round."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        return convolve(x, weight, 1 - weight.shape[2])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous()
+        d_weight = torch.empty_like(weight)
+        channels, _, taps = weight.shape
+        sizes = dict(TAPS=taps, LINES=triton.next_power_of_2(taps), F=128)
+        with torch.cuda.device_of(x):
+            weight_gradients[(channels,)](x, dy, d_weight, x.shape[2], **sizes)
+        return convolve(dy, weight.flip(2), taps - 1), d_weight
+
+
+def convolve(x: Tensor, weight: Tensor, more: int) -> Tensor:
+    """x (1, D, T) -> (1, D, T + more). Frames beyond both ends are zeros, so it has more frames by
+    as much as its first one reads before the first of x."""
+    channels, _, taps = weight.shape
+    frames = x.shape[2] + more
+    y = x.new_empty(1, channels, frames)
+    grid = triton.cdiv(frames, FRAMES), channels
+    with torch.cuda.device_of(x):
+        taps_sum[grid](x, weight, y, x.shape[2], frames, max(0, more), TAPS=taps, F=FRAMES)
+    return y
+
+
+@triton.jit
+def taps_sum(x, weight, y, x_frames, y_frames, before, TAPS: tl.constexpr, F: tl.constexpr):
+    """F frames of a channel of y: each the sum of TAPS frames of x times the weights, the first of
+    them `before` its place."""
+    channel = tl.program_id(1).to(tl.int64)
+    x, y, weight = x + channel * x_frames, y + channel * y_frames, weight + channel * TAPS
+    t = tl.program_id(0) * F + tl.arange(0, F)
+    acc = tl.zeros((F,), tl.float32)
+    for tap in tl.static_range(TAPS):
+        at = t + (tap - before)
+        there = (at >= 0) & (at < x_frames)
+        acc += tl.load(weight + tap).to(tl.float32) * tl.load(x + at, mask=there, other=0.0)
+    tl.store(y + t, acc.to(y.dtype.element_ty), mask=t < y_frames)
+
+
+@triton.jit
+def weight_gradients(
+    x, dy, d_weight, x_frames, TAPS: tl.constexpr, LINES: tl.constexpr, F: tl.constexpr
+):
+    """All weights of a channel: the products of dy with x, shifted by each tap, are summed."""
+    channel = tl.program_id(0).to(tl.int64)
+    frames = x_frames - TAPS + 1
+    x, dy = x + channel * x_frames, dy + channel * frames
+    tap = tl.arange(0, LINES)
+    acc = tl.zeros((LINES, F), tl.float32)
+    for start in range(0, frames, F):
+        t = start + tl.arange(0, F)
+        dy_t = tl.load(dy + t, mask=t < frames, other=0.0).to(tl.float32)
+        there = (t[None] < frames) & (tap[:, None] < TAPS)
+        acc += tl.load(x + tap[:, None] + t[None], mask=there, other=0.0) * dy_t[None]
+    d_tap = tl.sum(acc, 1)  # (LINES,)
+    tl.store(d_weight + channel * TAPS + tap, d_tap.to(d_weight.dtype.element_ty), mask=tap < TAPS)
