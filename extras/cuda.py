@@ -8,6 +8,8 @@ Letters in shape comments: N positions of all rows of a batch, n of one row, m q
 a tile, H heads, d width of a head, D channels, T frames.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -77,49 +79,58 @@ class RelativeAttention(torch.autograd.Function):
         return dq, dk, dv, d_bias, None, None
 
 
+class Sizes(NamedTuple):
+    """What a kernel is compiled for."""
+
+    heads: int
+    width: int  # of a head
+    places: int  # of a bias
+    left: int
+    queries: int  # of a tile
+    keys: int
+
+    @property
+    def scale(self):
+        return self.width**-0.5
+
+
 def launch(step: int, rows, bias: Tensor, left: int, *tensors: Tensor) -> None:
-    """Runs one of the three kernels on tensors of which the first is the queries (N, H, d)."""
+    """Runs one of the three kernels on its tensors, of which the first is the queries (N, H, d)."""
     q = tensors[0]
-    m, k, warps, stages = TILES[q.element_size()][step]
-    grid = triton.cdiv(max(rows.lengths), k if step == 2 else m), len(rows.lengths), q.shape[1]
+    queries, keys, warps, stages = TILES[q.element_size()][step]
+    sizes = Sizes(*q.shape[1:], bias.shape[2], left, queries, keys)
+    tiles = triton.cdiv(max(rows.lengths), keys if step == 2 else queries)
     kernel = (attention, query_gradients, key_gradients)[step]
-    sizes = attention_sizes(q.shape[1], q.shape[2], bias.shape[2], left)
+    inputs = (*tensors, rows.begin, rows.count, sizes)
     with torch.cuda.device_of(q):
-        kernel[grid](
-            *tensors, rows.begin, rows.count, **sizes, M=m, K=k, num_warps=warps, num_stages=stages
-        )
-
-
-def attention_sizes(heads: int, d: int, places: int, left: int) -> dict[str, int | float]:
-    """The constants of a kernel."""
-    return dict(H=heads, D=d, PLACES=places, BEFORE=left, SCALE=d**-0.5)
+        kernel[tiles, len(rows.lengths), sizes.heads](*inputs, num_warps=warps, num_stages=stages)
 
 
 @triton.jit
-def lines(x, at, n, H: tl.constexpr, WIDTH: tl.constexpr):
-    """Pointers to the lines (WIDTH) of one head at positions `at`, and which are there."""
-    column = tl.arange(0, WIDTH)[None]
-    return x + at[:, None] * (H * WIDTH) + column, (at[:, None] < n) & (column >= 0)
+def lines(x, at, n, C: tl.constexpr):
+    """Pointers to the lines (d) of one head at positions `at`, and which are there."""
+    column = tl.arange(0, C.width)[None]
+    return x + at[:, None] * (C.heads * C.width) + column, (at[:, None] < n) & (column >= 0)
 
 
 @triton.jit
-def load_lines(x, at, n, H: tl.constexpr, WIDTH: tl.constexpr):
-    """Lines of one head, zeros from position n on: (m, WIDTH) or (k, WIDTH)."""
-    pointers, there = lines(x, at, n, H, WIDTH)
+def load_lines(x, at, n, C: tl.constexpr):
+    """Lines of one head, zeros from position n on: (m, d) or (k, d)."""
+    pointers, there = lines(x, at, n, C)
     return tl.load(pointers, mask=there, other=0.0)
 
 
 @triton.jit
-def load_bias(bias, i, place, n, H: tl.constexpr, PLACES: tl.constexpr):
+def load_bias(bias, i, place, n, C: tl.constexpr):
     """The biases of queries i at these places, to base 2, of the shape that both broadcast to."""
-    there = i + 0 * place < n
-    return tl.load(bias + (i * (H * PLACES) + place), mask=there, other=0.0).to(tl.float32) * LOG2E
+    x = tl.load(bias + (i * (C.heads * C.places) + place), mask=i + 0 * place < n, other=0.0)
+    return x.to(tl.float32) * LOG2E
 
 
 @triton.jit
-def places(i, j, PLACES: tl.constexpr, BEFORE: tl.constexpr):
+def places(i, j, C: tl.constexpr):
     """The place of the bias of queries i for keys j."""
-    return tl.minimum(tl.maximum(j - i + BEFORE, 0), PLACES - 1)
+    return tl.minimum(tl.maximum(j - i + C.left, 0), C.places - 1)
 
 
 @triton.jit
@@ -138,198 +149,152 @@ def side_of_band(side: tl.constexpr, at, n, FAR: tl.constexpr, NEAR: tl.constexp
 
 
 @triton.jit
-def attention(
-    q,
-    k,
-    v,
-    bias,
-    y,
-    lse,
-    begin,
-    count,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    PLACES: tl.constexpr,
-    BEFORE: tl.constexpr,
-    SCALE: tl.constexpr,
-    M: tl.constexpr,
-    K: tl.constexpr,
-):
+def attention(q, k, v, bias, y, lse, begin, count, C: tl.constexpr):
     """y (N, H, d) of M queries of a row and head, and their lse (N, H)."""
+    M: tl.constexpr = C.queries
+    K: tl.constexpr = C.keys
+    D: tl.constexpr = C.width
     row, h, m0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * M
     n = tl.load(count + row).to(tl.int32)
     if m0 >= n:
         return
-    base = tl.load(begin + row) * H + h  # int64: what is added to it counts from the row's begin
-    k, v, bias = k + base * D, v + base * D, bias + base * PLACES
+    base = tl.load(begin + row) * C.heads + h  # the row's first line, as int64
+    k, v, bias = k + base * D, v + base * D, bias + base * C.places
     i = m0 + tl.arange(0, M)
-    x = load_lines(q + base * D, i, n, H, D)  # (m, d)
+    x = load_lines(q + base * D, i, n, C)  # (m, d)
 
     # Of each query the highest score, the sum of exponentials, and that of weighted values.
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, D), tl.float32)
     for side in tl.static_range(3):
-        start, stop = side_of_band(side, m0, n, BEFORE, PLACES - 1 - BEFORE, M, K)
-        added = load_bias(bias, i[:, None], PLACES - 1 if side == 2 else 0, n, H, PLACES)
+        start, stop = side_of_band(side, m0, n, C.left, C.places - 1 - C.left, M, K)
+        added = load_bias(bias, i[:, None], C.places - 1 if side == 2 else 0, n, C)
         for k0 in range(start, stop, K):
             j = k0 + tl.arange(0, K)
-            s = tl.dot(x, load_lines(k, j, n, H, D).T, input_precision="ieee")  # (m, k)
+            s = tl.dot(x, load_lines(k, j, n, C).T, input_precision="ieee")  # (m, k)
             if side == 1:
-                place = places(i[:, None], j[None], PLACES, BEFORE)
-                s = s * (SCALE * LOG2E) + load_bias(bias, i[:, None], place, n, H, PLACES)
+                place = places(i[:, None], j[None], C)
+                s = s * (C.scale * LOG2E) + load_bias(bias, i[:, None], place, n, C)
             else:
-                s = s * (SCALE * LOG2E) + added
+                s = s * (C.scale * LOG2E) + added
             s = tl.where(j[None] < n, s, float("-inf"))
             higher = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - higher[:, None])
             shrink = tl.exp2(top - higher)
             total = total * shrink + tl.sum(p, 1)
-            values = load_lines(v, j, n, H, D)
+            values = load_lines(v, j, n, C)
             acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
             top = higher
-    pointers, there = lines(y + base * D, i, n, H, D)
+    pointers, there = lines(y + base * D, i, n, C)
     tl.store(pointers, (acc / total[:, None]).to(y.dtype.element_ty), mask=there)
-    tl.store(lse + base + i * H, top + tl.log2(total), mask=i < n)
+    tl.store(lse + base + i * C.heads, top + tl.log2(total), mask=i < n)
 
 
 @triton.jit
-def query_gradients(
-    q,
-    k,
-    v,
-    bias,
-    y,
-    lse,
-    dy,
-    delta,
-    dq,
-    d_bias,
-    begin,
-    count,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    PLACES: tl.constexpr,
-    BEFORE: tl.constexpr,
-    SCALE: tl.constexpr,
-    M: tl.constexpr,
-    K: tl.constexpr,
-):
+def query_gradients(q, k, v, bias, y, lse, dy, delta, dq, d_bias, begin, count, C: tl.constexpr):
     """dq (N, H, d) and d_bias (N, H, places) of M queries of a row and head; and delta (N, H), the
     sums of y * dy, for the other kernel. A place between the two outermost has one key at most, so
     its gradient is stored where the score is; those of the outermost are summed."""
+    M: tl.constexpr = C.queries
+    K: tl.constexpr = C.keys
+    D: tl.constexpr = C.width
     row, h, m0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * M
     n = tl.load(count + row).to(tl.int32)
     if m0 >= n:
         return
-    base = tl.load(begin + row) * H + h
+    base = tl.load(begin + row) * C.heads + h
     k, v = k + base * D, v + base * D
-    bias, d_bias = bias + base * PLACES, d_bias + base * PLACES
+    bias, d_bias = bias + base * C.places, d_bias + base * C.places
     i = m0 + tl.arange(0, M)
-    x = load_lines(q + base * D, i, n, H, D)  # (m, d)
-    dx = load_lines(dy + base * D, i, n, H, D)
-    d_total = tl.sum(load_lines(y + base * D, i, n, H, D).to(tl.float32) * dx, 1)  # (m,)
-    tl.store(delta + base + i * H, d_total, mask=i < n)
-    total = tl.load(lse + base + i * H, mask=i < n, other=float("inf"))
+    x = load_lines(q + base * D, i, n, C)  # (m, d)
+    dx = load_lines(dy + base * D, i, n, C)
+    d_total = tl.sum(load_lines(y + base * D, i, n, C).to(tl.float32) * dx, 1)  # (m,)
+    tl.store(delta + base + i * C.heads, d_total, mask=i < n)
+    total = tl.load(lse + base + i * C.heads, mask=i < n, other=float("inf"))
 
     d_first = tl.zeros((M,), tl.float32)
     d_last = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, D), tl.float32)
     for side in tl.static_range(3):
-        start, stop = side_of_band(side, m0, n, BEFORE, PLACES - 1 - BEFORE, M, K)
-        added = load_bias(bias, i[:, None], PLACES - 1 if side == 2 else 0, n, H, PLACES)
+        start, stop = side_of_band(side, m0, n, C.left, C.places - 1 - C.left, M, K)
+        added = load_bias(bias, i[:, None], C.places - 1 if side == 2 else 0, n, C)
         for k0 in range(start, stop, K):
             j = k0 + tl.arange(0, K)
-            keys = load_lines(k, j, n, H, D)
-            s = tl.dot(x, keys.T, input_precision="ieee") * (SCALE * LOG2E)  # (m, k)
-            place = places(i[:, None], j[None], PLACES, BEFORE)
+            keys = load_lines(k, j, n, C)
+            s = tl.dot(x, keys.T, input_precision="ieee") * (C.scale * LOG2E)  # (m, k)
+            place = places(i[:, None], j[None], C)
             if side == 1:
-                s += load_bias(bias, i[:, None], place, n, H, PLACES)
+                s += load_bias(bias, i[:, None], place, n, C)
             else:
                 s += added
             s = tl.where(j[None] < n, s, float("-inf"))
-            dp = tl.dot(dx, load_lines(v, j, n, H, D).T, input_precision="ieee")
+            dp = tl.dot(dx, load_lines(v, j, n, C).T, input_precision="ieee")
             ds = tl.exp2(s - total[:, None]) * (dp - d_total[:, None])
             if side == 0:
                 d_first += tl.sum(ds, 1)
             elif side == 1:
-                inner = (place > 0) & (place < PLACES - 1) & (i[:, None] < n) & (j[None] < n)
-                pointers = d_bias + i[:, None] * (H * PLACES) + place
+                inner = (place > 0) & (place < C.places - 1) & (i[:, None] < n) & (j[None] < n)
+                pointers = d_bias + i[:, None] * (C.heads * C.places) + place
                 tl.store(pointers, ds.to(d_bias.dtype.element_ty), mask=inner)
                 d_first += tl.sum(tl.where(place == 0, ds, 0.0), 1)
-                if PLACES > 1:
-                    d_last += tl.sum(tl.where(place == PLACES - 1, ds, 0.0), 1)
+                if C.places > 1:
+                    d_last += tl.sum(tl.where(place == C.places - 1, ds, 0.0), 1)
             else:
                 d_last += tl.sum(ds, 1)
             acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="ieee")
-    pointers, there = lines(dq + base * D, i, n, H, D)
-    tl.store(pointers, (acc * SCALE).to(dq.dtype.element_ty), mask=there)
-    if PLACES == 1:
+    pointers, there = lines(dq + base * D, i, n, C)
+    tl.store(pointers, (acc * C.scale).to(dq.dtype.element_ty), mask=there)
+    if C.places == 1:
         d_first += d_last
     else:
-        last = d_bias + i * (H * PLACES) + (PLACES - 1)
+        last = d_bias + i * (C.heads * C.places) + (C.places - 1)
         tl.store(last, d_last.to(d_bias.dtype.element_ty), mask=i < n)
-    tl.store(d_bias + i * (H * PLACES), d_first.to(d_bias.dtype.element_ty), mask=i < n)
+    tl.store(d_bias + i * (C.heads * C.places), d_first.to(d_bias.dtype.element_ty), mask=i < n)
 
 
 @triton.jit
-def key_gradients(
-    q,
-    k,
-    v,
-    bias,
-    lse,
-    dy,
-    delta,
-    dk,
-    dv,
-    begin,
-    count,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    PLACES: tl.constexpr,
-    BEFORE: tl.constexpr,
-    SCALE: tl.constexpr,
-    M: tl.constexpr,
-    K: tl.constexpr,
-):
+def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.constexpr):
     """dk and dv (N, H, d) of K keys of a row and head, from all queries of the row, M at a time.
     Seen from a key, the queries that take their last bias for it are on the left."""
+    M: tl.constexpr = C.queries
+    K: tl.constexpr = C.keys
+    D: tl.constexpr = C.width
     row, h, k0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * K
     n = tl.load(count + row).to(tl.int32)
     if k0 >= n:
         return
-    base = tl.load(begin + row) * H + h
-    q, dy, bias = q + base * D, dy + base * D, bias + base * PLACES
+    base = tl.load(begin + row) * C.heads + h
+    q, dy, bias = q + base * D, dy + base * D, bias + base * C.places
     j = k0 + tl.arange(0, K)
-    keys = load_lines(k + base * D, j, n, H, D)  # (k, d)
-    values = load_lines(v + base * D, j, n, H, D)
+    keys = load_lines(k + base * D, j, n, C)  # (k, d)
+    values = load_lines(v + base * D, j, n, C)
 
     k_acc = tl.zeros((K, D), tl.float32)
     v_acc = tl.zeros((K, D), tl.float32)
     for side in tl.static_range(3):
-        start, stop = side_of_band(side, k0, n, PLACES - 1 - BEFORE, BEFORE, K, M)
+        start, stop = side_of_band(side, k0, n, C.places - 1 - C.left, C.left, K, M)
         for m0 in range(start, stop, M):
             i = m0 + tl.arange(0, M)
-            x = load_lines(q, i, n, H, D)  # (m, d)
-            dx = load_lines(dy, i, n, H, D)
+            x = load_lines(q, i, n, C)  # (m, d)
+            dx = load_lines(dy, i, n, C)
             # Behind the row's end the weights are 2 ** -inf, and nothing is added.
-            total = tl.load(lse + base + i * H, mask=i < n, other=float("inf"))
-            d_total = tl.load(delta + base + i * H, mask=i < n, other=0.0)
+            total = tl.load(lse + base + i * C.heads, mask=i < n, other=float("inf"))
+            d_total = tl.load(delta + base + i * C.heads, mask=i < n, other=0.0)
+            s = tl.dot(keys, x.T, input_precision="ieee") * (C.scale * LOG2E)  # (k, m)
             if side == 1:
-                place = places(i[None], j[:, None], PLACES, BEFORE)
+                place = places(i[:, None], j[None], C)
+                s += load_bias(bias, i[:, None], place, n, C).T  # neighbours in memory, then turned
             else:
-                place = PLACES - 1 if side == 0 else 0
-            s = tl.dot(keys, x.T, input_precision="ieee") * (SCALE * LOG2E)  # (k, m)
-            s += load_bias(bias, i[None], place, n, H, PLACES)
+                s += load_bias(bias, i[None], C.places - 1 if side == 0 else 0, n, C)
             p = tl.exp2(s - total[None])
             v_acc = tl.dot(p.to(dx.dtype), dx, v_acc, input_precision="ieee")
             dp = tl.dot(values, dx.T, input_precision="ieee")
             ds = p * (dp - d_total[None])
             k_acc = tl.dot(ds.to(x.dtype), x, k_acc, input_precision="ieee")
-    pointers, there = lines(dk + base * D, j, n, H, D)
-    tl.store(pointers, (k_acc * SCALE).to(dk.dtype.element_ty), mask=there)
-    pointers, there = lines(dv + base * D, j, n, H, D)
+    pointers, there = lines(dk + base * D, j, n, C)
+    tl.store(pointers, (k_acc * C.scale).to(dk.dtype.element_ty), mask=there)
+    pointers, there = lines(dv + base * D, j, n, C)
     tl.store(pointers, v_acc.to(dv.dtype.element_ty), mask=there)
 
 
