@@ -17,12 +17,12 @@ from torch import Tensor
 
 import model
 
-# Queries and keys of a tile, warps, and stages of the pipeline, of the kernel that computes
-# attention, the one for the gradients of queries and biases, and the one for those of keys and
-# values; by the bytes of a number. None spills at heads of 64, see tests/bench/kernels.py.
+# Queries and keys of a tile, warps, and stages of the pipeline: of the kernel that computes
+# attention, and of those for the gradients of queries and biases, and of keys and values; by the
+# bytes of a number. With heads of 64 none spills, see tests/bench/kernels.py.
 TILES = {
-    2: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
-    4: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    2: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+    4: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
 }
 FRAMES = 512  # of one channel that one program of the convolution computes
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x * LOG2E), and 2 ** x is one instruction
@@ -31,16 +31,7 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x * LOG2E), and 2 ** 
 # --- Attention
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows,
-    causal: bool = False,
-    bias: Tensor | None = None,
-    left: int = 0,
-    dropout: float = 0.0,
-) -> Tensor:
+def attend(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tensor:
     """Attention within each row: q (N, H, d), k and v (N, Hkv, d) -> (N, H, d).
 
     rows: model.Rows. bias (N, H, left + 1 + right): what relative keys add to the scores of a
@@ -89,10 +80,6 @@ class Sizes(NamedTuple):
     queries: int  # of a tile
     keys: int
 
-    @property
-    def scale(self):
-        return self.width**-0.5
-
 
 def launch(step: int, rows, bias: Tensor, left: int, *tensors: Tensor) -> None:
     """Runs one of the three kernels on its tensors, of which the first is the queries (N, H, d)."""
@@ -121,6 +108,12 @@ def load_lines(x, at, n, C: tl.constexpr):
 
 
 @triton.jit
+def store_lines(x, values, at, n, C: tl.constexpr):
+    pointers, there = lines(x, at, n, C)
+    tl.store(pointers, values, mask=there)
+
+
+@triton.jit
 def load_bias(bias, i, place, n, C: tl.constexpr):
     """The biases of queries i at these places, to base 2, of the shape that both broadcast to."""
     x = tl.load(bias + (i * (C.heads * C.places) + place), mask=i + 0 * place < n, other=0.0)
@@ -134,7 +127,7 @@ def places(i, j, C: tl.constexpr):
 
 
 @triton.jit
-def side_of_band(side: tl.constexpr, at, n, FAR: tl.constexpr, NEAR: tl.constexpr, M, K):
+def keys_on_side(side: tl.constexpr, at, n, FAR: tl.constexpr, NEAR: tl.constexpr, M, K):
     """(start, stop): of a row's n keys, in tiles of K, those that lie left of the band of M queries
     from position `at` on (side 0), across it (1), or right of it (2). Left are tiles whose every
     key is FAR or more left of each query, right those NEAR or more right of it."""
@@ -154,6 +147,7 @@ def attention(q, k, v, bias, y, lse, begin, count, C: tl.constexpr):
     M: tl.constexpr = C.queries
     K: tl.constexpr = C.keys
     D: tl.constexpr = C.width
+    SCALE: tl.constexpr = LOG2E * D**-0.5
     row, h, m0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * M
     n = tl.load(count + row).to(tl.int32)
     if m0 >= n:
@@ -168,16 +162,16 @@ def attention(q, k, v, bias, y, lse, begin, count, C: tl.constexpr):
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, D), tl.float32)
     for side in tl.static_range(3):
-        start, stop = side_of_band(side, m0, n, C.left, C.places - 1 - C.left, M, K)
+        start, stop = keys_on_side(side, m0, n, C.left, C.places - 1 - C.left, M, K)
         added = load_bias(bias, i[:, None], C.places - 1 if side == 2 else 0, n, C)
         for k0 in range(start, stop, K):
             j = k0 + tl.arange(0, K)
             s = tl.dot(x, load_lines(k, j, n, C).T, input_precision="ieee")  # (m, k)
             if side == 1:
                 place = places(i[:, None], j[None], C)
-                s = s * (C.scale * LOG2E) + load_bias(bias, i[:, None], place, n, C)
+                s = s * SCALE + load_bias(bias, i[:, None], place, n, C)
             else:
-                s = s * (C.scale * LOG2E) + added
+                s = s * SCALE + added
             s = tl.where(j[None] < n, s, float("-inf"))
             higher = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - higher[:, None])
@@ -186,8 +180,7 @@ def attention(q, k, v, bias, y, lse, begin, count, C: tl.constexpr):
             values = load_lines(v, j, n, C)
             acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
             top = higher
-    pointers, there = lines(y + base * D, i, n, C)
-    tl.store(pointers, (acc / total[:, None]).to(y.dtype.element_ty), mask=there)
+    store_lines(y + base * D, acc / total[:, None], i, n, C)
     tl.store(lse + base + i * C.heads, top + tl.log2(total), mask=i < n)
 
 
@@ -199,6 +192,7 @@ def query_gradients(q, k, v, bias, y, lse, dy, delta, dq, d_bias, begin, count, 
     M: tl.constexpr = C.queries
     K: tl.constexpr = C.keys
     D: tl.constexpr = C.width
+    SCALE: tl.constexpr = LOG2E * D**-0.5
     row, h, m0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * M
     n = tl.load(count + row).to(tl.int32)
     if m0 >= n:
@@ -217,12 +211,12 @@ def query_gradients(q, k, v, bias, y, lse, dy, delta, dq, d_bias, begin, count, 
     d_last = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, D), tl.float32)
     for side in tl.static_range(3):
-        start, stop = side_of_band(side, m0, n, C.left, C.places - 1 - C.left, M, K)
+        start, stop = keys_on_side(side, m0, n, C.left, C.places - 1 - C.left, M, K)
         added = load_bias(bias, i[:, None], C.places - 1 if side == 2 else 0, n, C)
         for k0 in range(start, stop, K):
             j = k0 + tl.arange(0, K)
             keys = load_lines(k, j, n, C)
-            s = tl.dot(x, keys.T, input_precision="ieee") * (C.scale * LOG2E)  # (m, k)
+            s = tl.dot(x, keys.T, input_precision="ieee") * SCALE  # (m, k)
             place = places(i[:, None], j[None], C)
             if side == 1:
                 s += load_bias(bias, i[:, None], place, n, C)
@@ -236,21 +230,20 @@ def query_gradients(q, k, v, bias, y, lse, dy, delta, dq, d_bias, begin, count, 
             elif side == 1:
                 inner = (place > 0) & (place < C.places - 1) & (i[:, None] < n) & (j[None] < n)
                 pointers = d_bias + i[:, None] * (C.heads * C.places) + place
-                tl.store(pointers, ds.to(d_bias.dtype.element_ty), mask=inner)
+                tl.store(pointers, ds, mask=inner)
                 d_first += tl.sum(tl.where(place == 0, ds, 0.0), 1)
                 if C.places > 1:
                     d_last += tl.sum(tl.where(place == C.places - 1, ds, 0.0), 1)
             else:
                 d_last += tl.sum(ds, 1)
             acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="ieee")
-    pointers, there = lines(dq + base * D, i, n, C)
-    tl.store(pointers, (acc * C.scale).to(dq.dtype.element_ty), mask=there)
-    if C.places == 1:
-        d_first += d_last
+    store_lines(dq + base * D, acc * D**-0.5, i, n, C)
+    outermost = d_bias + i * (C.heads * C.places)
+    if C.places > 1:
+        tl.store(outermost + (C.places - 1), d_last, mask=i < n)
     else:
-        last = d_bias + i * (C.heads * C.places) + (C.places - 1)
-        tl.store(last, d_last.to(d_bias.dtype.element_ty), mask=i < n)
-    tl.store(d_bias + i * (C.heads * C.places), d_first.to(d_bias.dtype.element_ty), mask=i < n)
+        d_first += d_last
+    tl.store(outermost, d_first, mask=i < n)
 
 
 @triton.jit
@@ -260,6 +253,7 @@ def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.con
     M: tl.constexpr = C.queries
     K: tl.constexpr = C.keys
     D: tl.constexpr = C.width
+    SCALE: tl.constexpr = LOG2E * D**-0.5
     row, h, k0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * K
     n = tl.load(count + row).to(tl.int32)
     if k0 >= n:
@@ -273,7 +267,7 @@ def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.con
     k_acc = tl.zeros((K, D), tl.float32)
     v_acc = tl.zeros((K, D), tl.float32)
     for side in tl.static_range(3):
-        start, stop = side_of_band(side, k0, n, C.places - 1 - C.left, C.left, K, M)
+        start, stop = keys_on_side(side, k0, n, C.places - 1 - C.left, C.left, K, M)
         for m0 in range(start, stop, M):
             i = m0 + tl.arange(0, M)
             x = load_lines(q, i, n, C)  # (m, d)
@@ -281,7 +275,7 @@ def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.con
             # Behind the row's end the weights are 2 ** -inf, and nothing is added.
             total = tl.load(lse + base + i * C.heads, mask=i < n, other=float("inf"))
             d_total = tl.load(delta + base + i * C.heads, mask=i < n, other=0.0)
-            s = tl.dot(keys, x.T, input_precision="ieee") * (C.scale * LOG2E)  # (k, m)
+            s = tl.dot(keys, x.T, input_precision="ieee") * SCALE  # (k, m)
             if side == 1:
                 place = places(i[:, None], j[None], C)
                 s += load_bias(bias, i[:, None], place, n, C).T  # neighbours in memory, then turned
@@ -292,10 +286,8 @@ def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.con
             dp = tl.dot(values, dx.T, input_precision="ieee")
             ds = p * (dp - d_total[None])
             k_acc = tl.dot(ds.to(x.dtype), x, k_acc, input_precision="ieee")
-    pointers, there = lines(dk + base * D, j, n, C)
-    tl.store(pointers, (k_acc * C.scale).to(dk.dtype.element_ty), mask=there)
-    pointers, there = lines(dv + base * D, j, n, C)
-    tl.store(pointers, v_acc.to(dv.dtype.element_ty), mask=there)
+    store_lines(dk + base * D, k_acc * D**-0.5, j, n, C)
+    store_lines(dv + base * D, v_acc, j, n, C)
 
 
 # --- Convolution
@@ -352,7 +344,7 @@ def taps_sum(x, weight, y, x_frames, y_frames, before, TAPS: tl.constexpr, F: tl
         at = t + (tap - before)
         there = (at >= 0) & (at < x_frames)
         acc += tl.load(weight + tap).to(tl.float32) * tl.load(x + at, mask=there, other=0.0)
-    tl.store(y + t, acc.to(y.dtype.element_ty), mask=t < y_frames)
+    tl.store(y + t, acc, mask=t < y_frames)
 
 
 @triton.jit
@@ -371,4 +363,4 @@ def weight_gradients(
         there = (t[None] < frames) & (tap[:, None] < TAPS)
         acc += tl.load(x + tap[:, None] + t[None], mask=there, other=0.0) * dy_t[None]
     d_tap = tl.sum(acc, 1)  # (LINES,)
-    tl.store(d_weight + channel * TAPS + tap, d_tap.to(d_weight.dtype.element_ty), mask=tap < TAPS)
+    tl.store(d_weight + channel * TAPS + tap, d_tap, mask=tap < TAPS)
