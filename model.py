@@ -545,11 +545,15 @@ def pick_device() -> str:
 
 
 def default_kernels(device: str) -> Kernels:
-    """The fastest operators for a device. Those for the CPU are optional and in extras/."""
+    """The fastest operators for a device. Most are optional and in extras/."""
     with suppress(ImportError):
         if str(device).startswith("cuda"):
             import torch.nn.attention.varlen  # noqa: F401  (since PyTorch 2.10)
 
+            with suppress(ImportError):
+                from extras import cuda  # which needs Triton
+
+                return Kernels(attend=cuda.attend, depthwise=cuda.depthwise)
             return Kernels(attend=attend_varlen)
         if str(device) == "cpu":
             from extras import cpu

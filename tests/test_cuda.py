@@ -50,6 +50,57 @@ def test_attention_of_all_sequences_at_once(causal, heads, d, places, dtype, bou
             assert relative_error(ours.cpu(), expected) < bound, lengths
 
 
+@pytest.mark.parametrize("dtype, bound", PRECISIONS)
+@pytest.mark.parametrize("reach", [(64, 8), (12, 3), (0, 0)])
+def test_attention_with_relative_keys(reach, dtype, bound):
+    """By the Triton kernels, with four gradients, against float32; the same bits again."""
+    cuda = pytest.importorskip("extras.cuda")
+    left, right = reach
+    for lengths in ([1], [2, 1], [63, 64, 65], [500, 1, 129], [1500]):
+        N = sum(lengths)
+        shapes = [(N, 2, 64)] * 3 + [(N, 2, left + 1 + right)]
+        inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+        grad = torch.randn(N, 2, 64).to(dtype)
+        results = []
+        for attend, device, kind in (
+            (model.attend, "cpu", torch.float32),
+            (cuda.attend, "cuda", dtype),
+            (cuda.attend, "cuda", dtype),
+        ):
+            q, k, v, bias = leaves = [x.to(device, kind).requires_grad_() for x in inputs]
+            y = attend(q, k, v, model.Rows(lengths, torch.device(device)), bias=bias, left=left)
+            computed = torch.autograd.grad(y, leaves, grad.to(device, kind))
+            results.append([x.cpu() for x in (y, *computed)])
+        assert y.grad_fn.name() == "RelativeAttentionBackward" and y.dtype == dtype
+        for expected, ours, again in zip(*results, strict=True):
+            assert torch.equal(ours, again), lengths
+            size = expected.norm() + 0.1 * grad.float().norm()  # with a single key, most are zero
+            assert (ours.float() - expected).norm() < bound * size, lengths
+
+
+@pytest.mark.parametrize("dtype, bound", PRECISIONS)
+@pytest.mark.parametrize("frames", [31, 32, 543, 2000])
+def test_depthwise_convolution(frames, dtype, bound):
+    """By the Triton kernels, with both gradients, against float32; the same bits again."""
+    cuda = pytest.importorskip("extras.cuda")
+    assert model.default_kernels("cuda").depthwise is cuda.depthwise
+    inputs = [torch.randn(shape).to(dtype) for shape in ((1, 48, frames), (48, 1, 31))]
+    grad = torch.randn(1, 48, frames - 30).to(dtype)
+    results = []
+    for depthwise, device, kind in (
+        (model.depthwise, "cpu", torch.float32),
+        (cuda.depthwise, "cuda", dtype),
+        (cuda.depthwise, "cuda", dtype),
+    ):
+        leaves = [x.to(device, kind).requires_grad_() for x in inputs]
+        y = depthwise(*leaves)
+        assert y.dtype == kind
+        both = torch.autograd.grad(y, leaves, grad.to(device, kind))
+        results.append([x.cpu() for x in (y, *both)])
+    for expected, ours, again in zip(*results, strict=True):
+        assert torch.equal(ours, again) and relative_error(ours, expected) < bound
+
+
 def build(device, **llm):
     """A small model with the kernels of a device, whose heads are as wide as CUDA's want them."""
     kernels = model.default_kernels(device)

@@ -1,0 +1,366 @@
+"""Kernels for CUDA, in Triton: attention with clipped relative keys, and the depthwise convolution.
+
+Both give what the operators of the same names in model.py give, values and gradients, and the same
+bits every time, as nothing is added atomically. Triton comes with PyTorch for CUDA; its interpreter
+(TRITON_INTERPRET=1) runs the kernels on a CPU. They were not run on CUDA.
+
+Letters in shape comments: N positions of all rows of a batch, n of one row, m queries and k keys of
+a tile, H heads, d width of a head, D channels, T frames.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import model
+
+# Queries and keys of a tile, warps, and stages of the pipeline: of the kernel that computes
+# attention, and of those for the gradients of queries and biases, and of keys and values; by the
+# bytes of a number. With heads of 64 none spills, see tests/bench/kernels.py.
+TILES = {
+    2: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+    4: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+}
+FRAMES = 512  # of one channel that one program of the convolution computes
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x * LOG2E), and 2 ** x is one instruction
+
+
+# --- Attention
+
+
+def attend(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tensor:
+    """Attention within each row: q (N, H, d), k and v (N, Hkv, d) -> (N, H, d).
+
+    rows: model.Rows. bias (N, H, left + 1 + right): what relative keys add to the scores of a
+    query; keys further away take the outermost. Without it, with dropout, or where the width of a
+    head is no power of two, PyTorch's kernels are used.
+    """
+    d = q.shape[2]
+    if bias is None or dropout or d < 16 or d & (d - 1):
+        return model.attend_varlen(q, k, v, rows, causal, bias, left, dropout)
+    return RelativeAttention.apply(q, k, v, bias, rows, left)
+
+
+class RelativeAttention(torch.autograd.Function):
+    """Nothing of n x n numbers is ever in memory: of each query the logarithm of the sum of its
+    exponentials is saved, and the weights are computed again from it."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, rows, left):
+        q, k, v, bias = (x.contiguous() for x in (q, k, v, bias))
+        y = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)  # (N, H), base 2
+        launch(0, rows, bias, left, q, k, v, bias, y, lse)
+        ctx.save_for_backward(q, k, v, bias, y, lse)
+        ctx.rows, ctx.left = rows, left
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, bias, y, lse = ctx.saved_tensors
+        dy = dy.contiguous()
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        d_bias = torch.zeros_like(bias)  # a place without a key stays zero
+        delta = torch.empty_like(lse)
+        launch(1, ctx.rows, bias, ctx.left, q, k, v, bias, y, lse, dy, delta, dq, d_bias)
+        launch(2, ctx.rows, bias, ctx.left, q, k, v, bias, lse, dy, delta, dk, dv)
+        return dq, dk, dv, d_bias, None, None
+
+
+class Sizes(NamedTuple):
+    """What a kernel is compiled for."""
+
+    heads: int
+    width: int  # of a head
+    places: int  # of a bias
+    left: int
+    queries: int  # of a tile
+    keys: int
+
+
+def launch(step: int, rows, bias: Tensor, left: int, *tensors: Tensor) -> None:
+    """Runs one of the three kernels on its tensors, of which the first is the queries (N, H, d)."""
+    q = tensors[0]
+    queries, keys, warps, stages = TILES[q.element_size()][step]
+    sizes = Sizes(*q.shape[1:], bias.shape[2], left, queries, keys)
+    tiles = triton.cdiv(max(rows.lengths), keys if step == 2 else queries)
+    kernel = (attention, query_gradients, key_gradients)[step]
+    inputs = (*tensors, rows.begin, rows.count, sizes)
+    with torch.cuda.device_of(q):
+        kernel[tiles, len(rows.lengths), sizes.heads](*inputs, num_warps=warps, num_stages=stages)
+
+
+@triton.jit
+def lines(x, at, n, C: tl.constexpr):
+    """Pointers to the lines (d) of one head at positions `at`, and which are there."""
+    column = tl.arange(0, C.width)[None]
+    return x + at[:, None] * (C.heads * C.width) + column, (at[:, None] < n) & (column >= 0)
+
+
+@triton.jit
+def load_lines(x, at, n, C: tl.constexpr):
+    """Lines of one head, zeros from position n on: (m, d) or (k, d)."""
+    pointers, there = lines(x, at, n, C)
+    return tl.load(pointers, mask=there, other=0.0)
+
+
+@triton.jit
+def store_lines(x, values, at, n, C: tl.constexpr):
+    pointers, there = lines(x, at, n, C)
+    tl.store(pointers, values, mask=there)
+
+
+@triton.jit
+def load_bias(bias, i, place, n, C: tl.constexpr):
+    """The biases of queries i at these places, to base 2, of the shape that both broadcast to."""
+    x = tl.load(bias + (i * (C.heads * C.places) + place), mask=i + 0 * place < n, other=0.0)
+    return x.to(tl.float32) * LOG2E
+
+
+@triton.jit
+def places(i, j, C: tl.constexpr):
+    """The place of the bias of queries i for keys j."""
+    return tl.minimum(tl.maximum(j - i + C.left, 0), C.places - 1)
+
+
+@triton.jit
+def keys_on_side(side: tl.constexpr, at, n, FAR: tl.constexpr, NEAR: tl.constexpr, M, K):
+    """(start, stop): of a row's n keys, in tiles of K, those that lie left of the band of M queries
+    from position `at` on (side 0), across it (1), or right of it (2). Left are tiles whose every
+    key is FAR or more left of each query, right those NEAR or more right of it."""
+    first = tl.minimum(tl.maximum(at - FAR + 1, 0) // K * K, n)
+    end = tl.minimum((at + M - 1 + NEAR + K - 1) // K * K, n)
+    if side == 0:
+        return 0, first
+    elif side == 1:
+        return first, end
+    else:
+        return end, n
+
+
+@triton.jit
+def attention(q, k, v, bias, y, lse, begin, count, C: tl.constexpr):
+    """y (N, H, d) of M queries of a row and head, and their lse (N, H)."""
+    M: tl.constexpr = C.queries
+    K: tl.constexpr = C.keys
+    D: tl.constexpr = C.width
+    SCALE: tl.constexpr = LOG2E * D**-0.5
+    row, h, m0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * M
+    n = tl.load(count + row).to(tl.int32)
+    if m0 >= n:
+        return
+    base = tl.load(begin + row) * C.heads + h  # the row's first line, as int64
+    k, v, bias = k + base * D, v + base * D, bias + base * C.places
+    i = m0 + tl.arange(0, M)
+    x = load_lines(q + base * D, i, n, C)  # (m, d)
+
+    # Of each query the highest score, the sum of exponentials, and that of weighted values.
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, D), tl.float32)
+    for side in tl.static_range(3):
+        start, stop = keys_on_side(side, m0, n, C.left, C.places - 1 - C.left, M, K)
+        added = load_bias(bias, i[:, None], C.places - 1 if side == 2 else 0, n, C)
+        for k0 in range(start, stop, K):
+            j = k0 + tl.arange(0, K)
+            s = tl.dot(x, load_lines(k, j, n, C).T, input_precision="ieee")  # (m, k)
+            if side == 1:
+                place = places(i[:, None], j[None], C)
+                s = s * SCALE + load_bias(bias, i[:, None], place, n, C)
+            else:
+                s = s * SCALE + added
+            s = tl.where(j[None] < n, s, float("-inf"))
+            higher = tl.maximum(top, tl.max(s, 1))
+            p = tl.exp2(s - higher[:, None])
+            shrink = tl.exp2(top - higher)
+            total = total * shrink + tl.sum(p, 1)
+            values = load_lines(v, j, n, C)
+            acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+            top = higher
+    store_lines(y + base * D, acc / total[:, None], i, n, C)
+    tl.store(lse + base + i * C.heads, top + tl.log2(total), mask=i < n)
+
+
+@triton.jit
+def query_gradients(q, k, v, bias, y, lse, dy, delta, dq, d_bias, begin, count, C: tl.constexpr):
+    """dq (N, H, d) and d_bias (N, H, places) of M queries of a row and head; and delta (N, H), the
+    sums of y * dy, for the other kernel. A place between the two outermost has one key at most, so
+    its gradient is stored where the score is; those of the outermost are summed."""
+    M: tl.constexpr = C.queries
+    K: tl.constexpr = C.keys
+    D: tl.constexpr = C.width
+    SCALE: tl.constexpr = LOG2E * D**-0.5
+    row, h, m0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * M
+    n = tl.load(count + row).to(tl.int32)
+    if m0 >= n:
+        return
+    base = tl.load(begin + row) * C.heads + h
+    k, v = k + base * D, v + base * D
+    bias, d_bias = bias + base * C.places, d_bias + base * C.places
+    i = m0 + tl.arange(0, M)
+    x = load_lines(q + base * D, i, n, C)  # (m, d)
+    dx = load_lines(dy + base * D, i, n, C)
+    d_total = tl.sum(load_lines(y + base * D, i, n, C).to(tl.float32) * dx, 1)  # (m,)
+    tl.store(delta + base + i * C.heads, d_total, mask=i < n)
+    total = tl.load(lse + base + i * C.heads, mask=i < n, other=float("inf"))
+
+    d_first = tl.zeros((M,), tl.float32)
+    d_last = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, D), tl.float32)
+    for side in tl.static_range(3):
+        start, stop = keys_on_side(side, m0, n, C.left, C.places - 1 - C.left, M, K)
+        added = load_bias(bias, i[:, None], C.places - 1 if side == 2 else 0, n, C)
+        for k0 in range(start, stop, K):
+            j = k0 + tl.arange(0, K)
+            keys = load_lines(k, j, n, C)
+            s = tl.dot(x, keys.T, input_precision="ieee") * SCALE  # (m, k)
+            place = places(i[:, None], j[None], C)
+            if side == 1:
+                s += load_bias(bias, i[:, None], place, n, C)
+            else:
+                s += added
+            s = tl.where(j[None] < n, s, float("-inf"))
+            dp = tl.dot(dx, load_lines(v, j, n, C).T, input_precision="ieee")
+            ds = tl.exp2(s - total[:, None]) * (dp - d_total[:, None])
+            if side == 0:
+                d_first += tl.sum(ds, 1)
+            elif side == 1:
+                inner = (place > 0) & (place < C.places - 1) & (i[:, None] < n) & (j[None] < n)
+                pointers = d_bias + i[:, None] * (C.heads * C.places) + place
+                tl.store(pointers, ds, mask=inner)
+                d_first += tl.sum(tl.where(place == 0, ds, 0.0), 1)
+                if C.places > 1:
+                    d_last += tl.sum(tl.where(place == C.places - 1, ds, 0.0), 1)
+            else:
+                d_last += tl.sum(ds, 1)
+            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="ieee")
+    store_lines(dq + base * D, acc * D**-0.5, i, n, C)
+    outermost = d_bias + i * (C.heads * C.places)
+    if C.places > 1:
+        tl.store(outermost + (C.places - 1), d_last, mask=i < n)
+    else:
+        d_first += d_last
+    tl.store(outermost, d_first, mask=i < n)
+
+
+@triton.jit
+def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.constexpr):
+    """dk and dv (N, H, d) of K keys of a row and head, from all queries of the row, M at a time.
+    Seen from a key, the queries that take their last bias for it are on the left."""
+    M: tl.constexpr = C.queries
+    K: tl.constexpr = C.keys
+    D: tl.constexpr = C.width
+    SCALE: tl.constexpr = LOG2E * D**-0.5
+    row, h, k0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * K
+    n = tl.load(count + row).to(tl.int32)
+    if k0 >= n:
+        return
+    base = tl.load(begin + row) * C.heads + h
+    q, dy, bias = q + base * D, dy + base * D, bias + base * C.places
+    j = k0 + tl.arange(0, K)
+    keys = load_lines(k + base * D, j, n, C)  # (k, d)
+    values = load_lines(v + base * D, j, n, C)
+
+    k_acc = tl.zeros((K, D), tl.float32)
+    v_acc = tl.zeros((K, D), tl.float32)
+    for side in tl.static_range(3):
+        start, stop = keys_on_side(side, k0, n, C.places - 1 - C.left, C.left, K, M)
+        for m0 in range(start, stop, M):
+            i = m0 + tl.arange(0, M)
+            x = load_lines(q, i, n, C)  # (m, d)
+            dx = load_lines(dy, i, n, C)
+            # Behind the row's end the weights are 2 ** -inf, and nothing is added.
+            total = tl.load(lse + base + i * C.heads, mask=i < n, other=float("inf"))
+            d_total = tl.load(delta + base + i * C.heads, mask=i < n, other=0.0)
+            s = tl.dot(keys, x.T, input_precision="ieee") * SCALE  # (k, m)
+            if side == 1:
+                place = places(i[:, None], j[None], C)
+                s += load_bias(bias, i[:, None], place, n, C).T  # neighbours in memory, then turned
+            else:
+                s += load_bias(bias, i[None], C.places - 1 if side == 0 else 0, n, C)
+            p = tl.exp2(s - total[None])
+            v_acc = tl.dot(p.to(dx.dtype), dx, v_acc, input_precision="ieee")
+            dp = tl.dot(values, dx.T, input_precision="ieee")
+            ds = p * (dp - d_total[None])
+            k_acc = tl.dot(ds.to(x.dtype), x, k_acc, input_precision="ieee")
+    store_lines(dk + base * D, k_acc * D**-0.5, j, n, C)
+    store_lines(dv + base * D, v_acc, j, n, C)
+
+
+# --- Convolution
+
+
+def depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """x (1, D, T), each channel convolved with its line of weight (D, 1, kernel) ->
+    (1, D, T - kernel + 1)."""
+    return Depthwise.apply(x, weight)
+
+
+class Depthwise(torch.autograd.Function):
+    """The gradient of x is a convolution again, with the weight turned round."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        return convolve(x, weight, 1 - weight.shape[2])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous()
+        d_weight = torch.empty_like(weight)
+        channels, _, taps = weight.shape
+        sizes = dict(TAPS=taps, LINES=triton.next_power_of_2(taps), F=128)
+        with torch.cuda.device_of(x):
+            weight_gradients[(channels,)](x, dy, d_weight, x.shape[2], **sizes)
+        return convolve(dy, weight.flip(2), taps - 1), d_weight
+
+
+def convolve(x: Tensor, weight: Tensor, more: int) -> Tensor:
+    """x (1, D, T) -> (1, D, T + more). Frames beyond both ends are zeros, so it has more frames by
+    as much as its first one reads before the first of x."""
+    channels, _, taps = weight.shape
+    frames = x.shape[2] + more
+    y = x.new_empty(1, channels, frames)
+    grid = triton.cdiv(frames, FRAMES), channels
+    with torch.cuda.device_of(x):
+        taps_sum[grid](x, weight, y, x.shape[2], frames, max(0, more), TAPS=taps, F=FRAMES)
+    return y
+
+
+@triton.jit
+def taps_sum(x, weight, y, x_frames, y_frames, before, TAPS: tl.constexpr, F: tl.constexpr):
+    """F frames of a channel of y: each the sum of TAPS frames of x times the weights, the first of
+    them `before` its place."""
+    channel = tl.program_id(1).to(tl.int64)
+    x, y, weight = x + channel * x_frames, y + channel * y_frames, weight + channel * TAPS
+    t = tl.program_id(0) * F + tl.arange(0, F)
+    acc = tl.zeros((F,), tl.float32)
+    for tap in tl.static_range(TAPS):
+        at = t + (tap - before)
+        there = (at >= 0) & (at < x_frames)
+        acc += tl.load(weight + tap).to(tl.float32) * tl.load(x + at, mask=there, other=0.0)
+    tl.store(y + t, acc, mask=t < y_frames)
+
+
+@triton.jit
+def weight_gradients(
+    x, dy, d_weight, x_frames, TAPS: tl.constexpr, LINES: tl.constexpr, F: tl.constexpr
+):
+    """All weights of a channel: the products of dy with x, shifted by each tap, are summed."""
+    channel = tl.program_id(0).to(tl.int64)
+    frames = x_frames - TAPS + 1
+    x, dy = x + channel * x_frames, dy + channel * frames
+    tap = tl.arange(0, LINES)
+    acc = tl.zeros((LINES, F), tl.float32)
+    for start in range(0, frames, F):
+        t = start + tl.arange(0, F)
+        dy_t = tl.load(dy + t, mask=t < frames, other=0.0).to(tl.float32)
+        there = (t[None] < frames) & (tap[:, None] < TAPS)
+        acc += tl.load(x + tap[:, None] + t[None], mask=there, other=0.0) * dy_t[None]
+    d_tap = tl.sum(acc, 1)  # (LINES,)
+    tl.store(d_weight + channel * TAPS + tap, d_tap, mask=tap < TAPS)
