@@ -410,8 +410,7 @@ class Pretrained(nn.Module):
         directory = fetch(source)
         config = cls.read_config(directory)
         _, prefix = read_base(directory, cls.part)
-        rename = partial(cls.module_key, config)
-        state = read_state(directory, prefix, rename, dtype, device)
+        state = read_state(directory, prefix, partial(cls.module_key, config), dtype, device)
         with one_line_errors(directory, "the weights and config.json are of different models"):
             if config.num_hidden_layers > len(state):  # before so many layers are built
                 raise ValueError(f"{len(state)} tensors for {config.num_hidden_layers} layers")
@@ -1233,10 +1232,11 @@ class SpeechLM(nn.Module):
         llm = llm or locate_base("llm", checkpoint["bases"]["llm"])
         dtype = dtype or fast_dtype(fetch(llm), device)
         prompt = checkpoint["config"].get("prompt", "plain")  # older checkpoints knew no other
-        more = {"device": device, "prompt": prompt, **checkpoint["adapter"]}
-        model = cls.from_parts(encoder, llm, dtype, **more)
-        bases = {"encoder": fingerprint(encoder), "llm": fingerprint(llm)}
-        restore(model, checkpoint, bases, source)
+        adapter = checkpoint["adapter"]
+        model = cls.from_parts(encoder, llm, dtype, None, device, prompt=prompt, **adapter)
+        restore(
+            model, checkpoint, {"encoder": fingerprint(encoder), "llm": fingerprint(llm)}, source
+        )
         return model
 
 
