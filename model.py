@@ -1228,15 +1228,13 @@ class SpeechLM(nn.Module):
         of one. dtype: of all weights, None is the fastest; encoder, llm: where the base models of a
         checkpoint are, if not where they were in training. Raises UserError."""
         checkpoint = load_checkpoint(source)
-        encoder = encoder or locate_base("encoder", checkpoint["bases"]["encoder"])
-        llm = llm or locate_base("llm", checkpoint["bases"]["llm"])
-        dtype = dtype or fast_dtype(fetch(llm), device)
+        bases = {"encoder": encoder, "llm": llm}
+        places = {x: bases[x] or locate_base(x, checkpoint["bases"][x]) for x in bases}
+        dtype = dtype or fast_dtype(fetch(places["llm"]), device)
         prompt = checkpoint["config"].get("prompt", "plain")  # older checkpoints knew no other
-        adapter = checkpoint["adapter"]
-        model = cls.from_parts(encoder, llm, dtype, None, device, prompt=prompt, **adapter)
-        restore(
-            model, checkpoint, {"encoder": fingerprint(encoder), "llm": fingerprint(llm)}, source
-        )
+        more = {"prompt": prompt, **checkpoint["adapter"]}
+        model = cls.from_parts(*places.values(), dtype, None, device, **more)
+        restore(model, checkpoint, {x: fingerprint(places[x]) for x in places}, source)
         return model
 
 
