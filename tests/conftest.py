@@ -137,7 +137,11 @@ def save_base(module, directory):
     # Weights that are mapped into memory from there must not be written over.
     save_file(state, directory / "new.safetensors", metadata={"format": "pt"})
     (directory / "new.safetensors").rename(directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(module.config.to_dict()))
+    config = module.config.to_dict()
+    (directory / "config.json").write_text(json.dumps(config))
+    if "eos_token_id" in config:
+        ends = {"eos_token_id": config["eos_token_id"]}
+        (directory / "generation_config.json").write_text(json.dumps(ends))
 
 
 # --- Batches
