@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -89,6 +90,7 @@ TASKS = {"asr": "automatic-speech-recognition", "st": "translation", "sqa": "que
 
 def export(source: str, out: Path, dtype: torch.dtype, scores: str, encoder="", llm="") -> None:
     """Writes the directory of a checkpoint. Raises UserError; then nothing is left of it."""
+    out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty; give a new directory")
     checkpoint = load_checkpoint(source)
@@ -97,10 +99,9 @@ def export(source: str, out: Path, dtype: torch.dtype, scores: str, encoder="", 
     tokenizer_file = fetch(llm) / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_file.parent)
     summary = read_summary(scores) if scores else []
-    partial = out.with_name(f"{out.name}.partial")
     with one_line_errors(out, "make room for it, or give another directory"):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
             write_weights(partial, model)
             for name, content in configurations(model, tokenizer, checkpoint, dtype).items():
@@ -111,6 +112,7 @@ def export(source: str, out: Path, dtype: torch.dtype, scores: str, encoder="", 
             (partial / "NOTICE").write_text(notice(checkpoint["data"]), encoding="utf-8")
             card = model_card(model, checkpoint, summary)
             (partial / "README.md").write_text(card, encoding="utf-8")
+            partial.chmod(0o755)
             os.replace(partial, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
