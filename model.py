@@ -1223,11 +1223,12 @@ class SpeechLM(nn.Module):
         device: str = "cpu",
         encoder: str | Path = "",
         llm: str | Path = "",
+        checkpoint: dict | None = None,
     ) -> "SpeechLM":
-        """A trained model: of a checkpoint, a directory that prepare/export.py made, or the Hub id
-        of one. dtype: of all weights, None is the fastest; encoder, llm: where the base models of a
-        checkpoint are, if not where they were in training. Raises UserError."""
-        checkpoint = load_checkpoint(source)
+        """The trained model of a checkpoint, of a directory of prepare/export.py, or of its Hub id.
+        dtype: of all weights, None is the fastest; encoder, llm: where a checkpoint's base models
+        are now; checkpoint: load_checkpoint(source), if that is at hand. Raises UserError."""
+        checkpoint = checkpoint or load_checkpoint(source)
         bases = {"encoder": encoder, "llm": llm}
         places = {x: bases[x] or locate_base(x, checkpoint["bases"][x]) for x in bases}
         dtype = dtype or fast_dtype(fetch(places["llm"]), device)

@@ -561,7 +561,7 @@ def load_model(
     without weights. encoder, llm: as in SpeechLM.from_pretrained. Raises UserError."""
     checkpoint = load_checkpoint(path)
     llm = llm or locate_base("llm", checkpoint["bases"]["llm"])
-    model = SpeechLM.from_pretrained(path, None, device, encoder, llm)
+    model = SpeechLM.from_pretrained(path, None, device, encoder, llm, checkpoint)
     del checkpoint["model"]
     if int8:
         try:

@@ -95,7 +95,7 @@ def export(source: str, out: Path, dtype: torch.dtype, scores: str, encoder="", 
         raise UserError(f"{out}: is not empty; give a new directory")
     checkpoint = load_checkpoint(source)
     llm = llm or locate_base("llm", checkpoint["bases"]["llm"])
-    model = SpeechLM.from_pretrained(source, dtype, "cpu", encoder, llm)
+    model = SpeechLM.from_pretrained(source, dtype, "cpu", encoder, llm, checkpoint)
     tokenizer_file = fetch(llm) / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_file.parent)
     summary = read_summary(scores) if scores else []
@@ -120,8 +120,8 @@ def export(source: str, out: Path, dtype: torch.dtype, scores: str, encoder="", 
 
 def write_weights(out: Path, model: SpeechLM) -> None:
     """The state dict in files of about SHARD bytes each, and the index that names them."""
-    shards, size = [{}], 0
-    for name, tensor in model.state_dict().items():
+    state, shards, size = model.state_dict(), [{}], 0
+    for name, tensor in state.items():
         if size and size + tensor.nbytes > SHARD:
             shards.append({})
             size = 0
@@ -137,7 +137,7 @@ def write_weights(out: Path, model: SpeechLM) -> None:
             metadata={"format": "pt"},
         )
         os.chmod(out / file, 0o644)
-    total = sum(tensor.nbytes for tensor in model.state_dict().values())
+    total = sum(tensor.nbytes for tensor in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -151,8 +151,7 @@ def configurations(model: SpeechLM, tokenizer, checkpoint: dict, dtype: torch.dt
     names = {auto: f"{CODE.stem}.{name}" for auto, name in CLASSES.items()}
     adapter = checkpoint["adapter"]
     training = {name: checkpoint.get(name) for name in ("data", "window", "step", "refuse_above")}
-    training["config"] = {name: checkpoint["config"].get(name) for name in ("phase", "prompt")}
-    training["config"]["prompt"] = model.prompt
+    training["config"] = {"phase": checkpoint["config"]["phase"], "prompt": model.prompt}
     config = {
         "model_type": EXPORTED,
         "architectures": [CLASSES["AutoModel"]],
