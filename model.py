@@ -347,20 +347,14 @@ def convolved_frames(rows: "Rows", pooled: "Rows", conv: Conv1d) -> Tensor:
 
 
 class DepthwiseConv1d(nn.Conv1d):
-    """A causal convolution over time, channel by channel: x (N, D) -> (N, D). Zeros stand before
-    the first frame of every sequence, so that it reads no other one."""
+    """A causal convolution over time, channel by channel, within each sequence: see depthwise."""
 
     def __init__(self, width: int, kernel_size: int, kernels: "Kernels"):
         super().__init__(width, width, kernel_size, groups=width, bias=False)
         self.kernels = kernels
 
-    def forward(self, x: Tensor, rows: "Rows") -> Tensor:
-        gap = self.kernel_size[0] - 1
-        place = torch.arange(len(x), device=x.device) + gap * (rows.row + 1)
-        spaced = x.new_zeros(len(x) + gap * len(rows.lengths), x.shape[1])
-        spaced = spaced.index_copy(0, place, x).T.contiguous()[None]  # (1, D, N + gaps)
-        y = self.kernels.depthwise(spaced, self.weight.to(x.dtype))
-        return y[0].T[place - gap]
+    def forward(self, x: Tensor, rows: "Rows") -> Tensor:  # (N, D) -> (N, D)
+        return self.kernels.depthwise(x, self.weight.to(x.dtype), rows)
 
 
 class Embedding(nn.Embedding):
@@ -426,20 +420,21 @@ class Pretrained(nn.Module):
 class Rows:
     """Whose each position of a packed batch is: sequences of these lengths stand end to end.
 
-    lengths: list of B; count (B,): the same; begin (B,): where each sequence begins; row (N,): the
-    sequence of each position; offset (N,): its place among the batch's own positions of that
-    sequence; position (N,): its place in the sequence, which is `start` (B,) further when a cache
-    already holds so many positions of each."""
+    lengths: list of B, with the longest of them; count (B,): the same; bounds (B + 1,) int32: where
+    they begin and end, and begin (B,); row (N,): the sequence of each position; offset (N,): its
+    place among the batch's own positions of that sequence; position (N,): its place in the
+    sequence, which is `start` (B,) further when a cache already holds so many of each."""
 
     def __init__(self, lengths: list[int], device: torch.device, start: Tensor | None = None):
-        self.lengths = list(lengths)
+        self.lengths, self.longest = list(lengths), max(lengths)
         B = len(self.lengths)
         # A step of one position each copies nothing from the host, so that CUDA can replay it.
-        if max(self.lengths) == 1:
+        if self.longest == 1:
             self.count = torch.ones(B, dtype=torch.long, device=device)
         else:
-            self.count = torch.tensor(self.lengths, device=device)
-        self.begin = self.count.cumsum(0) - self.count
+            self.count = torch.tensor(self.lengths).to(device, non_blocking=True)
+        self.bounds = F.pad(self.count.cumsum(0), (1, 0)).int()
+        self.begin = self.bounds[:-1]
         each = torch.arange(B, device=device)
         self.row = each.repeat_interleave(self.count, output_size=sum(self.lengths))
         self.offset = torch.arange(len(self.row), device=device) - self.begin[self.row]
@@ -472,31 +467,33 @@ def attend(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tenso
     return torch.cat(outputs)
 
 
-def attend_padded(q, k, v, rows, bias, left, dropout=0.0) -> Tensor:
-    """The same with a bias, all sequences at once. Within this function alone they are filled up to
-    the longest, and no query sees a key that only fills up."""
-    B, n = len(rows.lengths), max(rows.lengths)
+def attend_padded(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tensor:
+    """The same, all sequences at once. Within this function alone they are filled up to the
+    longest, and no query sees a key that only fills up."""
+    B, n = len(rows.count), rows.longest
 
     def pad(x: Tensor) -> Tensor:  # (N, H, d) -> (B, H, n, d)
         blank = x.new_zeros(B, n, *x.shape[1:])
         return blank.index_put((rows.row, rows.offset), x).transpose(1, 2)
 
-    beyond = torch.arange(n, device=q.device) >= rows.count[:, None]  # (B, n)
-    mask = spread_bias(pad(bias), left).masked_fill(beyond[:, None, None], float("-inf"))
-    y = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), mask, dropout)
+    at = torch.arange(n, device=q.device)
+    hidden = at >= rows.count[:, None, None]  # (B, 1, n)
+    if causal:
+        hidden = hidden | (at > at[:, None])  # (B, n, n)
+    mask = q.new_zeros(1) if bias is None else spread_bias(pad(bias), left)
+    mask = mask.masked_fill(hidden[:, None], float("-inf"))
+    shared = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), mask, dropout, enable_gqa=shared)
     return y.transpose(1, 2)[rows.row, rows.offset]
 
 
 def attend_varlen(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tensor:
     """attend for CUDA, one kernel for all sequences, which takes no bias, dropout or float32."""
-    if bias is not None:
-        return attend_padded(q, k, v, rows, bias, left, dropout)
-    if dropout or q.dtype == torch.float32:
-        return attend(q, k, v, rows, causal, dropout=dropout)
+    if bias is not None or dropout or q.dtype == torch.float32:
+        return attend_padded(q, k, v, rows, causal, bias, left, dropout)
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = F.pad(rows.count.cumsum(0), (1, 0)).int()  # (B + 1,)
-    limits = bounds, bounds, max(rows.lengths), max(rows.lengths)
+    limits = rows.bounds, rows.bounds, rows.longest, rows.longest
     window, shared = (-1, 0 if causal else -1), q.shape[1] != k.shape[1]
     return varlen_attn(q, k, v, *limits, window_size=window, enable_gqa=shared)
 
@@ -515,9 +512,16 @@ def attend_cache(q: Tensor, keys: Tensor, values: Tensor, rows: Rows, mask: Tens
     return x.reshape(B, H, n, d).transpose(1, 2)[rows.row, rows.offset]
 
 
-def depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """x (1, D, T) convolved with a weight (D, 1, kernel) of its own for every channel."""
-    return F.conv1d(x, weight, groups=len(weight))
+def depthwise(x: Tensor, weight: Tensor, rows: Rows, convolve: Callable = F.conv1d) -> Tensor:
+    """Each channel of x (N, D) convolved with its line of weight (D, 1, kernel) -> (N, D). A frame
+    reads itself and those before it in its sequence; convolve works as conv1d does."""
+    gap = weight.shape[2] - 1
+    # Zeros stand before the first frame of every sequence, so that it reads no other one.
+    place = torch.arange(len(x), device=x.device) + gap * (rows.row + 1)
+    spaced = x.new_zeros(len(x) + gap * len(rows.lengths), x.shape[1])
+    spaced = spaced.index_copy(0, place, x).T.contiguous()[None]  # (1, D, N + gaps)
+    y = convolve(spaced, weight, groups=len(weight))
+    return y[0].T[place - gap]
 
 
 def call_layer(layer: nn.Module, *inputs) -> Tensor:

@@ -264,11 +264,8 @@ def training_kernels(device: str, checkpointing: bool = False, compiled: bool = 
         from torch._dynamo import config
 
         config.optimize_ddp = False  # which would cut the layers to pieces
-        config.recompile_limit = 256
+        config.recompile_limit = 64  # kinds of layers, times those of batches: one row or several
         call = torch.compile(call_layer, dynamic=True)
-        # These are not traced: PyTorch's convolution would be compiled for every size.
-        attend = torch.compiler.disable(kernels.attend)
-        kernels = Kernels(attend, torch.compiler.disable(kernels.depthwise))
     if checkpointing:
         call = partial(recompute, call, use_reentrant=False)
 

@@ -127,10 +127,9 @@ class SpreadBias(torch.autograd.Function):
 # --- Convolution
 
 
-def depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """x (1, D, T), each channel convolved with its line of weight (D, 1, kernel) ->
-    (1, D, T - kernel + 1)."""
-    return Depthwise.apply(x, weight)
+def depthwise(x: Tensor, weight: Tensor, rows) -> Tensor:
+    """As model.depthwise: x (N, D), weight (D, 1, kernel) -> (N, D)."""
+    return model.depthwise(x, weight, rows, lambda x, weight, groups: Depthwise.apply(x, weight))
 
 
 class Depthwise(torch.autograd.Function):

@@ -24,7 +24,9 @@ TILES = {
     2: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
     4: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
 }
-FRAMES = 512  # of one channel that one program of the convolution computes
+# Frames and channels that a program of the convolution computes, and one of its weights' gradients.
+FRAME_TILE = (16, 64)
+WEIGHT_TILE = (64, 64)
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x * LOG2E), and 2 ** x is one instruction
 
 
@@ -41,33 +43,67 @@ def attend(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tenso
     d = q.shape[2]
     if bias is None or dropout or d < 16 or d & (d - 1):
         return model.attend_varlen(q, k, v, rows, causal, bias, left, dropout)
-    return RelativeAttention.apply(q, k, v, bias, rows, left)
+    y, _ = relative_attention(q, k, v, bias, rows.begin, rows.count, rows.longest, left)
+    return y
 
 
-class RelativeAttention(torch.autograd.Function):
-    """Nothing of n x n numbers is ever in memory: of each query the logarithm of the sum of its
-    exponentials is saved, and the weights are computed again from it."""
+@torch.library.custom_op("speech_lm::relative_attention", mutates_args=())
+def relative_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, begin: Tensor, count: Tensor, n: int, left: int
+) -> tuple[Tensor, Tensor]:
+    """y (N, H, d), and of each query the logarithm to base 2 of the sum of its exponentials (N, H),
+    from which the backward pass computes the weights again. n: the length of the longest row."""
+    q, k, v, bias = (x.contiguous() for x in (q, k, v, bias))
+    y, lse = empty_results(q)
+    launch(0, (begin, count, n, left), bias, q, k, v, bias, y, lse)
+    return y, lse
 
-    @staticmethod
-    def forward(ctx, q, k, v, bias, rows, left):
-        q, k, v, bias = (x.contiguous() for x in (q, k, v, bias))
-        y = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)  # (N, H), base 2
-        launch(0, rows, bias, left, q, k, v, bias, y, lse)
-        ctx.save_for_backward(q, k, v, bias, y, lse)
-        ctx.rows, ctx.left = rows, left
-        return y
 
-    @staticmethod
-    def backward(ctx, dy):
-        q, k, v, bias, y, lse = ctx.saved_tensors
-        dy = dy.contiguous()
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        d_bias = torch.zeros_like(bias)  # a place without a key stays zero
-        delta = torch.empty_like(lse)
-        launch(1, ctx.rows, bias, ctx.left, q, k, v, bias, y, lse, dy, delta, dq, d_bias)
-        launch(2, ctx.rows, bias, ctx.left, q, k, v, bias, lse, dy, delta, dk, dv)
-        return dq, dk, dv, d_bias, None, None
+@torch.library.custom_op("speech_lm::relative_attention_gradients", mutates_args=())
+def relative_attention_gradients(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    begin: Tensor,
+    count: Tensor,
+    n: int,
+    left: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Those of q, k, v (N, H, d) and of the biases (N, H, places)."""
+    dy, q, k, v, bias = (x.contiguous() for x in (dy, q, k, v, bias))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    d_bias = torch.zeros_like(bias)  # a place without a key stays zero
+    delta = torch.empty_like(lse)
+    rows = begin, count, n, left
+    launch(1, rows, bias, q, k, v, bias, y, lse, dy, delta, dq, d_bias)
+    launch(2, rows, bias, q, k, v, bias, lse, dy, delta, dk, dv)
+    return dq, dk, dv, d_bias
+
+
+def empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def save_attention(ctx, inputs: tuple, output: tuple) -> None:
+    *tensors, begin, count, ctx.n, ctx.left = inputs
+    ctx.save_for_backward(*tensors, *output, begin, count)
+
+
+def attention_backward(ctx, dy: Tensor, _) -> tuple:
+    gradients = relative_attention_gradients(dy, *ctx.saved_tensors, ctx.n, ctx.left)
+    return *gradients, None, None, None, None
+
+
+# What the compiler needs to know, so that layers are traced without a break.
+relative_attention.register_fake(lambda q, *_: empty_results(q))
+relative_attention_gradients.register_fake(
+    lambda dy, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:4])
+)
+relative_attention.register_autograd(attention_backward, setup_context=save_attention)
 
 
 class Sizes(NamedTuple):
@@ -81,16 +117,27 @@ class Sizes(NamedTuple):
     keys: int
 
 
-def launch(step: int, rows, bias: Tensor, left: int, *tensors: Tensor) -> None:
-    """Runs one of the three kernels on its tensors, of which the first is the queries (N, H, d)."""
+def launch(step: int, rows: tuple, bias: Tensor, *tensors: Tensor) -> None:
+    """Runs one of the three kernels on its tensors, of which the first is the queries (N, H, d).
+    rows: where they begin and their lengths (B,), the longest, and how far left keys are told
+    apart."""
+    begin, count, n, left = rows
     q = tensors[0]
     queries, keys, warps, stages = TILES[q.element_size()][step]
     sizes = Sizes(*q.shape[1:], bias.shape[2], left, queries, keys)
-    tiles = triton.cdiv(max(rows.lengths), keys if step == 2 else queries)
+    tiles = triton.cdiv(n, keys if step == 2 else queries)
     kernel = (attention, query_gradients, key_gradients)[step]
-    inputs = (*tensors, rows.begin, rows.count, sizes)
     with torch.cuda.device_of(q):
-        kernel[tiles, len(rows.lengths), sizes.heads](*inputs, num_warps=warps, num_stages=stages)
+        grid = kernel[tiles, len(count), sizes.heads]
+        grid(*tensors, begin, count, sizes, num_warps=warps, num_stages=stages)
+
+
+@triton.jit
+def extent(begin, count, C: tl.constexpr):
+    """Of this program's row the length, and the place of its first line of this head, int64."""
+    row = tl.program_id(1)
+    first = tl.load(begin + row).to(tl.int64) * C.heads + tl.program_id(2)
+    return tl.load(count + row).to(tl.int32), first
 
 
 @triton.jit
@@ -148,11 +195,10 @@ def attention(q, k, v, bias, y, lse, begin, count, C: tl.constexpr):
     K: tl.constexpr = C.keys
     D: tl.constexpr = C.width
     SCALE: tl.constexpr = LOG2E * D**-0.5
-    row, h, m0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * M
-    n = tl.load(count + row).to(tl.int32)
+    n, base = extent(begin, count, C)
+    m0 = tl.program_id(0) * M
     if m0 >= n:
         return
-    base = tl.load(begin + row) * C.heads + h  # the row's first line, as int64
     k, v, bias = k + base * D, v + base * D, bias + base * C.places
     i = m0 + tl.arange(0, M)
     x = load_lines(q + base * D, i, n, C)  # (m, d)
@@ -193,11 +239,10 @@ def query_gradients(q, k, v, bias, y, lse, dy, delta, dq, d_bias, begin, count, 
     K: tl.constexpr = C.keys
     D: tl.constexpr = C.width
     SCALE: tl.constexpr = LOG2E * D**-0.5
-    row, h, m0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * M
-    n = tl.load(count + row).to(tl.int32)
+    n, base = extent(begin, count, C)
+    m0 = tl.program_id(0) * M
     if m0 >= n:
         return
-    base = tl.load(begin + row) * C.heads + h
     k, v = k + base * D, v + base * D
     bias, d_bias = bias + base * C.places, d_bias + base * C.places
     i = m0 + tl.arange(0, M)
@@ -254,11 +299,10 @@ def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.con
     K: tl.constexpr = C.keys
     D: tl.constexpr = C.width
     SCALE: tl.constexpr = LOG2E * D**-0.5
-    row, h, k0 = tl.program_id(1), tl.program_id(2), tl.program_id(0) * K
-    n = tl.load(count + row).to(tl.int32)
+    n, base = extent(begin, count, C)
+    k0 = tl.program_id(0) * K
     if k0 >= n:
         return
-    base = tl.load(begin + row) * C.heads + h
     q, dy, bias = q + base * D, dy + base * D, bias + base * C.places
     j = k0 + tl.arange(0, K)
     keys = load_lines(k + base * D, j, n, C)  # (k, d)
@@ -293,74 +337,107 @@ def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.con
 # --- Convolution
 
 
-def depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """x (1, D, T), each channel convolved with its line of weight (D, 1, kernel) ->
-    (1, D, T - kernel + 1)."""
-    return Depthwise.apply(x, weight)
+def depthwise(x: Tensor, weight: Tensor, rows) -> Tensor:
+    """As model.depthwise: x (N, D), weight (D, 1, kernel) -> (N, D). Frames are read where they
+    are packed; a frame is of the same row as one before it if its place in the row is so high."""
+    return depthwise_rows(x, weight, rows.offset)
 
 
-class Depthwise(torch.autograd.Function):
-    """The gradient of x is a convolution again, with the weight turned round."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        x, weight = x.contiguous(), weight.contiguous()
-        ctx.save_for_backward(x, weight)
-        return convolve(x, weight, 1 - weight.shape[2])
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dy = dy.contiguous()
-        d_weight = torch.empty_like(weight)
-        channels, _, taps = weight.shape
-        sizes = dict(TAPS=taps, LINES=triton.next_power_of_2(taps), F=128)
-        with torch.cuda.device_of(x):
-            weight_gradients[(channels,)](x, dy, d_weight, x.shape[2], **sizes)
-        return convolve(dy, weight.flip(2), taps - 1), d_weight
+@torch.library.custom_op("speech_lm::depthwise", mutates_args=())
+def depthwise_rows(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    return convolve(x.contiguous(), weight, offset, ahead=False)
 
 
-def convolve(x: Tensor, weight: Tensor, more: int) -> Tensor:
-    """x (1, D, T) -> (1, D, T + more). Frames beyond both ends are zeros, so it has more frames by
-    as much as its first one reads before the first of x."""
-    channels, _, taps = weight.shape
-    frames = x.shape[2] + more
-    y = x.new_empty(1, channels, frames)
-    grid = triton.cdiv(frames, FRAMES), channels
+@torch.library.custom_op("speech_lm::depthwise_gradients", mutates_args=())
+def depthwise_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Those of x (N, D), a convolution that reads ahead, and of weight (D, 1, kernel)."""
+    dy, x = dy.contiguous(), x.contiguous()
+    N, D = x.shape
+    taps = weight.shape[2]
+    parts = triton.cdiv(N, WEIGHT_TILE[0])
+    d_weight = x.new_empty(parts, D, taps, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        taps_sum[grid](x, weight, y, x.shape[2], frames, max(0, more), TAPS=taps, F=FRAMES)
+        grid = parts, triton.cdiv(D, WEIGHT_TILE[1])
+        weight_gradients[grid](x, dy, d_weight, offset, N, D, taps, *WEIGHT_TILE)
+    return convolve(dy, weight, offset, ahead=True), d_weight.sum(0).view_as(weight).to(x.dtype)
+
+
+def convolve(x: Tensor, weight: Tensor, offset: Tensor, ahead: bool) -> Tensor:
+    N, D = x.shape
+    y = torch.empty_like(x)
+    grid = triton.cdiv(N, FRAME_TILE[0]), triton.cdiv(D, FRAME_TILE[1])
+    with torch.cuda.device_of(x):
+        taps_sum[grid](x, weight.contiguous(), y, offset, N, D, weight.shape[2], ahead, *FRAME_TILE)
     return y
 
 
+def save_convolution(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+depthwise_rows.register_fake(lambda x, weight, offset: x.new_empty(x.shape))
+depthwise_gradients.register_fake(lambda dy, x, w, _: (x.new_empty(x.shape), w.new_empty(w.shape)))
+depthwise_rows.register_autograd(
+    lambda ctx, dy: (*depthwise_gradients(dy, *ctx.saved_tensors), None),
+    setup_context=save_convolution,
+)
+
+
 @triton.jit
-def taps_sum(x, weight, y, x_frames, y_frames, before, TAPS: tl.constexpr, F: tl.constexpr):
-    """F frames of a channel of y: each the sum of TAPS frames of x times the weights, the first of
-    them `before` its place."""
-    channel = tl.program_id(1).to(tl.int64)
-    x, y, weight = x + channel * x_frames, y + channel * y_frames, weight + channel * TAPS
+def taps_sum(
+    x,
+    weight,
+    y,
+    offset,
+    N,
+    D: tl.constexpr,
+    TAPS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    F: tl.constexpr,
+    C: tl.constexpr,
+):
+    """F frames and C channels of y (N, D): the sums of TAPS frames of x times the weights. The last
+    weight is for the frame itself, the others for those before it, or AHEAD of it."""
     t = tl.program_id(0) * F + tl.arange(0, F)
-    acc = tl.zeros((F,), tl.float32)
-    for tap in tl.static_range(TAPS):
-        at = t + (tap - before)
-        there = (at >= 0) & (at < x_frames)
-        acc += tl.load(weight + tap).to(tl.float32) * tl.load(x + at, mask=there, other=0.0)
-    tl.store(y + t, acc, mask=t < y_frames)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    place = tl.load(offset + t, mask=t < N, other=-1)
+    acc = tl.zeros((F, C), tl.float32)
+    for back in tl.static_range(TAPS):
+        at = t + back if AHEAD else t - back
+        if AHEAD:
+            place = tl.load(offset + at, mask=at < N, other=-1)
+        # That both are of one row shows at the later of the two.
+        there = (place >= back)[:, None] & (c < D)[None]
+        frames = tl.load(x + at[:, None].to(tl.int64) * D + c[None], mask=there, other=0.0)
+        tap = tl.load(weight + c * TAPS + (TAPS - 1 - back), mask=c < D, other=0.0)
+        acc += frames.to(tl.float32) * tap.to(tl.float32)[None]
+    there = (t < N)[:, None] & (c < D)[None]
+    tl.store(y + t[:, None].to(tl.int64) * D + c[None], acc, mask=there)
 
 
 @triton.jit
 def weight_gradients(
-    x, dy, d_weight, x_frames, TAPS: tl.constexpr, LINES: tl.constexpr, F: tl.constexpr
+    x,
+    dy,
+    d_weight,
+    offset,
+    N,
+    D: tl.constexpr,
+    TAPS: tl.constexpr,
+    F: tl.constexpr,
+    C: tl.constexpr,
 ):
-    """All weights of a channel: the products of dy with x, shifted by each tap, are summed."""
-    channel = tl.program_id(0).to(tl.int64)
-    frames = x_frames - TAPS + 1
-    x, dy = x + channel * x_frames, dy + channel * frames
-    tap = tl.arange(0, LINES)
-    acc = tl.zeros((LINES, F), tl.float32)
-    for start in range(0, frames, F):
-        t = start + tl.arange(0, F)
-        dy_t = tl.load(dy + t, mask=t < frames, other=0.0).to(tl.float32)
-        there = (t[None] < frames) & (tap[:, None] < TAPS)
-        acc += tl.load(x + tap[:, None] + t[None], mask=there, other=0.0) * dy_t[None]
-    d_tap = tl.sum(acc, 1)  # (LINES,)
-    tl.store(d_weight + channel * TAPS + tap, d_tap, mask=tap < TAPS)
+    """The weights' gradients (D, TAPS) of C channels, by F frames: of parts that are summed."""
+    t = tl.program_id(0) * F + tl.arange(0, F)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    place = tl.load(offset + t, mask=t < N, other=-1)
+    there = (t < N)[:, None] & (c < D)[None]
+    line = t[:, None].to(tl.int64) * D + c[None]
+    dy_t = tl.load(dy + line, mask=there, other=0.0).to(tl.float32)
+    part = d_weight + (tl.program_id(0).to(tl.int64) * D + c) * TAPS
+    for back in tl.static_range(TAPS):
+        there = (place >= back)[:, None] & (c < D)[None]
+        products = dy_t * tl.load(x + line - back * D, mask=there, other=0.0).to(tl.float32)
+        tl.store(part + (TAPS - 1 - back), tl.sum(products, 0), mask=c < D)

@@ -29,7 +29,7 @@ from model import AUDIO, adapter_length  # noqa: E402
 ENCODER = dict(
     hidden_size=32,
     num_hidden_layers=3,
-    num_attention_heads=4,
+    num_attention_heads=2,
     intermediate_size=48,
     conv_depthwise_kernel_size=7,
     left_max_position_embeddings=12,
@@ -215,7 +215,7 @@ class Shapes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.shapes, self.devices = set(), set()
+        self.shapes, self.devices, self.on_cpu = set(), set(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -223,6 +223,8 @@ class Shapes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.shapes.add(tuple(tensor.shape))
                 self.devices.add(tensor.device.type)
+                if tensor.device.type == "cpu":
+                    self.on_cpu.add(tuple(tensor.shape))
         return out
 
 

@@ -71,7 +71,7 @@ def test_attention_with_relative_keys(reach, dtype, bound):
             y = attend(q, k, v, model.Rows(lengths, torch.device(device)), bias=bias, left=left)
             computed = torch.autograd.grad(y, leaves, grad.to(device, kind))
             results.append([x.cpu() for x in (y, *computed)])
-        assert y.grad_fn.name() == "RelativeAttentionBackward" and y.dtype == dtype
+        assert "relative_attention" in y.grad_fn.name() and y.dtype == dtype
         for expected, ours, again in zip(*results, strict=True):
             assert torch.equal(ours, again), lengths
             size = expected.norm() + 0.1 * grad.float().norm()  # with a single key, most are zero
@@ -79,13 +79,13 @@ def test_attention_with_relative_keys(reach, dtype, bound):
 
 
 @pytest.mark.parametrize("dtype, bound", PRECISIONS)
-@pytest.mark.parametrize("frames", [31, 32, 543, 2000])
-def test_depthwise_convolution(frames, dtype, bound):
+@pytest.mark.parametrize("lengths", [[1], [31, 1, 64], [543], [2000, 33]])
+def test_depthwise_convolution(lengths, dtype, bound):
     """By the Triton kernels, with both gradients, against float32; the same bits again."""
     cuda = pytest.importorskip("extras.cuda")
     assert model.default_kernels("cuda").depthwise is cuda.depthwise
-    inputs = [torch.randn(shape).to(dtype) for shape in ((1, 48, frames), (48, 1, 31))]
-    grad = torch.randn(1, 48, frames - 30).to(dtype)
+    inputs = [torch.randn(shape).to(dtype) for shape in ((sum(lengths), 200), (200, 1, 31))]
+    grad = torch.randn(sum(lengths), 200).to(dtype)
     results = []
     for depthwise, device, kind in (
         (model.depthwise, "cpu", torch.float32),
@@ -93,7 +93,7 @@ def test_depthwise_convolution(frames, dtype, bound):
         (cuda.depthwise, "cuda", dtype),
     ):
         leaves = [x.to(device, kind).requires_grad_() for x in inputs]
-        y = depthwise(*leaves)
+        y = depthwise(*leaves, model.Rows(lengths, torch.device(device)))
         assert y.dtype == kind
         both = torch.autograd.grad(y, leaves, grad.to(device, kind))
         results.append([x.cpu() for x in (y, *both)])

@@ -273,7 +273,9 @@ def attend_by_query(q, k, v, lengths, causal, bias, left):
 
 
 # Whether all sequences are padded and go at once, causal, heads of keys, left, width of the bias.
-CASES = [(False, True, 2, 0, 0), (False, False, 6, 0, 0)]
+CASES = [
+    (padded, *case) for padded in (False, True) for case in ((True, 2, 0, 0), (False, 6, 0, 0))
+]
 for left, places in ((12, 16), (0, 1), (3, 4)):
     CASES += [(padded, False, 6, left, places) for padded in (False, True)]
 
@@ -288,7 +290,7 @@ def test_attention_and_its_gradients(padded, causal, heads, left, places):
     bias = rest[0] if rest else None
     rows = Rows(lengths, torch.device("cpu"))
     if padded:
-        ours = model.attend_padded(q, k, v, rows, bias, left)
+        ours = model.attend_padded(q, k, v, rows, causal, bias, left)
     else:
         ours = model.attend(q, k, v, rows, causal, bias, left)
     expected = attend_by_query(q, k, v, lengths, causal, bias, left)
@@ -422,7 +424,8 @@ def test_wrong_number_of_placeholders_is_refused():
 
 
 def test_nothing_is_made_on_another_device():
-    """On the meta device, from features to the loss, its gradients and logits."""
+    """On the meta device, from features to the loss, its gradients and logits. It has no values, so
+    that no operation waits for one, either. Lengths alone come from the host, four times."""
     with torch.device("meta"):
         speech_lm = tiny_speech_lm("qwen3")
     features, lengths, ids, ids_lengths, targets = move(speech_batch(speech_lm), "meta")
@@ -434,7 +437,7 @@ def test_nothing_is_made_on_another_device():
         hidden = speech_lm.llm.hidden(speech_lm.embed(ids, audio), ids_lengths)
         logits = speech_lm.llm.logits(hidden)
     assert loss.shape == () and count == 17 and logits.shape == (len(ids), 211)
-    assert made.devices == {"meta"}
+    assert made.devices == {"meta", "cpu"} and made.on_cpu == {(4,)}
 
 
 # --- Precision, and the compiler

@@ -19,7 +19,16 @@ import torch
 
 import sample
 import train
-from conftest import ESCAPES, gradients, make_project, save_base, speech_batch, tiny_speech_lm
+from conftest import (
+    ESCAPES,
+    gradients,
+    make_project,
+    move,
+    place,
+    save_base,
+    speech_batch,
+    tiny_speech_lm,
+)
 from data import (
     Examples,
     Manifest,
@@ -301,6 +310,31 @@ def test_compiled_and_recomputed_layers_change_nothing(monkeypatch, checkpointin
         results.append({"loss": loss.detach(), **gradients(speech_lm)})
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     assert len(results[0]) > 70
+
+
+def test_layers_for_cuda_are_traced_as_one_graph_each(monkeypatch):
+    """Without a break, and few times whatever the batches: once for each kind of layer, of which
+    the LLM's last is another, and again for those that take a batch of one sequence otherwise."""
+    pytest.importorskip("triton")
+    from torch._dynamo.utils import counters
+
+    traced = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    counters.clear()
+    kernels = train.training_kernels("cuda", compiled=True)
+    speech_lm = tiny_speech_lm("qwen3", kernels, num_hidden_layers=2).train()
+    del speech_lm.encoder.encoder.layers[1:]
+    place(speech_lm, "meta", torch.float32, torch.bfloat16)
+    random, graphs = np.random.default_rng(0), []
+    for several in (True, False):
+        for _ in range(20):
+            count = random.integers(2, 20) if several else 1
+            sizes = [random.integers(low, 90, count).tolist() for low in (4, 0, 2)]
+            loss, _ = speech_lm(*move(speech_batch(speech_lm, *sizes), "meta"))
+            loss.backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [4, 6]
 
 
 class Recipe:

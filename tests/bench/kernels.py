@@ -71,9 +71,9 @@ def compile_kernels(arch: int, dtype: torch.dtype) -> dict:
     q, k, v = (torch.zeros(100, HEADS, WIDTH, dtype=dtype, requires_grad=True) for _ in range(3))
     bias = torch.zeros(100, HEADS, BEFORE + 1 + AFTER, dtype=dtype, requires_grad=True)
     cuda.attend(q, k, v, rows, bias=bias, left=BEFORE).sum().backward()
-    x = torch.zeros(1, HEADS * WIDTH, 130, dtype=dtype, requires_grad=True)
+    x = torch.zeros(100, HEADS * WIDTH, dtype=dtype, requires_grad=True)
     weight = torch.zeros(HEADS * WIDTH, 1, TAPS, dtype=dtype, requires_grad=True)
-    cuda.depthwise(x, weight).sum().backward()
+    cuda.depthwise(x, weight, rows).sum().backward()
     vars(cuda).update(plain)
     return {name: compiled.binaries[0] for name, compiled in kernels.items()}
 
