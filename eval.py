@@ -200,13 +200,7 @@ def summarise(items: list[dict], least: int = 100) -> tuple[list[dict], dict]:
     return table, signatures
 
 
-VALIDATION_NAMES = {
-    "WER": "wer",
-    "BLEU": "bleu",
-    "exact match": "exact_match",
-    "refusal recall": "refusals",
-    "false refusals": "false_refusals",
-}
+VALIDATED = ("WER", "BLEU", "exact match", "refusal recall", "false refusals")
 
 
 def validation_scores(pairs: list[tuple[dict, str]]) -> dict[str, float]:
@@ -217,8 +211,8 @@ def validation_scores(pairs: list[tuple[dict, str]]) -> dict[str, float]:
         items.append(example | {"reference": example["text"], "hypothesis": text, "scores": scores})
     for _, of_kind in by_kind(items):
         for name, (value, *_) in corpus_scores(of_kind, draws=0)[0].items():
-            if name in VALIDATION_NAMES:
-                values.setdefault(VALIDATION_NAMES[name], []).append(value)
+            if name in VALIDATED:
+                values.setdefault(name.lower().replace(" ", "_"), []).append(value)
     return {name: sum(of_languages) / len(of_languages) for name, of_languages in values.items()}
 
 

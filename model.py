@@ -467,30 +467,10 @@ def attend(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tenso
     return torch.cat(outputs)
 
 
-def attend_padded(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tensor:
-    """The same, all sequences at once. Within this function alone they are filled up to the
-    longest, and no query sees a key that only fills up."""
-    B, n = len(rows.count), rows.longest
-
-    def pad(x: Tensor) -> Tensor:  # (N, H, d) -> (B, H, n, d)
-        blank = x.new_zeros(B, n, *x.shape[1:])
-        return blank.index_put((rows.row, rows.offset), x).transpose(1, 2)
-
-    at = torch.arange(n, device=q.device)
-    hidden = at >= rows.count[:, None, None]  # (B, 1, n)
-    if causal:
-        hidden = hidden | (at > at[:, None])  # (B, n, n)
-    mask = q.new_zeros(1) if bias is None else spread_bias(pad(bias), left)
-    mask = mask.masked_fill(hidden[:, None], float("-inf"))
-    shared = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), mask, dropout, enable_gqa=shared)
-    return y.transpose(1, 2)[rows.row, rows.offset]
-
-
 def attend_varlen(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tensor:
     """attend for CUDA, one kernel for all sequences, which takes no bias, dropout or float32."""
     if bias is not None or dropout or q.dtype == torch.float32:
-        return attend_padded(q, k, v, rows, causal, bias, left, dropout)
+        return attend(q, k, v, rows, causal, bias, left, dropout)
     from torch.nn.attention.varlen import varlen_attn
 
     limits = rows.bounds, rows.bounds, rows.longest, rows.longest
@@ -549,20 +529,16 @@ def pick_device() -> str:
 
 def default_kernels(device: str) -> Kernels:
     """The fastest operators for a device. Most are optional and in extras/."""
+    on_cuda = str(device).startswith("cuda")
     with suppress(ImportError):
-        if str(device).startswith("cuda"):
-            import torch.nn.attention.varlen  # noqa: F401  (since PyTorch 2.10)
-
-            with suppress(ImportError):
-                from extras import cuda  # which needs Triton
-
-                return Kernels(attend=cuda.attend, depthwise=cuda.depthwise)
-            return Kernels(attend=attend_varlen)
-        if str(device) == "cpu":
-            from extras import cpu
-
-            return Kernels(attend=cpu.attend, depthwise=cpu.depthwise)
-    return PLAIN
+        if on_cuda:
+            from extras import cuda as operators  # which needs Triton
+        elif str(device) == "cpu":
+            from extras import cpu as operators
+        else:
+            return PLAIN
+        return Kernels(attend=operators.attend, depthwise=operators.depthwise)
+    return Kernels(attend=attend_varlen) if on_cuda else PLAIN
 
 
 def keep_freed_memory() -> None:

@@ -77,6 +77,10 @@ LINEAR = {  # layers that low-rank updates can be added to, by part
 }
 LINEAR["encoder"] += "out_proj fc1 fc2".split()  # Whisper's, beside those called as the LLM's
 
+# Opus of 48 kHz needs ten cores to feed a GPU, other formats four, see tests/bench/README.md.
+GPUS = torch.cuda.device_count()
+LOADERS = min(10, os.cpu_count() // GPUS) if GPUS else 2
+
 # --- The configuration, and the phases
 
 
@@ -136,7 +140,7 @@ class TrainConfig:
     checkpointing: bool = option(False, "Compute activations again in the backward pass.")
     cache_gb: float = option(2.0, "Keep a frozen encoder's outputs on disk if they fit; 0: never.")
     fsdp: bool = option(False, "Split weights and optimizer among the ranks of torchrun.")
-    workers: int = option(2, "Processes that read audio and compute features.")
+    workers: int = option(LOADERS, "Processes that read audio and compute features.")
     device: str = option(pick_device(), "Where to compute.", choices="cuda mps cpu")
 
     eval_every: int = option(500, "Steps between validations, each of which also saves.", low=1)
@@ -264,7 +268,7 @@ def training_kernels(device: str, checkpointing: bool = False, compiled: bool = 
         from torch._dynamo import config
 
         config.optimize_ddp = False  # which would cut the layers to pieces
-        config.recompile_limit = 64  # kinds of layers, times those of batches: one row or several
+        config.recompile_limit = 16  # kinds of layers, times those of batches: one row or several
         call = torch.compile(call_layer, dynamic=True)
     if checkpointing:
         call = partial(recompute, call, use_reentrant=False)
@@ -286,7 +290,7 @@ def build(cfg: TrainConfig, rates: dict[str, float], adapter: dict, path="", che
         compute = getattr(torch, cfg.precision)
     # Low-rank updates leave a part's own weights alone, so these need not be float32.
     changed = {part for part in rates if not has_updates(part, cfg)}
-    compiled = cfg.device == "cuda" and not cfg.fsdp and can_compile()
+    compiled = cfg.device == "cuda" and not cfg.fsdp and compute == torch.bfloat16 and can_compile()
     kernels = training_kernels(cfg.device, cfg.checkpointing, compiled)
     shared = (compute, compute, cfg.device, tuple(changed), kernels, cfg.prompt)
     model = SpeechLM.from_parts(cfg.encoder, cfg.llm, *shared, **adapter)
@@ -706,7 +710,7 @@ def start(run: Run, resumed: dict | None) -> None:
         start_adapter(run)
     run.net = distribute(run.model, cfg)
     groups = parameter_groups(run.model, run.rates, cfg.weight_decay)
-    run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=cfg.device != "mps")
+    run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     if resumed:
         for name, p in run.model.named_parameters():
             for key, tensor in resumed["optimizer"].get(name, {}).items():
@@ -759,10 +763,10 @@ def open_loader(run: Run) -> Iterator[dict]:
     workers = 0 if run.examples.states else run.cfg.workers
     # What worker processes send, two batches each, stands there, and containers have little of it.
     width = run.model.adapter.config.feature_projection_input_dim
-    needed = 2 * workers * run.cfg.batch_frames * width * 4 * 2  # bytes, twice of what it is
-    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
-        size = f"{needed / 1e6:.0f} MB for {workers} workers"
-        raise UserError(f"/dev/shm has no {size}; docker run --shm-size=1g, or give --workers 0")
+    needed = 2 * run.cfg.batch_frames * width * 4 * 2  # bytes of one, twice of what it is
+    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < workers * needed:
+        workers = shutil.disk_usage("/dev/shm").free // needed
+        print(f"/dev/shm has room for {workers} workers only: docker run --shm-size=1g gives more")
     turns = islice(run_schedule(run), rank(), None, world())  # the ranks take turns
     options = {"num_workers": workers, "pin_memory": run.cfg.device == "cuda"}
     options |= {"worker_init_fn": ignore_signals, "timeout": LOADER_SECONDS if workers else 0}
@@ -938,10 +942,10 @@ def next_step(run: Run, loader: Iterator[dict]) -> tuple[list[dict], int, float]
     raise UserError(f"{len(state.bad)} of {met} recordings could not be used, more than 1 %: {why}")
 
 
-def backward(run: Run, batches: list[dict], tokens: int) -> tuple[float, float]:
+def backward(run: Run, batches: list[dict], tokens: int) -> tuple[Tensor, Tensor]:
     """Gradients of a step: the summed loss over the target tokens of all batches, on all ranks.
-    Returns the step's loss, and the norm of the gradients, which are clipped."""
-    loss = 0.0
+    Returns the step's loss, and the norm of the gradients, which are clipped, on the device."""
+    losses = []
     for batch in batches:
         seed_for(run.cfg.seed, batch["position"])
         # The ranks' gradients are brought together after the last batch alone, and averaged.
@@ -952,16 +956,41 @@ def backward(run: Run, batches: list[dict], tokens: int) -> tuple[float, float]:
         with run.net.no_sync() if separate else nullcontext():
             part, _ = run.net(**on_device(batch, run.cfg.device), warm_start=run.warm_start)
             (part * world() / tokens).backward()
-        loss += part.item()
+        losses.append(part.detach())
+    loss = torch.stack(losses).sum() / tokens
+    if world() > 1:
+        dist.all_reduce(loss)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, run.cfg.clip).item()
-    return sum(gather(loss)) / tokens, norm
+    norm = nn.utils.clip_grad_norm_(parameters, run.cfg.clip)
+    return loss, norm.full_tensor() if run.cfg.fsdp else norm
 
 
-def leave_out(run: Run, batches: list[dict], loss: float, norm: float) -> dict:
-    """Writes down the rows of a step without a finite loss or gradient, and passes over it. Returns
-    the figures of the step; raises UserError when NONFINITE_STEPS in a row were like that."""
-    step, path = run.state.step + 1, run.path(".nonfinite.jsonl")
+def update(run: Run, loss: Tensor, norm: Tensor) -> None:
+    """A step of the optimizer on the gradients, which it passes over if loss or norm is not finite.
+    It finds that out on the device, so that nobody waits for it."""
+    run.optimizer.found_inf = (~(loss + norm).isfinite()).float()  # as torch.amp.GradScaler does
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
+def finish_step(run: Run, bar: tqdm, line: dict, batches: list[dict], loss: Tensor, norm: Tensor):
+    """Reads loss and norm of a step, which waits for the GPU, and shows and logs them with the
+    line. Raises UserError as leave_out does."""
+    figures = {"loss": loss.item(), "norm": norm.item()}
+    if all(map(math.isfinite, figures.values())):
+        run.state.skipped = 0
+    else:
+        figures = leave_out(run, line["step"], batches, **figures)
+    run.record(".jsonl", {"step": line["step"], **figures, **line})
+    bar.update()
+    speed = line["audio"] * (bar.format_dict["rate"] or 0)
+    bar.set_postfix(loss=f"{loss.item():.3f}", audio_s_per_s=f"{speed:.0f}")
+
+
+def leave_out(run: Run, step: int, batches: list[dict], loss: float, norm: float) -> dict:
+    """Writes down the rows of a step that was passed over. Returns the figures of the step; raises
+    UserError when NONFINITE_STEPS in a row were like that."""
+    path = run.path(".nonfinite.jsonl")
     run.state.skipped += 1
     figures = {"skipped": f"loss {loss}, gradient norm {norm}"}
     rows = chain(*gather([row for batch in batches for row in batch["examples"]]))
@@ -1023,21 +1052,27 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
         return import_plan().show_batch(run, run_schedule)
     if cfg.dry_run:
         state.step = cfg.warm_start  # the steps behind it need more
-        return import_plan().dry_run(run, run_schedule, backward, steps_of_a_pass(run))
+        return import_plan().dry_run(run, run_schedule, backward, update, steps_of_a_pass(run))
     if state.validated == cfg.steps:
         return print(f"{run.path('.pt')}: all {state.step} steps are done")
     run.log = open_log(run)
     loader = open_loader(run)
     progress = {"initial": state.step, "total": cfg.steps, "unit": " steps"}
     bar = tqdm(desc=cfg.phase, disable=rank() > 0, **progress)
+    under_way = ()  # what finish_step takes of the last step
     while True:
         # Once in a while, validate and save. A signal is answered here, between two steps.
         stop.waits = True
         due = state.step % cfg.eval_every == 0 or state.step == cfg.steps
         due = due and (state.step > 0 or bool(cfg.init))  # without --init there is nothing to see
-        if due and state.step > state.validated and not any(gather(stop.signal)):
+        stopped = any(gather(stop.signal))
+        if under_way and (due or stopped):
+            finish_step(run, bar, *under_way)
+            under_way = ()
+        if due and state.step > state.validated and not stopped:
             validate_and_save(run, stop)
-        if any(gather(stop.signal)):
+            stopped = any(gather(stop.signal))
+        if stopped:
             # Weights that give no finite gradient are not worth an older checkpoint.
             if state.step > max(0, state.validated) and not state.skipped:
                 save(run)
@@ -1051,24 +1086,17 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * share
 
-        # One step, on the batches of all ranks. It counts only if its gradients are finite.
-        began = time.time()
+        # One step, on the batches of all ranks.
         batches, tokens, audio = next_step(run, loader)
         loss, norm = backward(run, batches, tokens)
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
-            state.skipped = 0
-            figures = {"loss": loss, "norm": norm}
-        else:
-            figures = leave_out(run, batches, loss, norm)
-        optimizer.zero_grad()
+        update(run, loss, norm)
         state.step += 1
 
-        # What a person wants to see.
-        line = {"step": state.step, **figures, "lr": share, "tokens": tokens, "audio": audio}
-        run.record(".jsonl", line)
-        bar.set_postfix(loss=f"{loss:.3f}", audio_s_per_s=f"{audio / (time.time() - began):.0f}")
-        bar.update()
+        # While the GPU computes it, the figures of the step before are read.
+        if under_way:
+            finish_step(run, bar, *under_way)
+        line = {"step": state.step, "lr": share, "tokens": tokens, "audio": audio}
+        under_way = line, batches, loss, norm
     bar.close()
     report(run)
 

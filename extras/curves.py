@@ -10,7 +10,7 @@ PANELS = [
     {
         "wer": "green",
         "exact_match": "royalblue",
-        "refusals": "purple",
+        "refusal_recall": "purple",
         "false_refusals": "chocolate",
     },
     {"bleu": "royalblue"},

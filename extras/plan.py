@@ -46,7 +46,9 @@ def largest_batches(run, schedule: Callable) -> list[tuple]:
     return sorted(scheduled, key=lambda entry: -sum(sum(run.size(*key)) for key in entry[1]))[:3]
 
 
-def dry_run(run, schedule: Callable, backward: Callable, steps_of_a_pass: float) -> None:
+def dry_run(
+    run, schedule: Callable, backward: Callable, update: Callable, steps_of_a_pass: float
+) -> None:
     """Takes the largest steps of the first 200 batches, and prints what the run would need. Raises
     UserError if they do not fit into memory."""
     cfg, seconds = run.cfg, []
@@ -54,9 +56,9 @@ def dry_run(run, schedule: Callable, backward: Callable, steps_of_a_pass: float)
         for entry in largest_batches(run, schedule):
             began = time.time()
             batch = run.examples[entry]
-            backward(run, [batch], max(1, len(batch["targets"])))
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            loss, norm = backward(run, [batch], max(1, len(batch["targets"])))
+            update(run, loss, norm)
+            loss.item()  # waits for the GPU
             seconds.append(time.time() - began)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):

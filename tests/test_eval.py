@@ -227,7 +227,13 @@ def test_figures_of_a_validation():
     pairs = []
     for task, language, text, answer in rows:
         pairs.append(({"task": task, "target_language": language, "text": text}, answer))
-    figures = {"wer": 0.25, "bleu": 100, "exact_match": 0.5, "refusals": 0, "false_refusals": 0.5}
+    figures = {
+        "wer": 0.25,
+        "bleu": 100,
+        "exact_match": 0.5,
+        "refusal_recall": 0,
+        "false_refusals": 0.5,
+    }
     assert eval.validation_scores(pairs) == pytest.approx(figures)
     assert eval.validation_scores(pairs[:2]) == {"wer": 0.25} and eval.validation_scores([]) == {}
 

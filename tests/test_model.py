@@ -272,16 +272,12 @@ def attend_by_query(q, k, v, lengths, causal, bias, left):
     return torch.stack(outputs)
 
 
-# Whether all sequences are padded and go at once, causal, heads of keys, left, width of the bias.
-CASES = [
-    (padded, *case) for padded in (False, True) for case in ((True, 2, 0, 0), (False, 6, 0, 0))
-]
-for left, places in ((12, 16), (0, 1), (3, 4)):
-    CASES += [(padded, False, 6, left, places) for padded in (False, True)]
+CASES = [(True, 2, 0, 0), (False, 6, 0, 0)]  # causal, heads of keys, left, width of the bias
+CASES += [(False, 6, left, places) for left, places in ((12, 16), (0, 1), (3, 4))]
 
 
-@pytest.mark.parametrize("padded, causal, heads, left, places", CASES)
-def test_attention_and_its_gradients(padded, causal, heads, left, places):
+@pytest.mark.parametrize("causal, heads, left, places", CASES)
+def test_attention_and_its_gradients(causal, heads, left, places):
     lengths = [40, 1, 2, 15]
     N = sum(lengths)
     shapes = [(N, 6, 16), (N, heads, 16), (N, heads, 16), (N, 6, places)]
@@ -289,10 +285,7 @@ def test_attention_and_its_gradients(padded, causal, heads, left, places):
     q, k, v, *rest = inputs
     bias = rest[0] if rest else None
     rows = Rows(lengths, torch.device("cpu"))
-    if padded:
-        ours = model.attend_padded(q, k, v, rows, causal, bias, left)
-    else:
-        ours = model.attend(q, k, v, rows, causal, bias, left)
+    ours = model.attend(q, k, v, rows, causal, bias, left)
     expected = attend_by_query(q, k, v, lengths, causal, bias, left)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     grad = torch.randn_like(ours)
