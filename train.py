@@ -77,9 +77,9 @@ LINEAR = {  # layers that low-rank updates can be added to, by part
 }
 LINEAR["encoder"] += "out_proj fc1 fc2".split()  # Whisper's, beside those called as the LLM's
 
-# Opus of 48 kHz needs ten cores to feed a GPU, other formats four, see tests/bench/README.md.
+# Opus of 48 kHz needs twelve cores to feed a GPU, others up to five, see tests/bench/README.md.
 GPUS = torch.cuda.device_count()
-LOADERS = min(10, os.cpu_count() // GPUS) if GPUS else 2
+LOADERS = min(12, os.cpu_count() // GPUS) if GPUS else 2
 
 # --- The configuration, and the phases
 

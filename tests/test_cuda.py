@@ -1,9 +1,12 @@
 """What CUDA computes, against the CPU. Run it alone, with CUDA_VISIBLE_DEVICES=0."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import model
+import train
 from conftest import (
     ENCODER,
     gradients,
@@ -133,6 +136,49 @@ def test_loss_and_gradients(dtype, bound):
         for name, g in exact.items():
             error = (computed[name].cpu() - g).norm()
             assert error < bound * (g.norm() + 1e-2 * size), name
+
+
+def test_a_batch_without_targets():
+    """That of a rank whose recordings cannot be used: no loss, and gradients of zero."""
+    speech_lm = build("cuda").train()
+    batch = move(speech_batch(speech_lm, (1,), (0,), (0,)), "cuda")
+    loss, count = speech_lm(*batch)
+    loss.backward()
+    assert loss.item() == 0 and count == 0
+    assert all(g.eq(0).all() for g in gradients(speech_lm).values())
+
+
+def test_a_step_never_waits_for_the_gpu():
+    """Two steps: what an optimizer first sets up may wait."""
+    speech_lm = place(build("cuda").train(), "cuda", torch.float32, torch.bfloat16)
+    optimizer = torch.optim.AdamW(speech_lm.parameters(), fused=True)
+    run = SimpleNamespace(optimizer=optimizer)
+    batch = speech_batch(speech_lm, (300, 1, 170, 64))
+    batch = [x.pin_memory() if isinstance(x, torch.Tensor) else x for x in batch]
+    for mode in ("default", "error"):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            inputs = [
+                x.to("cuda", non_blocking=True) if isinstance(x, torch.Tensor) else x for x in batch
+            ]
+            loss, _ = speech_lm(*inputs)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(speech_lm.parameters(), 1.0)
+            train.update(run, loss.detach(), norm)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+
+def test_attention_is_by_fused_kernels():
+    speech_lm = place(build("cuda").train(), "cuda", torch.float32, torch.bfloat16)
+    batch = move(speech_batch(speech_lm, (300, 1, 170, 64)), "cuda")
+    with torch.profiler.profile() as profiler:
+        speech_lm(*batch)[0].backward()
+    names = {event.key for event in profiler.key_averages()}
+    assert {"speech_lm::relative_attention", "torch_attn::_varlen_attn"} <= names
+    assert not any("attention_math" in name for name in names)
 
 
 @torch.no_grad()

@@ -2,8 +2,7 @@
 
 features   ours and transformers' take turns; printed are medians and their ratio
 manifest   a manifest of a million rows
-loader     how fast the demo's batches are read, and how fast a step without the encoder cache uses
-           them
+loader     how fast recordings of each format become features, on one core
 start      from starting sample.py to the first letter of its answer
 step       training steps of a pair of models with random bfloat16 weights that transformers has
            too; part align (the adapter is trained: loss and gradients) or full (everything is:
@@ -16,13 +15,13 @@ batches of 8 rows; with --device cuda it is as large as w2v-BERT 2.0 and Qwen2.5
 32 rows. See pair.py for its sides, which --sides chooses.
 
 In step, decode and growth each side is a process of its own; they take turns, and in each the
-second of two runs counts. Peak memory is above that of libraries and weights. The floor is ours:
+second of two runs counts. Peak memory is above that of libraries and weights, on CUDA with
+weights. The floor is ours:
 its products at the speed of a large one, or its weights at the speed of reading, both measured in
 the same run. Tables are left in out/bench/ as JSON.
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
@@ -32,6 +31,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -106,28 +107,77 @@ def manifest(args) -> None:
         print(f"read and checked in {seconds:.2f} s, peak {peak:.0f} MB")
 
 
-def loader(args) -> None:
-    import train
+# Suffix, and libsndfile's names of the format and of what is in it.
+FORMATS = {
+    "wav": ("WAV", "PCM_16"),
+    "flac": ("FLAC", "PCM_16"),
+    "opus": ("OGG", "OPUS"),
+    "mp3": ("MP3", "MPEG_LAYER_III"),
+}
+CLIP_SECONDS = 12
+GPU_SPEED = 2500  # seconds of audio a second that an align step on an H200 is to use
 
-    count = 2 if args.quick else 12
-    with tempfile.TemporaryDirectory() as out:
-        run = train.open_run(train.parse(["--cache-gb", "0", "--device", "cpu", "--out", out]))
-        scheduled = list(itertools.islice(train.run_schedule(run), count))
-        start = time.perf_counter()
-        batches = [run.examples[batch] for batch in scheduled]
-        read = time.perf_counter() - start
-    seconds = [sum(batch["lengths"]) / 50 for batch in batches]
-    steps = []
-    for batch, audio in list(zip(batches, seconds, strict=True))[:4]:
-        start = time.perf_counter()
-        loss, tokens = run.model(**train.on_device(batch, "cpu"))
-        (loss / tokens).backward()
-        steps.append((time.perf_counter() - start) / audio)
-    reading, using = sum(seconds) / read, 1 / statistics.median(steps)
-    print(
-        f"one worker reads {reading:.0f} s of audio a second, a step uses {using:.0f}: "
-        f"{reading / using:.1f} times"
-    )
+
+def loader(args) -> None:
+    """Seconds of audio that a core turns into features in a second, alone and with the augmentation
+    of every second recording, and how many cores feed a GPU."""
+    torch.set_num_threads(1)  # as in a worker process
+    rows = []
+    print("| format | read | and features | and augmentation | cores for a GPU |")
+    print("|---|---|---|---|---|")
+    for name in FORMATS:
+        for rate in (16000, 48000):
+            speeds = reading_speeds(name, rate, seconds=0.2 if args.quick else 2)
+            cores = GPU_SPEED / speeds[-1]
+            rows.append({"format": name, "rate": rate, "speeds": speeds, "cores": cores})
+            cells = " | ".join(f"{speed:.0f}" for speed in speeds)
+            print(f"| {name}, {rate // 1000} kHz | {cells} | {cores:.1f} |", flush=True)
+    write_table(args, "loader", rows)
+
+
+def reading_speeds(name: str, rate: int, seconds: float) -> list[float]:
+    """Seconds of audio a second of CPU: read, read to features, and the same augmented as in
+    training."""
+    import data
+    from model import DEMO, EncoderConfig
+
+    speech = data.load_audio(DEMO / "sample.wav").repeat(CLIP_SECONDS)
+    at = np.arange(CLIP_SECONDS * rate) * 16000 / rate
+    wave = np.interp(at, np.arange(len(speech)), speech.numpy())
+    config, random = EncoderConfig(), np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / f"clip.{name}"
+        container, subtype = FORMATS[name]
+        soundfile.write(path, wave, rate, format=container, subtype=subtype)
+        row = {"audio": path.name, "text": "words", "task": "asr", "licence": "CC0-1.0"}
+        (Path(place) / "rows.jsonl").write_text(json.dumps(row | {"duration": CLIP_SECONDS}))
+        rows = data.Manifest(Path(place) / "rows.jsonl")
+
+        def read() -> torch.Tensor:
+            return rows.audio(rows[0])
+
+        def to_features() -> None:
+            data.extract_features([read()], config)
+
+        def with_augmentation() -> None:
+            read_wave = read()
+            if random.random() < 0.5:
+                read_wave = data.augment(read_wave, random, rows)
+            data.extract_features([read_wave], config)
+
+        return [
+            CLIP_SECONDS / cpu_seconds(f, seconds) for f in (read, to_features, with_augmentation)
+        ]
+
+
+def cpu_seconds(run: Callable, seconds: float) -> float:
+    """The mean of CPU seconds of runs that take so many together."""
+    run()
+    count, start = 0, time.process_time()
+    while time.process_time() - start < seconds:
+        run()
+        count += 1
+    return (time.process_time() - start) / count
 
 
 def start(args) -> None:

@@ -10,7 +10,7 @@ stands for the usual number. SIDE is one of
     tuned                    with the head on targets alone and one product for the position bias
     ours                     this repository
     plain                    the same without extras/
-    compiled, int8, int8 compiled    as ours, for answers
+    replayed, compiled, int8, int8 compiled    as ours, for answers
 """
 
 import ctypes
@@ -193,10 +193,10 @@ class Ours(nn.Module):
             from extras.int8 import quantise
 
             quantise(self.model.llm)
-        if "compiled" in side:
+        if "compiled" in side or "replayed" in side:
             from extras.decode import FastDecode
 
-            self.step = FastDecode(decode_step, pays=0)
+            self.step = FastDecode(decode_step, pays=0 if "compiled" in side else math.inf)
 
     def build(self, kernels) -> nn.Module:
         """The model with these operators; all models that are built share their weights."""
@@ -338,21 +338,46 @@ def read(device: str) -> tuple[Callable, int]:
     return lambda: x.sum(), x.nbytes
 
 
+def profile(side: nn.Module, what: str, seconds: list[float], device: str) -> Callable:
+    """A function that returns the kernels of a step, [name, times, seconds], the longest first."""
+    from torch.profiler import ProfilerActivity
+
+    run = training_step(side, what, seconds)
+    run()
+    kind = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}[device]
+
+    def table() -> list[list]:
+        with torch.profiler.profile(activities=[kind]) as profiler:
+            run()
+        rows = []
+        for event in profiler.key_averages():
+            spent = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+            rows.append([event.key, event.count, spent / 1e6])
+        return sorted(rows, key=lambda row: -row[2])
+
+    return table
+
+
 def make_run(side: nn.Module, task: dict, device: str) -> tuple[Callable, int | None]:
     """A function that does a task, and how much work that is, where it is known."""
     if task["do"] == "step":
         return training_step(side, task["what"], task["seconds"]), None
     if task["do"] == "count":
         return count_operations(side, task["what"], task["seconds"]), None
+    if task["do"] == "profile":
+        return profile(side, task["what"], task["seconds"], device), None
     if task["do"] == "answer":
         sequences = make_sequences(task["seconds"])
         side.eval()
         return lambda: side.answer(sequences, task["count"]), None
+    if task["do"] == "rest":
+        return lambda: None, None
     return {"multiply": multiply, "read": read}[task["do"]](device)
 
 
 def measure(run: Callable, device: str) -> dict:
-    """Seconds and the peak of memory of a run, in bytes, and the number that it returns, if any."""
+    """Seconds, infinitely many if it does not fit into memory, and the peak of memory of a run, in
+    bytes, and what it returns, if that is a number or a table."""
     on_cpu = device == "cpu"
     if on_cpu:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -360,12 +385,15 @@ def measure(run: Callable, device: str) -> dict:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     wall, cpu = time.perf_counter(), time.process_time()
-    value = run()
+    try:
+        value = run()
+    except torch.OutOfMemoryError:
+        value, wall = None, -math.inf
     if not on_cpu:
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = memory("VmHWM") if on_cpu else torch.cuda.max_memory_allocated()
-    value = value if isinstance(value, float | int) else None
+    value = value if isinstance(value, float | int | list) else None
     return {"wall": wall, "cpu": cpu, "peak": peak, "value": value}
 
 
@@ -381,7 +409,7 @@ def main() -> None:
         side = Ours(sizes, name, device)
     trim = ctypes.CDLL("libc.so.6").malloc_trim
     trim(0)  # what was only needed to make the weights
-    bare = memory("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
+    bare = memory("VmRSS") if device == "cpu" else 0
     if name not in PEERS:
         from model import keep_freed_memory
 
@@ -392,11 +420,13 @@ def main() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         if task != last:
-            run, last = None, task  # gives its memory back first
+            run, last = None, task  # gives its memory back first, to the other sides, too
             trim(0)
+            if device == "cuda":
+                torch.cuda.empty_cache()
             run, work = make_run(side, task, device)
         reply = measure(run, device)
-        reply["peak"] = (reply["peak"] - bare) / 1e9  # in GB, above libraries and weights
+        reply["peak"] = (reply["peak"] - bare) / 1e9  # in GB, on a CPU above libraries and weights
         print(json.dumps(reply | {"work": work}), flush=True)
 
 
