@@ -340,13 +340,13 @@ def test_layers_for_cuda_are_traced_as_one_graph_each(monkeypatch):
 def test_figures_are_read_while_the_next_step_runs(monkeypatch, tiny_project, tmp_path):
     """But before a validation, and in the end, those of every step are in the log."""
     events = []
+
+    def noted(function, *args):
+        events.append(function.__name__.split("_")[0])
+        return function(*args)
+
     for name in ("backward", "finish_step", "validate_and_save"):
-
-        def noted(*args, name=name, function=getattr(train, name)):
-            events.append(name.split("_")[0])
-            return function(*args)
-
-        monkeypatch.setattr(train, name, noted)
+        monkeypatch.setattr(train, name, functools.partial(noted, getattr(train, name)))
     train.main(arguments(tiny_project, tmp_path, steps=5, eval_every=3))
     late = ["backward", "backward", "finish", "backward", "finish", "finish", "validate"]
     assert events == late + ["backward", "backward", "finish", "finish", "validate"]
