@@ -5,7 +5,8 @@ of layer. It is made to believe in an H200 and its code is read, not run, so tha
 
 Printed are, for a layer of w2v-BERT 2.0, of the adapter and of Qwen2.5-1.5B, forward and backward:
 compiled kernels, matrix products, and kernels of attention and convolution; and their sum over all
-layers. --code leaves the compiled code there. Dropout, which adds no kernel, is left out. It looks
+layers. --code leaves the compiled code there. Dropout, which adds no kernel, is left out. At last
+it counts how many graphs of layers 200 random batches make, and how many have a break. It looks
 into the insides of the PyTorch of requirements.txt, and may not work with another.
 """
 
@@ -15,10 +16,12 @@ import copy
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 import torch._inductor.fx_passes.reinplace as reinplace
 import torch._inductor.scheduler as scheduler
@@ -40,7 +43,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from full_size import ENCODER, LLM  # noqa: E402
 from kernels import Driver  # noqa: E402
 
-import model  # noqa: E402  (found by conftest, which full_size imports)
+import conftest  # noqa: E402
+import model  # noqa: E402
 
 H200 = SimpleNamespace(
     name="H200",
@@ -204,6 +208,25 @@ def compiled_codes(layer: nn.Module, inputs: list, width: int, learns: bool) -> 
     return compiler.codes
 
 
+def count_graphs(batches: int) -> tuple[int, int]:
+    """The graphs of layers, and breaks in them, after so many steps of tiny models."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    call = torch.compile(model.call_layer, dynamic=True, backend="aot_eager")
+    kernels = replace(model.default_kernels("cuda"), call_layer=call)
+    speech_lm = conftest.tiny_speech_lm(kernels=kernels).train()
+    conftest.place(speech_lm, "meta", torch.float32, torch.bfloat16)
+    random = np.random.default_rng(0)
+    for _ in range(batches):
+        count = random.integers(1, 20)
+        sizes = [random.integers(low, 90, count).tolist() for low in (1, 0, 1)]
+        batch = conftest.move(conftest.speech_batch(speech_lm, *sizes), "meta")
+        speech_lm(*batch)[0].backward()
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--code", type=Path, help="directory for the compiled code")
@@ -228,6 +251,8 @@ def main() -> None:
                 (args.code / f"{what.replace(', ', '-')}.py").write_text(code)
     for step, total in totals.items():
         print(f"all layers in a step of {step}: {total:,} launches")
+    graphs, breaks = count_graphs(200)
+    print(f"200 random batches: {graphs} graphs, {breaks} breaks")
 
 
 if __name__ == "__main__":
