@@ -53,7 +53,8 @@ def relative_attention(
 ) -> tuple[Tensor, Tensor]:
     """y (N, H, d), and of each query the logarithm to base 2 of the sum of its exponentials (N, H),
     from which the backward pass computes the weights again. n: the length of the longest row."""
-    q, k, v, bias = (x.contiguous() for x in (q, k, v, bias))
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    bias = evenly_spaced(bias)
     y, lse = empty_results(q)
     launch(0, (begin, count, n, left), bias, q, k, v, bias, y, lse)
     return y, lse
@@ -74,14 +75,21 @@ def relative_attention_gradients(
     left: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Those of q, k, v (N, H, d) and of the biases (N, H, places)."""
-    dy, q, k, v, bias = (x.contiguous() for x in (dy, q, k, v, bias))
+    dy, q, k, v = (x.contiguous() for x in (dy, q, k, v))
+    bias = evenly_spaced(bias)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    d_bias = torch.zeros_like(bias)  # a place without a key stays zero
+    d_bias = bias.new_zeros(bias.shape)  # a place without a key stays zero
     delta = torch.empty_like(lse)
     rows = begin, count, n, left
     launch(1, rows, bias, q, k, v, bias, y, lse, dy, delta, dq, d_bias)
     launch(2, rows, bias, q, k, v, bias, lse, dy, delta, dk, dv)
     return dq, dk, dv, d_bias
+
+
+def evenly_spaced(bias: Tensor) -> Tensor:
+    """Biases (N, H, places) whose lines may be part of longer ones, but lie one behind another."""
+    step, line, inner = bias.stride()
+    return bias if inner == 1 and step == bias.shape[1] * line else bias.contiguous()
 
 
 def empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +120,7 @@ class Sizes(NamedTuple):
     heads: int
     width: int  # of a head
     places: int  # of a bias
+    line: int  # from those of one head to those of the next, in memory
     left: int
     queries: int  # of a tile
     keys: int
@@ -124,7 +133,7 @@ def launch(step: int, rows: tuple, bias: Tensor, *tensors: Tensor) -> None:
     begin, count, n, left = rows
     q = tensors[0]
     queries, keys, warps, stages = TILES[q.element_size()][step]
-    sizes = Sizes(*q.shape[1:], bias.shape[2], left, queries, keys)
+    sizes = Sizes(*q.shape[1:], bias.shape[2], bias.stride(1), left, queries, keys)
     tiles = triton.cdiv(n, keys if step == 2 else queries)
     kernel = (attention, query_gradients, key_gradients)[step]
     with torch.cuda.device_of(q):
@@ -163,7 +172,7 @@ def store_lines(x, values, at, n, C: tl.constexpr):
 @triton.jit
 def load_bias(bias, i, place, n, C: tl.constexpr):
     """The biases of queries i at these places, to base 2, of the shape that both broadcast to."""
-    x = tl.load(bias + (i * (C.heads * C.places) + place), mask=i + 0 * place < n, other=0.0)
+    x = tl.load(bias + (i * (C.heads * C.line) + place), mask=i + 0 * place < n, other=0.0)
     return x.to(tl.float32) * LOG2E
 
 
@@ -199,7 +208,7 @@ def attention(q, k, v, bias, y, lse, begin, count, C: tl.constexpr):
     m0 = tl.program_id(0) * M
     if m0 >= n:
         return
-    k, v, bias = k + base * D, v + base * D, bias + base * C.places
+    k, v, bias = k + base * D, v + base * D, bias + base * C.line
     i = m0 + tl.arange(0, M)
     x = load_lines(q + base * D, i, n, C)  # (m, d)
 
@@ -244,7 +253,7 @@ def query_gradients(q, k, v, bias, y, lse, dy, delta, dq, d_bias, begin, count, 
     if m0 >= n:
         return
     k, v = k + base * D, v + base * D
-    bias, d_bias = bias + base * C.places, d_bias + base * C.places
+    bias, d_bias = bias + base * C.line, d_bias + base * C.places
     i = m0 + tl.arange(0, M)
     x = load_lines(q + base * D, i, n, C)  # (m, d)
     dx = load_lines(dy + base * D, i, n, C)
@@ -303,7 +312,7 @@ def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.con
     k0 = tl.program_id(0) * K
     if k0 >= n:
         return
-    q, dy, bias = q + base * D, dy + base * D, bias + base * C.places
+    q, dy, bias = q + base * D, dy + base * D, bias + base * C.line
     j = k0 + tl.arange(0, K)
     keys = load_lines(k + base * D, j, n, C)  # (k, d)
     values = load_lines(v + base * D, j, n, C)

@@ -45,13 +45,15 @@ def tiles(monkeypatch, request):
     monkeypatch.setitem(cuda.TILES, 4, (request.param,) * 3)
 
 
-def compare(lengths, reach, width=16, heads=2):
-    """Attention and its four gradients against the plain ones."""
+def compare(lengths, reach, width=16, heads=2, spare=0):
+    """Attention and its four gradients against the plain ones; of biases that are part of longer
+    lines."""
     left, right = reach
-    N = sum(lengths)
-    shapes = [(N, heads, width)] * 3 + [(N, heads, left + 1 + right)]
+    N, places = sum(lengths), left + 1 + right
+    shapes = [(N, heads, width)] * 3 + [(N, heads, places + spare)]
     inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
-    q, k, v, bias = inputs
+    q, k, v, lines = inputs
+    bias = lines[..., :places]
     rows = Rows(lengths, "cpu")
     plain, ours = (f(q, k, v, rows, bias=bias, left=left) for f in (model.attend, cuda.attend))
     assert "relative_attention" in ours.grad_fn.name()
@@ -81,6 +83,15 @@ def test_bands_of_other_width(tiles, reach):
 @pytest.mark.parametrize("lengths", [[1], [2, 1], [15], [16], [17], [31, 32], [64]])
 def test_lengths_around_the_borders_of_tiles(tiles, lengths):
     compare(lengths, (12, 3), heads=1)
+
+
+@inside
+@pytest.mark.parametrize("tiles", SMALL[:1], indirect=True)
+def test_biases_in_longer_lines(tiles):
+    """Whose products are faster; and such that are not in order, which are copied."""
+    compare([33, 1, 20], (12, 3), spare=7)
+    bias = torch.randn(2, 50, 16).transpose(0, 1)
+    assert cuda.evenly_spaced(bias).is_contiguous() and torch.equal(cuda.evenly_spaced(bias), bias)
 
 
 @inside

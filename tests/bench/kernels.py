@@ -69,7 +69,8 @@ def compile_kernels(arch: int, dtype: torch.dtype) -> dict:
     vars(cuda).update(kernels)
     rows = Rows([70, 30], "cpu")
     q, k, v = (torch.zeros(100, HEADS, WIDTH, dtype=dtype, requires_grad=True) for _ in range(3))
-    bias = torch.zeros(100, HEADS, BEFORE + 1 + AFTER, dtype=dtype, requires_grad=True)
+    lines = torch.zeros(100, HEADS, 80, dtype=dtype, requires_grad=True)  # as model.py makes them
+    bias = lines[..., : BEFORE + 1 + AFTER]
     cuda.attend(q, k, v, rows, bias=bias, left=BEFORE).sum().backward()
     x = torch.zeros(100, HEADS * WIDTH, dtype=dtype, requires_grad=True)
     weight = torch.zeros(HEADS * WIDTH, 1, TAPS, dtype=dtype, requires_grad=True)
