@@ -433,7 +433,7 @@ class Rows:
         if self.longest == 1:
             self.count = torch.ones(B, dtype=torch.long, device=device)
         else:
-            self.count = torch.tensor(self.lengths).to(device, non_blocking=True)
+            self.count = torch.tensor(self.lengths).to(device, non_blocking="cuda" in str(device))
         self.bounds = F.pad(self.count.cumsum(0), (1, 0)).int()
         self.begin = self.bounds[:-1]
         each = torch.arange(B, device=device)

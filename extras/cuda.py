@@ -25,7 +25,7 @@ TILES = {
     4: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
 }
 # Frames and channels that a program of the convolution computes, and one of its weights' gradients.
-FRAME_TILE = (16, 64)
+FRAME_TILE = (32, 64)
 WEIGHT_TILE = (64, 64)
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x * LOG2E), and 2 ** x is one instruction
 
@@ -349,36 +349,39 @@ def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.con
 def depthwise(x: Tensor, weight: Tensor, rows) -> Tensor:
     """As model.depthwise: x (N, D), weight (D, 1, kernel) -> (N, D). Frames are read where they
     are packed; a frame is of the same row as one before it if its place in the row is so high."""
-    return depthwise_rows(x, weight, rows.offset)
+    taps = weight[
+        :, 0
+    ].T.contiguous()  # (kernel, D), so that neighbours in memory are loaded at once
+    return depthwise_rows(x, taps, rows.offset)
 
 
 @torch.library.custom_op("speech_lm::depthwise", mutates_args=())
-def depthwise_rows(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
-    return convolve(x.contiguous(), weight, offset, ahead=False)
+def depthwise_rows(x: Tensor, taps: Tensor, offset: Tensor) -> Tensor:
+    return convolve(x.contiguous(), taps, offset, ahead=False)
 
 
 @torch.library.custom_op("speech_lm::depthwise_gradients", mutates_args=())
 def depthwise_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, offset: Tensor
+    dy: Tensor, x: Tensor, taps: Tensor, offset: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Those of x (N, D), a convolution that reads ahead, and of weight (D, 1, kernel)."""
+    """Those of x (N, D), a convolution that reads ahead, and of taps (kernel, D)."""
     dy, x = dy.contiguous(), x.contiguous()
     N, D = x.shape
-    taps = weight.shape[2]
-    parts = triton.cdiv(N, WEIGHT_TILE[0])
-    d_weight = x.new_empty(parts, D, taps, dtype=torch.float32)
+    F, C = WEIGHT_TILE
+    parts = triton.cdiv(N, F)
+    d_taps = x.new_empty(parts, *taps.shape, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        grid = parts, triton.cdiv(D, WEIGHT_TILE[1])
-        weight_gradients[grid](x, dy, d_weight, offset, N, D, taps, *WEIGHT_TILE)
-    return convolve(dy, weight, offset, ahead=True), d_weight.sum(0).view_as(weight).to(x.dtype)
+        weight_gradients[parts, triton.cdiv(D, C)](x, dy, d_taps, offset, N, D, len(taps), F, C)
+    return convolve(dy, taps, offset, ahead=True), d_taps.sum(0).to(x.dtype)
 
 
-def convolve(x: Tensor, weight: Tensor, offset: Tensor, ahead: bool) -> Tensor:
+def convolve(x: Tensor, taps: Tensor, offset: Tensor, ahead: bool) -> Tensor:
     N, D = x.shape
+    F, C = FRAME_TILE
     y = torch.empty_like(x)
-    grid = triton.cdiv(N, FRAME_TILE[0]), triton.cdiv(D, FRAME_TILE[1])
     with torch.cuda.device_of(x):
-        taps_sum[grid](x, weight.contiguous(), y, offset, N, D, weight.shape[2], ahead, *FRAME_TILE)
+        grid = triton.cdiv(N, F), triton.cdiv(D, C)
+        taps_sum[grid](x, taps.contiguous(), y, offset, N, D, len(taps), ahead, F, C)
     return y
 
 
@@ -386,7 +389,7 @@ def save_convolution(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-depthwise_rows.register_fake(lambda x, weight, offset: x.new_empty(x.shape))
+depthwise_rows.register_fake(lambda x, taps, offset: x.new_empty(x.shape))
 depthwise_gradients.register_fake(lambda dy, x, w, _: (x.new_empty(x.shape), w.new_empty(w.shape)))
 depthwise_rows.register_autograd(
     lambda ctx, dy: (*depthwise_gradients(dy, *ctx.saved_tensors), None),
@@ -420,7 +423,7 @@ def taps_sum(
         # That both are of one row shows at the later of the two.
         there = (place >= back)[:, None] & (c < D)[None]
         frames = tl.load(x + at[:, None].to(tl.int64) * D + c[None], mask=there, other=0.0)
-        tap = tl.load(weight + c * TAPS + (TAPS - 1 - back), mask=c < D, other=0.0)
+        tap = tl.load(weight + (TAPS - 1 - back) * D + c, mask=c < D, other=0.0)
         acc += frames.to(tl.float32) * tap.to(tl.float32)[None]
     there = (t < N)[:, None] & (c < D)[None]
     tl.store(y + t[:, None].to(tl.int64) * D + c[None], acc, mask=there)
@@ -438,15 +441,15 @@ def weight_gradients(
     F: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The weights' gradients (D, TAPS) of C channels, by F frames: of parts that are summed."""
+    """The weights' gradients (TAPS, D) of C channels by F frames, to be summed."""
     t = tl.program_id(0) * F + tl.arange(0, F)
     c = tl.program_id(1) * C + tl.arange(0, C)
     place = tl.load(offset + t, mask=t < N, other=-1)
     there = (t < N)[:, None] & (c < D)[None]
     line = t[:, None].to(tl.int64) * D + c[None]
     dy_t = tl.load(dy + line, mask=there, other=0.0).to(tl.float32)
-    part = d_weight + (tl.program_id(0).to(tl.int64) * D + c) * TAPS
+    part = d_weight + tl.program_id(0).to(tl.int64) * (TAPS * D) + c
     for back in tl.static_range(TAPS):
         there = (place >= back)[:, None] & (c < D)[None]
         products = dy_t * tl.load(x + line - back * D, mask=there, other=0.0).to(tl.float32)
-        tl.store(part + (TAPS - 1 - back), tl.sum(products, 0), mask=c < D)
+        tl.store(part + (TAPS - 1 - back) * D, tl.sum(products, 0), mask=c < D)

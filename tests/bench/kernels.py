@@ -24,6 +24,7 @@ from model import Rows  # noqa: E402
 
 ATTENTION = ("attention", "query_gradients", "key_gradients")
 CONVOLUTION = ("taps_sum", "weight_gradients")
+INSTRUCTIONS = ("mma.sync", "wgmma.mma", "tcgen05.mma", "cp.async")
 # An H200: bfloat16 products, exponentials (16 a cycle of each of 132 multiprocessors at 1.8 GHz),
 # and bytes, a second.
 PRODUCTS, EXPONENTIALS, BYTES = 989e12, 16 * 132 * 1.8e9, 4.8e12
@@ -104,11 +105,14 @@ def outer_share(n: int, queries: int, keys: int) -> float:
 
 
 def print_resources(archs: list[int], dtype: torch.dtype) -> None:
-    print("| kernel | GPU | registers | shared memory | spilled |\n|---|---|---|---|---|")
+    print("| kernel | GPU | registers | shared memory | spilled | on tensor cores, copied ahead |")
+    print("|---|---|---|---|---|---|")
     for arch in archs:
         for name, binary in compile_kernels(arch, dtype).items():
             registers, shared, spilled = resources(binary)
-            print(f"| {name} | sm_{arch} | {registers} | {shared:,} B | {spilled} B |", flush=True)
+            units = " ".join(x for x in INSTRUCTIONS if x in binary.asm["ptx"])
+            cells = name, f"sm_{arch}", registers, f"{shared:,} B", f"{spilled} B", units
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def print_arithmetic() -> None:
