@@ -29,7 +29,7 @@ from model import AUDIO, adapter_length  # noqa: E402
 ENCODER = dict(
     hidden_size=32,
     num_hidden_layers=3,
-    num_attention_heads=2,
+    num_attention_heads=4,
     intermediate_size=48,
     conv_depthwise_kernel_size=7,
     left_max_position_embeddings=12,

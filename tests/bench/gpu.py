@@ -9,6 +9,7 @@ steps        of the pair of models of pair.py: align and full, 8, 32 and as many
              like length and ragged; memory, share of the GPU's peak, and the kernels of a step
 decoding     answers to 1, 8 and 64 recordings
 loader       how fast recordings become features
+compiled     answers by compiled steps, if there is time, or with --only compiled
 
 Parts for which no time is left are skipped, which is said. Tables are printed as Markdown, and all
 figures are left in out/bench/gpu.json. --device cpu --quick is a tiny run without a GPU, which only
@@ -17,14 +18,15 @@ shows that this program works.
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -109,7 +111,9 @@ def correctness(args) -> dict:
 def run_tests(args) -> str:
     """The last line of the tests for CUDA; what failed is shown."""
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=args.seconds())
+    env = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}  # or tests would look for no GPU
+    options = {"capture_output": True, "text": True, "timeout": args.seconds()}
+    done = subprocess.run(command, cwd=ROOT, env=env, **options)
     lines = done.stdout.strip().splitlines()
     if done.returncode:
         print("\n".join(lines[-60:]), flush=True)
@@ -184,41 +188,50 @@ def resume(args, place: Path, options: list[str], stop_after: int) -> str:
 # --- Steps
 
 
+@contextmanager
+def running(args, sides: list[str]) -> Iterator[dict[str, Worker]]:
+    """A process for each side, which start side by side, and take turns when they are measured."""
+
+    def start(side: str) -> Worker:
+        worker = Worker(side, 2 if args.quick else 0, 4, args.device)
+        worker.wait()
+        return worker
+
+    with ThreadPoolExecutor() as pool:
+        workers = dict(zip(sides, pool.map(start, sides), strict=True))
+    try:
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.process.kill()
+
+
 def steps(args) -> dict:
-    sides = ["stock", "tuned", "ours"]
-    with ThreadPoolExecutor() as pool:  # they start side by side, and take turns when measured
-        started = list(pool.map(partial(start_worker, args), sides))
-    workers = dict(zip(sides, started, strict=True))
-    speeds = bench.machine_speed(args, workers["ours"])
-    peak, rows, kernels = speeds["multiply"], [], {}
+    rows, kernels = [], {}
     batches = {"like length": GROUPED, "ragged": RAGGED}
-    for what in ("align", "full"):
-        memory = {}
-        for count in (8, 32):
-            for kind, seconds in batches.items():
-                seconds = scaled(args, seconds * (count // 8))
-                row = measure_step(args, workers, what, seconds, peak)
-                rows.append({"step": what, "rows": count, "kind": kind} | row)
-                memory[count] = row["GB"]["ours"]
-                print_step(rows[-1])
-        count = fitting_rows(args, memory)
-        row = measure_step(
-            args, {"ours": workers["ours"]}, what, scaled(args, GROUPED * (count // 8)), peak
-        )
-        rows.append({"step": what, "rows": count, "kind": "like length"} | row)
-        print_step(rows[-1])
-        task = {"do": "profile", "what": what, "seconds": scaled(args, GROUPED * 4)}
-        kernels[what] = workers["ours"](**task)["value"]
-        print_kernels(what, kernels[what], rows[-3]["seconds"]["ours"])
-    for worker in workers.values():
-        worker.process.kill()
+    with running(args, ["stock", "tuned", "ours"]) as workers:
+        ours = {"ours": workers["ours"]}
+        speeds = bench.machine_speed(args, workers["ours"])
+        for what in ("align", "full"):
+            print("| step | here | of the GPU's products | stock | tuned |\n|---|---|---|---|---|")
+            memory = {}
+            for count in (8, 32):
+                for kind, seconds in batches.items():
+                    seconds = scaled(args, seconds * (count // 8))
+                    row = measure_step(args, workers, what, seconds, speeds["multiply"])
+                    rows.append({"step": what, "rows": count, "kind": kind} | row)
+                    memory[count] = row["GB"]["ours"]
+                    print_step(rows[-1])
+            task = {"do": "profile", "what": what, "seconds": seconds}
+            kernels[what] = workers["ours"](**task)["value"]
+            # As many rows as fit are for ours alone.
+            count = fitting_rows(args, memory)
+            seconds = scaled(args, GROUPED * (count // 8))
+            row = measure_step(args, ours, what, seconds, speeds["multiply"])
+            rows.append({"step": what, "rows": count, "kind": "like length"} | row)
+            print_step(rows[-1])
+            print_kernels(what, kernels[what], rows[-2]["seconds"]["ours"])
     return {"speeds": speeds, "steps": rows, "kernels": kernels}
-
-
-def start_worker(args, side: str) -> Worker:
-    worker = Worker(side, 2 if args.quick else 0, 4, args.device)
-    worker.wait()
-    return worker
 
 
 def scaled(args, seconds: list[float]) -> list[float]:
@@ -234,20 +247,22 @@ def measure_step(args, workers: dict, what: str, seconds: list[float], peak: flo
     return {
         "seconds": taken,
         "GB": {side: result.peak for side, result in results.items()},
-        "share of peak": operations / peak / taken["ours"],
+        "share of products": operations / peak / taken["ours"],
         "audio": sum(seconds),
         "loss": {side: result.reply["value"] for side, result in results.items()},
     }
 
 
 def print_step(row: dict) -> None:
-    ours = row["seconds"]["ours"]
+    """Milliseconds, GB and seconds of audio a second of ours; of the others also the ratio."""
+    taken, gigabytes = row["seconds"], row["GB"]
+    ours, speed = taken["ours"], row["audio"] / taken["ours"]
     cells = [f"{row['step']}, {row['rows']} rows, {row['kind']}"]
-    for side, seconds in row["seconds"].items():
-        cells.append(
-            f"{side} {1e3 * seconds:.0f} ms, {row['GB'][side]:.1f} GB, {seconds / ours:.2f} x"
-        )
-    cells.append(f"{row['share of peak']:.0%} of the peak, {row['audio'] / ours:.0f} audio-s/s")
+    cells.append(f"{1e3 * ours:.0f} ms, {gigabytes['ours']:.1f} GB, {speed:.0f} audio-s/s")
+    cells.append(f"{row['share of products']:.0%}")
+    for side in [side for side in taken if side != "ours"]:
+        ratio = f"{taken[side] / ours:.2f} x"
+        cells.append(f"{1e3 * taken[side]:.0f} ms, {gigabytes[side]:.1f} GB, {ratio}")
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -278,37 +293,36 @@ def print_kernels(what: str, rows: list[list], seconds: float) -> None:
 # --- Answers, and feeding
 
 
-def decoding(args) -> list[dict]:
-    sides, tokens = ["stock", "replayed"], 5 if args.quick else 33
-    with ThreadPoolExecutor() as pool:
-        workers = dict(zip(sides, pool.map(partial(start_worker, args), sides), strict=True))
-    speeds = bench.machine_speed(args, workers["replayed"])
-    floor = 2 * bench.weights_read(SIZES[args.device][1]) / speeds["read"]
-    rows = []
-    for count in (1, 8, 64):
-        seconds = scaled(args, (RAGGED * 8)[:count])
-        results = []
-        for n in (1, tokens):
-            results.append(bench.compare(args, workers, do="answer", seconds=seconds, count=n))
-        first, total = ({side: result.seconds for side, result in each.items()} for each in results)
-        later = {side: (total[side] - first[side]) / (tokens - 1) for side in sides}
-        rows.append({"rows": count, "first": first, "later": later, "floor": floor})
+def decoding(args, sides=("stock", "replayed"), counts=(1, 8, 64)) -> list[dict]:
+    """Milliseconds of the first and of each later token, and how near the latter is to the time of
+    reading all weights."""
+    rows, tokens = [], 5 if args.quick else 33
+    with running(args, list(sides)) as workers:
+        speeds = bench.machine_speed(args, workers[sides[1]])
+        floor = 2 * bench.weights_read(SIZES[args.device][1]) / speeds["read"]
+        for count in counts:
+            seconds, taken = scaled(args, (RAGGED * 8)[:count]), {}
+            for n in (1, tokens):
+                results = bench.compare(args, workers, do="answer", seconds=seconds, count=n)
+                taken[n] = {side: result.seconds for side, result in results.items()}
+            first, total = taken.values()
+            later = {side: (total[side] - first[side]) / (tokens - 1) for side in sides}
+            rows.append({"rows": count, "first": first, "later": later, "floor": floor})
     cells = []
     for row in rows:
         for name in ("first", "later"):
-            stock, ours = (row[name][side] for side in sides)
-            share = f"{floor / ours:.0%}" if name == "later" else ""
-            figures = [
-                f"{1e3 * stock:.1f} ms",
-                f"{1e3 * ours:.1f} ms",
-                f"{stock / ours:.1f}",
-                share,
-            ]
-            cells.append([f"{name} token, batch {row['rows']}", *figures])
-    table(["decoding", "stock", "here", "stock / here", "of the bandwidth"], *cells)
-    for worker in workers.values():
-        worker.process.kill()
+            theirs, ours = (1e3 * row[name][side] for side in sides)
+            share = f"{1e3 * floor / ours:.0%}" if name == "later" else ""
+            ratio = f"{theirs / ours:.1f}"
+            what = f"{name} token, batch {row['rows']}"
+            cells.append([what, f"{theirs:.1f} ms", f"{ours:.1f} ms", ratio, share])
+    table(["decoding", *sides, "ratio", "of the bandwidth"], *cells)
     return rows
+
+
+def compiled(args) -> list[dict]:
+    """The same of steps that are compiled and replayed, which takes the compiler a minute each."""
+    return decoding(args, ("replayed", "compiled"), (1, 8))
 
 
 def loader(args) -> None:
@@ -323,6 +337,7 @@ PARTS = {  # and the seconds that each is expected to take
     correctness: 120,
     decoding: 60,
     loader: 40,
+    compiled: 180,
 }
 
 
