@@ -602,9 +602,8 @@ class SelfAttention(nn.Module):
         bias = None
         if self.distance_embedding is not None:
             distances = self.distance_embedding.weight * q.shape[-1] ** -0.5
-            spare = (
-                -len(distances) % 8 if x.is_cuda else 0
-            )  # widths that divide by 8 are faster there
+            # Products on CUDA are slow unless their widths divide by 8.
+            spare = -len(distances) % 8 if x.is_cuda else 0
             bias = q @ F.pad(distances, (0, 0, 0, spare)).to(q.dtype).T
             bias = bias[..., : len(distances)]  # (N, H, left + 1 + right)
         left = self.config.left_max_position_embeddings
