@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from test_train import EVERYTHING, arguments, log, read_rows, refused, saved, write_rows  # noqa: E402
 
 import train  # noqa: E402
+from model import SpeechLM  # noqa: E402
 
 WARM = {"phase": "align", "warm_start": 2, "encoder_lr": False, "lora_rank": 2}
 SHARDED = {"accumulate": 2, "fsdp": True, "checkpointing": True}
@@ -29,9 +30,9 @@ SHARDED = {"accumulate": 2, "fsdp": True, "checkpointing": True}
 # Jobs: lists of runs, which a process or two ranks do one after the other
 
 
-def job(project, work, name, origin=None, at=None, sent=None, **options):
+def job(project, work, name, origin=None, at=None, sent=None, spoilt=None, **options):
     """A run into work/name. origin: the run that this one goes on with; at: the step at which it is
-    sent a signal."""
+    sent a signal; spoilt: the batch of the last rank whose loss is infinite."""
     common = {
         "phase": "ift",
         "data": work / "train.jsonl",
@@ -45,7 +46,8 @@ def job(project, work, name, origin=None, at=None, sent=None, **options):
     }
     argv = arguments(project, work / name, resume=bool(origin), **common | options)
     origin = str(work / origin) if origin else None
-    return {"argv": argv, "out": str(work / name), "origin": origin, "at": at, "signal": sent}
+    out = str(work / name)
+    return {"argv": argv, "out": out, "origin": origin, "at": at, "signal": sent, "spoilt": spoilt}
 
 
 def run(job):
@@ -53,17 +55,25 @@ def run(job):
     if job["origin"] and int(os.environ.get("RANK", 0)) == 0:
         shutil.copytree(job["origin"], job["out"], dirs_exist_ok=True)
     step, destroy = torch.optim.AdamW.step, torch.distributed.destroy_process_group
-    calls = []
+    forward = SpeechLM.forward
+    calls, batches = [], []
+    # What happens reaches only the last rank.
+    last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", 1)) - 1)
 
     def signalled(*args):
         calls.append(1)
-        # It reaches only the last rank.
-        last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", 1)) - 1)
         if len(calls) == job["at"] and last:
             os.kill(os.getpid(), job["signal"])
         return step(*args)
 
-    torch.optim.AdamW.step = signalled
+    def spoilt(self, *args, **options):
+        loss, tokens = forward(self, *args, **options)
+        batches.extend([1] * torch.is_grad_enabled())
+        if last and torch.is_grad_enabled() and len(batches) == job["spoilt"]:
+            loss = loss + float("inf")  # its gradients stay finite
+        return loss, tokens
+
+    torch.optim.AdamW.step, SpeechLM.forward = signalled, spoilt
     torch.distributed.destroy_process_group = lambda: None  # the next job needs it, too
     try:
         train.main(job["argv"])
@@ -72,6 +82,7 @@ def run(job):
             raise
     finally:
         torch.optim.AdamW.step, torch.distributed.destroy_process_group = step, destroy
+        SpeechLM.forward = forward
 
 
 def run_on_two_ranks(work, jobs):
@@ -120,6 +131,7 @@ def work(tiny_project, tmp_path_factory):
     run(make("four-half", accumulate=4, **half))
     run(make("align", phase="align", cache_gb=2, encoder_lr=False, llm_lr=False))
     run(make("warm", accumulate=4, **WARM))
+    run(make("spoilt", accumulate=4, spoilt=8))
     jobs = [
         make("ddp", accumulate=2),
         make("ddp-half", accumulate=2, **half),
@@ -132,6 +144,8 @@ def work(tiny_project, tmp_path_factory):
         make("align-ddp", phase="align", cache_gb=2, encoder_lr=False, llm_lr=False),
         make("warm-ddp", accumulate=2, **WARM),
         make("warm-fsdp", accumulate=2, fsdp=True, **WARM),
+        make("spoilt-ddp", accumulate=2, spoilt=4),
+        make("spoilt-fsdp", accumulate=2, fsdp=True, spoilt=4),
     ]
     code, output = run_on_two_ranks(work, jobs)
     assert code == 0, output
@@ -191,6 +205,23 @@ def test_ranks_warm_start_what_one_process_does(work, name):
     updates = [part for part in expected if part.endswith("lora_b")]
     assert updates and list(weights) == list(expected)
     assert all(torch.allclose(weights[part], expected[part], atol=1e-4) for part in updates)
+
+
+@pytest.mark.parametrize("name", ["spoilt-ddp", "spoilt-fsdp"])
+def test_all_ranks_pass_over_a_step_that_one_finds_infinite(work, name):
+    """Though all gradients are finite."""
+    outs = work / name, work / "spoilt"
+    ours, expected = (figures(out) for out in outs)
+    assert expected[:, 0].tolist() == [1, 3, 4] and np.allclose(ours, expected, rtol=1e-5, atol=0)
+    rows, expected = (read_rows(out / "ift.nonfinite.jsonl") for out in outs)
+    assert {row.pop("skipped")[:8] for row in rows + expected} == {"loss inf"}
+    assert sorted(map(str, rows)) == sorted(map(str, expected)) and rows[0]["step"] == 2
+    resumes = [saved(out, "ift.resume.pt") for out in outs]
+    for moments, expected in zip(*(x["optimizer"].values() for x in resumes), strict=True):
+        assert moments["step"] == expected["step"] == 3
+    for part, tensor in resumes[0]["model"].items():
+        idle = part.endswith(("linear_k.bias", "k_proj.bias"))
+        assert idle or torch.allclose(tensor, resumes[1]["model"][part], atol=1e-4), part
 
 
 def test_another_number_of_batches_a_step_is_refused(work, tiny_project):
