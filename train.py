@@ -619,7 +619,8 @@ class Run:
             with open(self.path(ending), "a", encoding="utf-8") as file:
                 file.writelines(json_line(line) for line in lines)
         if self.log and ending == ".jsonl":
-            list(map(self.log, lines))
+            for line in lines:
+                self.log(line)
 
 
 def open_run(cfg: TrainConfig) -> Run:
