@@ -78,8 +78,7 @@ LINEAR = {  # layers that low-rank updates can be added to, by part
 LINEAR["encoder"] += "out_proj fc1 fc2".split()  # Whisper's, beside those called as the LLM's
 
 # Opus of 48 kHz needs twelve cores to feed a GPU, others up to five, see tests/bench/README.md.
-GPUS = torch.cuda.device_count()
-LOADERS = min(12, os.cpu_count() // GPUS) if GPUS else 2
+LOADERS = min(12, os.cpu_count() // torch.cuda.device_count()) if pick_device() == "cuda" else 2
 
 # --- The configuration, and the phases
 
@@ -268,7 +267,7 @@ def training_kernels(device: str, checkpointing: bool = False, compiled: bool = 
         from torch._dynamo import config
 
         config.optimize_ddp = False  # which would cut the layers to pieces
-        config.recompile_limit = 16  # kinds of layers, times those of batches: one row or several
+        config.recompile_limit = 32  # kinds of layers, times those of batches: one row or several
         call = torch.compile(call_layer, dynamic=True)
     if checkpointing:
         call = partial(recompute, call, use_reentrant=False)
@@ -711,7 +710,7 @@ def start(run: Run, resumed: dict | None) -> None:
         start_adapter(run)
     run.net = distribute(run.model, cfg)
     groups = parameter_groups(run.model, run.rates, cfg.weight_decay)
-    run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=cfg.device != "mps")
     if resumed:
         for name, p in run.model.named_parameters():
             for key, tensor in resumed["optimizer"].get(name, {}).items():
@@ -762,9 +761,8 @@ def run_schedule(run: Run) -> Iterator[tuple[dict, list]]:
 def open_loader(run: Run) -> Iterator[dict]:
     """This rank's batches, made by worker processes."""
     workers = 0 if run.examples.states else run.cfg.workers
-    # What worker processes send, two batches each, stands there, and containers have little of it.
-    width = run.model.adapter.config.feature_projection_input_dim
-    needed = 2 * run.cfg.batch_frames * width * 4 * 2  # bytes of one, twice of what it is
+    # What each sends, two batches of float32, stands there twice, and containers have little of it.
+    needed = 16 * run.cfg.batch_frames * run.model.adapter.config.feature_projection_input_dim
     if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < workers * needed:
         workers = shutil.disk_usage("/dev/shm").free // needed
         print(f"/dev/shm has room for {workers} workers only: docker run --shm-size=1g gives more")
@@ -969,8 +967,11 @@ def backward(run: Run, batches: list[dict], tokens: int) -> tuple[Tensor, Tensor
 def update(run: Run, loss: Tensor, norm: Tensor) -> None:
     """A step of the optimizer on the gradients, which it passes over if loss or norm is not finite.
     It finds that out on the device, so that nobody waits for it."""
-    run.optimizer.found_inf = (~(loss + norm).isfinite()).float()  # as torch.amp.GradScaler does
-    run.optimizer.step()
+    broken = ~(loss + norm).isfinite()
+    on_mps = run.cfg.device == "mps"  # whose AdamW cannot be told
+    run.optimizer.found_inf = None if on_mps else broken.float()  # as torch.amp.GradScaler does
+    if not (on_mps and broken):
+        run.optimizer.step()
     run.optimizer.zero_grad()
 
 

@@ -152,7 +152,7 @@ def test_a_step_never_waits_for_the_gpu():
     """Two steps: what an optimizer first sets up may wait."""
     speech_lm = place(build("cuda").train(), "cuda", torch.float32, torch.bfloat16)
     optimizer = torch.optim.AdamW(speech_lm.parameters(), fused=True)
-    run = SimpleNamespace(optimizer=optimizer)
+    run = SimpleNamespace(optimizer=optimizer, cfg=SimpleNamespace(device="cuda"))
     batch = speech_batch(speech_lm, (300, 1, 170, 64))
     batch = [x.pin_memory() if isinstance(x, torch.Tensor) else x for x in batch]
     for mode in ("default", "error"):
