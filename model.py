@@ -347,17 +347,6 @@ def convolved_frames(rows: "Rows", pooled: "Rows", conv: Conv1d) -> Tensor:
     return torch.where(owner == pooled.row[:, None], frame, N)
 
 
-class DepthwiseConv1d(nn.Conv1d):
-    """A causal convolution over time, channel by channel, within each sequence: see depthwise."""
-
-    def __init__(self, width: int, kernel_size: int, kernels: "Kernels"):
-        super().__init__(width, width, kernel_size, groups=width, bias=False)
-        self.kernels = kernels
-
-    def forward(self, x: Tensor, rows: "Rows") -> Tensor:  # (N, D) -> (N, D)
-        return self.kernels.depthwise(x, self.weight.to(x.dtype), rows)
-
-
 class Embedding(nn.Embedding):
     def reset_parameters(self):
         # The standard deviation is 0.02; the usual normal_ takes 3 s on the meta device.
@@ -469,9 +458,10 @@ def attend(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tenso
 
 
 def attend_varlen(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tensor:
-    """attend for CUDA, one kernel for all sequences, which takes no bias, dropout or float32."""
+    """attend for CUDA by one kernel for all sequences, unless there is bias, dropout or float32."""
     if bias is not None or dropout or q.dtype == torch.float32:
-        return attend(q, k, v, rows, causal, bias, left, dropout)
+        # Its loop would be compiled anew for all lengths.
+        return torch.compiler.disable(attend)(q, k, v, rows, causal, bias, left, dropout)
     from torch.nn.attention.varlen import varlen_attn
 
     limits = rows.bounds, rows.bounds, rows.longest, rows.longest
@@ -618,15 +608,17 @@ class ConvolutionModule(nn.Module):
         D = config.hidden_size
         self.layer_norm = LayerNorm(D, config.layer_norm_eps)
         self.pointwise_conv1 = Conv1d(D, 2 * D, 1, bias=False)
-        self.depthwise_conv = DepthwiseConv1d(D, config.conv_depthwise_kernel_size, kernels)
+        taps = config.conv_depthwise_kernel_size
+        self.depthwise_conv = nn.Conv1d(D, D, taps, groups=D, bias=False)
         self.depthwise_layer_norm = LayerNorm(D, config.layer_norm_eps)
         self.pointwise_conv2 = Conv1d(D, D, 1, bias=False)
         self.act = ACTIVATIONS[config.hidden_act]
-        self.config = config
+        self.config, self.kernels = config, kernels
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (N, D) -> (N, D)
         x = F.glu(self.pointwise_conv1(self.layer_norm(x)))
-        x = self.act(self.depthwise_layer_norm(self.depthwise_conv(x, rows)))
+        x = self.kernels.depthwise(x, self.depthwise_conv.weight.to(x.dtype), rows)
+        x = self.act(self.depthwise_layer_norm(x))
         x = self.pointwise_conv2(x)
         return F.dropout(x, self.config.conformer_conv_dropout, self.training)
 
@@ -1167,7 +1159,8 @@ class SpeechLM(nn.Module):
         table = torch.cat([blank, scores[:, used], others], 1).log_softmax(1).cpu()
         padded = nn.utils.rnn.pad_sequence(table.split(lengths))  # (n, B, 1 + used + 1)
         sizes = torch.tensor(lengths), counts.cpu()
-        return F.ctc_loss(padded, labels.cpu() + 1, *sizes, reduction="sum", zero_infinity=True)
+        inputs = padded, labels.cpu() + 1, *sizes
+        return F.ctc_loss(*inputs, reduction="sum", zero_infinity=True).to(audio.device)
 
     @classmethod
     def from_parts(

@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -53,6 +52,7 @@ from model import (
     add_lora,
     call_layer,
     default_kernels,
+    depthwise,
     encoder_class,
     fast_dtype,
     fetch,
@@ -78,7 +78,8 @@ LINEAR = {  # layers that low-rank updates can be added to, by part
 LINEAR["encoder"] += "out_proj fc1 fc2".split()  # Whisper's, beside those called as the LLM's
 
 # Opus of 48 kHz needs twelve cores to feed a GPU, others up to five, see tests/bench/README.md.
-LOADERS = min(12, os.cpu_count() // torch.cuda.device_count()) if pick_device() == "cuda" else 2
+GPUS = torch.cuda.device_count()
+LOADERS = max(1, min(12, os.cpu_count() // GPUS)) if GPUS else 2
 
 # --- The configuration, and the phases
 
@@ -249,13 +250,10 @@ def has_updates(part: str, cfg: TrainConfig) -> bool:
 
 def can_compile() -> bool:
     """Whether layers can be compiled where a GPU trains. If not, that is said."""
-    from torch.utils._triton import has_triton
-
-    compiler = shutil.which(os.environ.get("CC", "gcc"))
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    able = bool(compiler and headers and has_triton())
+    able = default_kernels("cuda").depthwise is not depthwise
     if not able:
-        print("training is not compiled: that needs Triton, gcc, Python's headers", file=sys.stderr)
+        needs = "extras/cuda.py, Triton, gcc, Python's headers"
+        print(f"training is not compiled: that needs {needs}", file=sys.stderr)
     return able
 
 
@@ -964,29 +962,34 @@ def backward(run: Run, batches: list[dict], tokens: int) -> tuple[Tensor, Tensor
     return loss, norm.full_tensor() if run.cfg.fsdp else norm
 
 
-def update(run: Run, loss: Tensor, norm: Tensor) -> None:
+def update(run: Run, loss: Tensor, norm: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """A step of the optimizer on the gradients, which it passes over if loss or norm is not finite.
-    It finds that out on the device, so that nobody waits for it."""
+    Returns these two on the host, and on CUDA what tells when they are there."""
     broken = ~(loss + norm).isfinite()
     on_mps = run.cfg.device == "mps"  # whose AdamW cannot be told
     run.optimizer.found_inf = None if on_mps else broken.float()  # as torch.amp.GradScaler does
     if not (on_mps and broken):
         run.optimizer.step()
     run.optimizer.zero_grad()
+    figures = torch.stack([loss, norm]).to("cpu", non_blocking=loss.is_cuda)
+    return figures, torch.cuda.current_stream().record_event() if loss.is_cuda else None
 
 
-def finish_step(run: Run, bar: tqdm, line: dict, batches: list[dict], loss: Tensor, norm: Tensor):
-    """Reads loss and norm of a step, which waits for the GPU, and shows and logs them with the
-    line. Raises UserError as leave_out does."""
-    figures = {"loss": loss.item(), "norm": norm.item()}
-    if all(map(math.isfinite, figures.values())):
+def finish_step(run: Run, bar: tqdm, line: dict, batches: list[dict], figures, event) -> None:
+    """Waits for the figures of a step, see update, and shows and logs them with the line. Raises
+    UserError as leave_out does."""
+    if event is not None:
+        event.synchronize()
+    loss, norm = figures.tolist()
+    result = {"loss": loss, "norm": norm}
+    if math.isfinite(loss) and math.isfinite(norm):
         run.state.skipped = 0
     else:
-        figures = leave_out(run, line["step"], batches, **figures)
-    run.record(".jsonl", {"step": line["step"], **figures, **line})
+        result = leave_out(run, line["step"], batches, loss, norm)
+    run.record(".jsonl", {"step": line["step"], **result, **line})
     bar.update()
     speed = line["audio"] * (bar.format_dict["rate"] or 0)
-    bar.set_postfix(loss=f"{loss.item():.3f}", audio_s_per_s=f"{speed:.0f}")
+    bar.set_postfix(loss=f"{loss:.3f}", audio_s_per_s=f"{speed:.0f}")
 
 
 def leave_out(run: Run, step: int, batches: list[dict], loss: float, norm: float) -> dict:
@@ -1090,15 +1093,14 @@ def train(cfg: TrainConfig, stop: Stop) -> None:
 
         # One step, on the batches of all ranks.
         batches, tokens, audio = next_step(run, loader)
-        loss, norm = backward(run, batches, tokens)
-        update(run, loss, norm)
+        figures, event = update(run, *backward(run, batches, tokens))
         state.step += 1
 
         # While the GPU computes it, the figures of the step before are read.
         if under_way:
             finish_step(run, bar, *under_way)
         line = {"step": state.step, "lr": share, "tokens": tokens, "audio": audio}
-        under_way = line, batches, loss, norm
+        under_way = line, batches, figures, event
     bar.close()
     report(run)
 

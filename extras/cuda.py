@@ -8,14 +8,24 @@ Letters in shape comments: N positions of all rows of a batch, n of one row, m q
 a tile, H heads, d width of a head, D channels, T frames.
 """
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 import model
+
+# Triton compiles its launcher when it first runs a kernel.
+HEADER = Path(sysconfig.get_path("include"), "Python.h")
+if not (shutil.which(os.environ.get("CC", "gcc")) and HEADER.exists()):
+    raise ImportError("Triton needs gcc and Python's headers")
 
 # Queries and keys of a tile, warps, and stages of the pipeline: of the kernel that computes
 # attention, and of those for the gradients of queries and biases, and of keys and values; by the
@@ -37,26 +47,40 @@ def attend(q, k, v, rows, causal=False, bias=None, left=0, dropout=0.0) -> Tenso
     """Attention within each row: q (N, H, d), k and v (N, Hkv, d) -> (N, H, d).
 
     rows: model.Rows. bias (N, H, left + 1 + right): what relative keys add to the scores of a
-    query; keys further away take the outermost. Without it, with dropout, or where the width of a
-    head is no power of two, PyTorch's kernels are used.
+    query; keys further away take the outermost. Without it, or with dropout, PyTorch's kernels are
+    used.
     """
-    d = q.shape[2]
-    if bias is None or dropout or d < 16 or d & (d - 1):
+    if bias is None or dropout:
         return model.attend_varlen(q, k, v, rows, causal, bias, left, dropout)
-    y, _ = relative_attention(q, k, v, bias, rows.begin, rows.count, rows.longest, left)
-    return y
+    # Kernels compute widths that are powers of two.
+    d = q.shape[2]
+    spare = max(16, triton.next_power_of_2(d)) - d
+    if spare:
+        q, k, v = (F.pad(x, (0, spare)) for x in (q, k, v))
+    places = rows.begin, rows.count, rows.longest, left
+    y, _ = relative_attention(q, k, v, bias, *places, d**-0.5)
+    return y[..., :d] if spare else y
 
 
 @torch.library.custom_op("speech_lm::relative_attention", mutates_args=())
 def relative_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, begin: Tensor, count: Tensor, n: int, left: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    begin: Tensor,
+    count: Tensor,
+    n: int,
+    left: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """y (N, H, d), and of each query the logarithm to base 2 of the sum of its exponentials (N, H),
-    from which the backward pass computes the weights again. n: the length of the longest row."""
+    from which the backward pass computes the weights again. n: the length of the longest row;
+    scale: of the products of queries and keys."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     bias = evenly_spaced(bias)
     y, lse = empty_results(q)
-    launch(0, (begin, count, n, left), bias, q, k, v, bias, y, lse)
+    launch(0, (begin, count, n, left, scale), bias, q, k, v, bias, y, lse)
     return y, lse
 
 
@@ -73,6 +97,7 @@ def relative_attention_gradients(
     count: Tensor,
     n: int,
     left: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Those of q, k, v (N, H, d) and of the biases (N, H, places)."""
     dy, q, k, v = (x.contiguous() for x in (dy, q, k, v))
@@ -80,7 +105,7 @@ def relative_attention_gradients(
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     d_bias = bias.new_zeros(bias.shape)  # a place without a key stays zero
     delta = torch.empty_like(lse)
-    rows = begin, count, n, left
+    rows = begin, count, n, left, scale
     launch(1, rows, bias, q, k, v, bias, y, lse, dy, delta, dq, d_bias)
     launch(2, rows, bias, q, k, v, bias, lse, dy, delta, dk, dv)
     return dq, dk, dv, d_bias
@@ -97,13 +122,13 @@ def empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def save_attention(ctx, inputs: tuple, output: tuple) -> None:
-    *tensors, begin, count, ctx.n, ctx.left = inputs
+    *tensors, begin, count, ctx.n, ctx.left, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output, begin, count)
 
 
 def attention_backward(ctx, dy: Tensor, _) -> tuple:
-    gradients = relative_attention_gradients(dy, *ctx.saved_tensors, ctx.n, ctx.left)
-    return *gradients, None, None, None, None
+    sizes = ctx.n, ctx.left, ctx.scale
+    return *relative_attention_gradients(dy, *ctx.saved_tensors, *sizes), *[None] * 5
 
 
 # What the compiler needs to know, so that layers are traced without a break.
@@ -122,18 +147,19 @@ class Sizes(NamedTuple):
     places: int  # of a bias
     line: int  # from those of one head to those of the next, in memory
     left: int
+    scale: float
     queries: int  # of a tile
     keys: int
 
 
 def launch(step: int, rows: tuple, bias: Tensor, *tensors: Tensor) -> None:
     """Runs one of the three kernels on its tensors, of which the first is the queries (N, H, d).
-    rows: where they begin and their lengths (B,), the longest, and how far left keys are told
-    apart."""
-    begin, count, n, left = rows
+    rows: where they begin and their lengths (B,), the longest, how far left keys are told apart,
+    and the scale of products."""
+    begin, count, n, left, scale = rows
     q = tensors[0]
     queries, keys, warps, stages = TILES[q.element_size()][step]
-    sizes = Sizes(*q.shape[1:], bias.shape[2], bias.stride(1), left, queries, keys)
+    sizes = Sizes(*q.shape[1:], bias.shape[2], bias.stride(1), left, scale, queries, keys)
     tiles = triton.cdiv(n, keys if step == 2 else queries)
     kernel = (attention, query_gradients, key_gradients)[step]
     with torch.cuda.device_of(q):
@@ -203,7 +229,7 @@ def attention(q, k, v, bias, y, lse, begin, count, C: tl.constexpr):
     M: tl.constexpr = C.queries
     K: tl.constexpr = C.keys
     D: tl.constexpr = C.width
-    SCALE: tl.constexpr = LOG2E * D**-0.5
+    SCALE: tl.constexpr = LOG2E * C.scale
     n, base = extent(begin, count, C)
     m0 = tl.program_id(0) * M
     if m0 >= n:
@@ -247,7 +273,7 @@ def query_gradients(q, k, v, bias, y, lse, dy, delta, dq, d_bias, begin, count, 
     M: tl.constexpr = C.queries
     K: tl.constexpr = C.keys
     D: tl.constexpr = C.width
-    SCALE: tl.constexpr = LOG2E * D**-0.5
+    SCALE: tl.constexpr = LOG2E * C.scale
     n, base = extent(begin, count, C)
     m0 = tl.program_id(0) * M
     if m0 >= n:
@@ -291,7 +317,7 @@ def query_gradients(q, k, v, bias, y, lse, dy, delta, dq, d_bias, begin, count, 
             else:
                 d_last += tl.sum(ds, 1)
             acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="ieee")
-    store_lines(dq + base * D, acc * D**-0.5, i, n, C)
+    store_lines(dq + base * D, acc * C.scale, i, n, C)
     outermost = d_bias + i * (C.heads * C.places)
     if C.places > 1:
         tl.store(outermost + (C.places - 1), d_last, mask=i < n)
@@ -307,7 +333,7 @@ def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.con
     M: tl.constexpr = C.queries
     K: tl.constexpr = C.keys
     D: tl.constexpr = C.width
-    SCALE: tl.constexpr = LOG2E * D**-0.5
+    SCALE: tl.constexpr = LOG2E * C.scale
     n, base = extent(begin, count, C)
     k0 = tl.program_id(0) * K
     if k0 >= n:
@@ -339,7 +365,7 @@ def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.con
             dp = tl.dot(values, dx.T, input_precision="ieee")
             ds = p * (dp - d_total[None])
             k_acc = tl.dot(ds.to(x.dtype), x, k_acc, input_precision="ieee")
-    store_lines(dk + base * D, k_acc * D**-0.5, j, n, C)
+    store_lines(dk + base * D, k_acc * C.scale, j, n, C)
     store_lines(dv + base * D, v_acc, j, n, C)
 
 
@@ -349,9 +375,8 @@ def key_gradients(q, k, v, bias, lse, dy, delta, dk, dv, begin, count, C: tl.con
 def depthwise(x: Tensor, weight: Tensor, rows) -> Tensor:
     """As model.depthwise: x (N, D), weight (D, 1, kernel) -> (N, D). Frames are read where they
     are packed; a frame is of the same row as one before it if its place in the row is so high."""
-    taps = weight[
-        :, 0
-    ].T.contiguous()  # (kernel, D), so that neighbours in memory are loaded at once
+    # Channels that are neighbours in memory are loaded at once.
+    taps = weight[:, 0].T.contiguous()  # (kernel, D)
     return depthwise_rows(x, taps, rows.offset)
 
 
@@ -367,21 +392,20 @@ def depthwise_gradients(
     """Those of x (N, D), a convolution that reads ahead, and of taps (kernel, D)."""
     dy, x = dy.contiguous(), x.contiguous()
     N, D = x.shape
-    F, C = WEIGHT_TILE
-    parts = triton.cdiv(N, F)
-    d_taps = x.new_empty(parts, *taps.shape, dtype=torch.float32)
+    frames, channels = WEIGHT_TILE
+    grid = triton.cdiv(N, frames), triton.cdiv(D, channels)
+    d_taps = x.new_empty(grid[0], *taps.shape, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        weight_gradients[parts, triton.cdiv(D, C)](x, dy, d_taps, offset, N, D, len(taps), F, C)
+        weight_gradients[grid](x, dy, d_taps, offset, N, D, len(taps), frames, channels)
     return convolve(dy, taps, offset, ahead=True), d_taps.sum(0).to(x.dtype)
 
 
 def convolve(x: Tensor, taps: Tensor, offset: Tensor, ahead: bool) -> Tensor:
     N, D = x.shape
-    F, C = FRAME_TILE
-    y = torch.empty_like(x)
+    frames, channels = FRAME_TILE
+    y, grid = torch.empty_like(x), (triton.cdiv(N, frames), triton.cdiv(D, channels))
     with torch.cuda.device_of(x):
-        grid = triton.cdiv(N, F), triton.cdiv(D, C)
-        taps_sum[grid](x, taps.contiguous(), y, offset, N, D, len(taps), ahead, F, C)
+        taps_sum[grid](x, taps, y, offset, N, D, len(taps), ahead, frames, channels)
     return y
 
 

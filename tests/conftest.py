@@ -164,7 +164,8 @@ def speech_batch(speech_lm, frames=FRAMES, before=BEFORE, answers=ANSWERS):
         lengths.append(len(sequence))
         targets += range(len(ids) - a, len(ids))
     features = torch.randn(sum(frames), 160)
-    return features, list(frames), torch.tensor(ids), lengths, torch.tensor(targets)
+    targets = torch.tensor(targets, dtype=torch.long)
+    return features, list(frames), torch.tensor(ids), lengths, targets
 
 
 def single_batches(batch, answers=ANSWERS):

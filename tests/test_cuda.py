@@ -30,7 +30,7 @@ LENGTHS = ([61, 1, 34, 7], [300, 150, 62], [700, 1, 90], [2049, 600])
 
 @pytest.mark.parametrize("dtype, bound", PRECISIONS)
 @pytest.mark.parametrize(
-    "causal, heads, d, places", [(True, 2, 128, 0), (False, 4, 64, 0), (False, 4, 48, 73)]
+    "causal, heads, d, places", [(True, 2, 128, 0), (False, 4, 64, 0), (False, 4, 48, 0)]
 )
 def test_attention_of_all_sequences_at_once(causal, heads, d, places, dtype, bound):
     """Against attention of one sequence after the other in float32, with its gradients."""
@@ -54,16 +54,16 @@ def test_attention_of_all_sequences_at_once(causal, heads, d, places, dtype, bou
 
 
 @pytest.mark.parametrize("dtype, bound", PRECISIONS)
-@pytest.mark.parametrize("reach", [(64, 8), (12, 3), (0, 0)])
-def test_attention_with_relative_keys(reach, dtype, bound):
+@pytest.mark.parametrize("reach, d", [((64, 8), 64), ((64, 8), 48), ((12, 3), 64), ((0, 0), 64)])
+def test_attention_with_relative_keys(reach, d, dtype, bound):
     """By the Triton kernels, with four gradients, against float32; the same bits again."""
     cuda = pytest.importorskip("extras.cuda")
     left, right = reach
     for lengths in ([1], [2, 1], [63, 64, 65], [500, 1, 129], [1500]):
         N = sum(lengths)
-        shapes = [(N, 2, 64)] * 3 + [(N, 2, left + 1 + right)]
+        shapes = [(N, 2, d)] * 3 + [(N, 2, left + 1 + right)]
         inputs = [torch.randn(shape).to(dtype) for shape in shapes]
-        grad = torch.randn(N, 2, 64).to(dtype)
+        grad = torch.randn(N, 2, d).to(dtype)
         results = []
         for attend, device, kind in (
             (model.attend, "cpu", torch.float32),
@@ -74,7 +74,8 @@ def test_attention_with_relative_keys(reach, dtype, bound):
             y = attend(q, k, v, model.Rows(lengths, torch.device(device)), bias=bias, left=left)
             computed = torch.autograd.grad(y, leaves, grad.to(device, kind))
             results.append([x.cpu() for x in (y, *computed)])
-        assert "relative_attention" in y.grad_fn.name() and y.dtype == dtype
+        assert d < 64 or "relative_attention" in y.grad_fn.name()
+        assert y.dtype == dtype
         for expected, ours, again in zip(*results, strict=True):
             assert torch.equal(ours, again), lengths
             size = expected.norm() + 0.1 * grad.float().norm()  # with a single key, most are zero
@@ -165,10 +166,11 @@ def test_a_step_never_waits_for_the_gpu():
             loss, _ = speech_lm(*inputs)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(speech_lm.parameters(), 1.0)
-            train.update(run, loss.detach(), norm)
+            figures, event = train.update(run, loss.detach(), norm)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert loss.isfinite()
+    event.synchronize()
+    assert figures.is_pinned() and figures.isfinite().all()
 
 
 def test_attention_is_by_fused_kernels():
