@@ -20,7 +20,6 @@ import torch
 import sample
 import train
 from conftest import (
-    ENCODER,
     ESCAPES,
     gradients,
     make_project,
@@ -321,7 +320,6 @@ def test_layers_for_cuda_are_traced_as_one_graph_each(monkeypatch):
 
     traced = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", traced)
-    monkeypatch.setitem(ENCODER, "num_attention_heads", 2)  # of 16, as the kernels want them
     torch._dynamo.reset()
     counters.clear()
     kernels = train.training_kernels("cuda", compiled=True)
@@ -340,7 +338,8 @@ def test_layers_for_cuda_are_traced_as_one_graph_each(monkeypatch):
 
 
 def test_figures_are_read_while_the_next_step_runs(monkeypatch, tiny_project, tmp_path):
-    """But before a validation, and in the end, those of every step are in the log."""
+    """But before a validation, and in the end, those of every step are in the log. On CUDA they are
+    copied before the next step is launched, see update."""
     events = []
 
     def noted(function, *args):

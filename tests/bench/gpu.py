@@ -40,6 +40,7 @@ from conftest import ROOT  # noqa: E402
 
 ROWS_OF_32 = 364 * 50 // 32  # frames of each of 32 rows
 FULL = 0.85  # of the memory, that the largest batch may take
+LONGEST = 120  # seconds of one short training
 
 
 def table(*rows: list) -> None:
@@ -57,18 +58,18 @@ def attention(args) -> dict:
     import model
 
     kernels = {"plain": model.attend, "ours": model.default_kernels(args.device).attend}
-    heads, d, places = (2, 16, 73) if args.quick else (16, 64, 73)
+    heads, d, line = (2, 16, 80) if args.quick else (16, 64, 80)  # of 73 biases
     lengths = [20, 30] if args.quick else [ROWS_OF_32] * 32
     N, device = sum(lengths), args.device
-    shapes = [(N, heads, d)] * 3 + [(N, heads, places)]
+    shapes = [(N, heads, d)] * 3 + [(N, heads, line)]
     inputs = [torch.randn(shape, device=device).bfloat16().requires_grad_() for shape in shapes]
     grad = torch.randn(shapes[0], device=device).bfloat16()
     rows, figures = model.Rows(lengths, torch.device(device)), {}
     for name, attend in kernels.items():
 
         def forward(attend=attend) -> torch.Tensor:
-            q, k, v, bias = inputs
-            return attend(q, k, v, rows, bias=bias, left=64)
+            q, k, v, lines = inputs
+            return attend(q, k, v, rows, bias=lines[..., :73], left=64)
 
         def with_gradients(forward=forward) -> None:
             torch.autograd.grad(forward(), inputs, grad)
@@ -102,8 +103,8 @@ def correctness(args) -> dict:
     """Runs the tests and the trainings side by side."""
     with ThreadPoolExecutor() as pool, tempfile.TemporaryDirectory() as place:
         tests = pool.submit(run_tests, args)
-        trained = train_demo(args, Path(place))
-        results = {"tests/test_cuda.py": tests.result()} | trained
+        results = train_demo(args, Path(place))
+        results["tests/test_cuda.py"] = tests.result()
     table(["check", "result"], *results.items())
     return results
 
@@ -113,7 +114,10 @@ def run_tests(args) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py", "-p", "no:cacheprovider"]
     env = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}  # or tests would look for no GPU
     options = {"capture_output": True, "text": True, "timeout": args.seconds()}
-    done = subprocess.run(command, cwd=ROOT, env=env, **options)
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=env, **options)
+    except subprocess.TimeoutExpired:
+        return "no time was left"
     lines = done.stdout.strip().splitlines()
     if done.returncode:
         print("\n".join(lines[-60:]), flush=True)
@@ -148,12 +152,12 @@ def train(args, out: Path, options: list[str]) -> str:
     start = time.perf_counter()
     process = start_training(out, options)
     try:
-        _, errors = process.communicate(timeout=args.seconds())
+        _, errors = process.communicate(timeout=min(LONGEST, args.seconds()))
     except subprocess.TimeoutExpired:
         process.kill()
-        return "no time was left"
+        return "took too long"
     if process.returncode:
-        return f"FAILED: {errors.strip().splitlines()[-1]}"
+        return f"FAILED: {(errors.strip() or 'without a word').splitlines()[-1]}"
     lines = log_lines(out)
     losses = [line["loss"] for line in lines if "loss" in line]
     seconds = time.perf_counter() - start
@@ -169,13 +173,17 @@ def resume(args, place: Path, options: list[str], stop_after: int) -> str:
     """Stops the run of place / "a" once more by a signal, resumes it, and compares the weights."""
     out = place / "b"
     process = start_training(out, options)
-    while len(log_lines(out)) < stop_after and process.poll() is None:
+    end = time.monotonic() + min(LONGEST, args.seconds())
+    while len(log_lines(out)) < stop_after and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    process.communicate()
+    try:
+        process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
     stopped = sum("loss" in line for line in log_lines(out))
     ended = train(args, out, [*options, "--resume"])
-    if not ended.startswith("loss"):
+    if not ended.startswith("loss") or not (place / "a" / "align.pt").exists():
         return ended
     states = [torch.load(place / name / "align.pt", mmap=True)["model"] for name in "ab"]
     differences = [
@@ -192,14 +200,11 @@ def resume(args, place: Path, options: list[str], stop_after: int) -> str:
 def running(args, sides: list[str]) -> Iterator[dict[str, Worker]]:
     """A process for each side, which start side by side, and take turns when they are measured."""
 
-    def start(side: str) -> Worker:
-        worker = Worker(side, 2 if args.quick else 0, 4, args.device)
-        worker.wait()
-        return worker
-
-    with ThreadPoolExecutor() as pool:
-        workers = dict(zip(sides, pool.map(start, sides), strict=True))
+    layers = 2 if args.quick else 0
+    workers = {side: Worker(side, layers, 4, args.device) for side in sides}
     try:
+        for worker in workers.values():
+            worker.wait()
         yield workers
     finally:
         for worker in workers.values():
@@ -223,9 +228,9 @@ def steps(args) -> dict:
                     memory[count] = row["GB"]["ours"]
                     print_step(rows[-1])
             task = {"do": "profile", "what": what, "seconds": seconds}
-            kernels[what] = workers["ours"](**task)["value"]
+            kernels[what] = workers["ours"](**task)["value"] or []
             # As many rows as fit are for ours alone.
-            count = fitting_rows(args, memory)
+            count = fitting_rows(args, memory, workers["ours"](do="rest")["peak"])
             seconds = scaled(args, GROUPED * (count // 8))
             row = measure_step(args, ours, what, seconds, speeds["multiply"])
             rows.append({"step": what, "rows": count, "kind": "like length"} | row)
@@ -239,10 +244,20 @@ def scaled(args, seconds: list[float]) -> list[float]:
 
 
 def measure_step(args, workers: dict, what: str, seconds: list[float], peak: float) -> dict:
-    results = bench.compare(args, workers, do="step", what=what, seconds=seconds)
-    operations = workers["ours"](do="count", what=what, seconds=seconds)["value"]
-    for worker in workers.values():
-        worker(do="rest")
+    """The sides in turns, each of which gives its memory back before the next one's turn."""
+    replies = {side: [] for side in workers}
+    for _ in range(args.rounds):
+        for side, worker in workers.items():
+            for _ in range(2):  # of which the second counts
+                reply = worker(do="step", what=what, seconds=seconds)
+            replies[side].append(reply)
+            worker(do="rest")
+    results = {side: bench.Result(of_side, "wall") for side, of_side in replies.items()}
+    # The operations of a few rows, as many times as there are such rows.
+    few = seconds[:8]
+    operations = workers["ours"](do="count", what=what, seconds=few)["value"] or 0
+    workers["ours"](do="rest")
+    operations *= len(seconds) // len(few)
     taken = {side: result.seconds for side, result in results.items()}
     return {
         "seconds": taken,
@@ -266,19 +281,19 @@ def print_step(row: dict) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def fitting_rows(args, memory: dict[int, float]) -> int:
-    """How many rows fit, by the memory of 8 and 32, which grows evenly, a multiple of 8."""
+def fitting_rows(args, memory: dict[int, float], resident: float) -> int:
+    """How many rows fit into what is free, a multiple of 8, by the memory of 8 and 32, which grows
+    evenly; resident: GB that ours keeps between steps."""
     if args.device == "cpu":
         return 32
+    room = resident + FULL * torch.cuda.mem_get_info()[0] / 1e9
     slope = (memory[32] - memory[8]) / 24
-    room = FULL * torch.cuda.get_device_properties(0).total_memory / 1e9
-    others = 3 * 20  # GB that the sides' weights and moments take beside it
-    return max(32, int((room - others - memory[8]) / slope + 8) // 8 * 8)
+    return max(32, int((room - memory[8]) / slope + 8) // 8 * 8)
 
 
 def print_kernels(what: str, rows: list[list], seconds: float) -> None:
     """The kernels of a step of 32 rows, and which attend."""
-    total, launches = sum(row[2] for row in rows), sum(row[1] for row in rows)
+    total, launches = sum(row[2] for row in rows) or 1, sum(row[1] for row in rows)
     print(f"{what}: {launches} launches, {1e3 * total:.0f} ms of {1e3 * seconds:.0f} ms busy")
     cells = [
         [name[:80], count, f"{1e3 * spent:.2f}", f"{spent / total:.1%}"]
@@ -286,7 +301,8 @@ def print_kernels(what: str, rows: list[list], seconds: float) -> None:
     ]
     table(["kernel", "times", "ms", "share"], *cells[:20])
     names = [name for name, *_ in rows]
-    attending = [name[:60] for name in names if "flash" in name.lower() or "attention" in name]
+    ours = ("flash", "attention", "query_gradients", "key_gradients")
+    attending = [name[:60] for name in names if any(part in name.lower() for part in ours)]
     print(f"attention: {', '.join(attending) or 'NO FUSED KERNEL'}")
 
 
@@ -333,9 +349,9 @@ def loader(args) -> None:
 
 PARTS = {  # and the seconds that each is expected to take
     attention: 15,
-    steps: 200,
-    correctness: 120,
+    steps: 220,
     decoding: 60,
+    correctness: 120,
     loader: 40,
     compiled: 180,
 }

@@ -216,7 +216,6 @@ def count_graphs(batches: int) -> tuple[int, int]:
     counters.clear()
     call = torch.compile(model.call_layer, dynamic=True, backend="aot_eager")
     kernels = replace(model.default_kernels("cuda"), call_layer=call)
-    conftest.ENCODER["num_attention_heads"] = 2  # of 16, as the kernels want them
     speech_lm = conftest.tiny_speech_lm(kernels=kernels).train()
     conftest.place(speech_lm, "meta", torch.float32, torch.bfloat16)
     random = np.random.default_rng(0)

@@ -290,6 +290,8 @@ def training_step(side: nn.Module, what: str, seconds: list[float]) -> Callable[
 
     def run() -> float:
         nonlocal optimizer
+        for p in trained:  # those of a run that did not fit into memory
+            p.grad = None
         if full and optimizer is None:
             optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
         loss = side(sequences)
@@ -343,16 +345,17 @@ def profile(side: nn.Module, what: str, seconds: list[float], device: str) -> Ca
     from torch.profiler import ProfilerActivity
 
     run = training_step(side, what, seconds)
-    run()
     kind = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}[device]
 
     def table() -> list[list]:
+        run()
         with torch.profiler.profile(activities=[kind]) as profiler:
             run()
         rows = []
         for event in profiler.key_averages():
             spent = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-            rows.append([event.key, event.count, spent / 1e6])
+            if spent > 0:  # calls of the host take none of the device
+                rows.append([event.key, event.count, spent / 1e6])
         return sorted(rows, key=lambda row: -row[2])
 
     return table
