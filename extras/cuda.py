@@ -5,7 +5,7 @@ bits every time, as nothing is added atomically. Triton comes with PyTorch for C
 (TRITON_INTERPRET=1) runs the kernels on a CPU. They were not run on CUDA.
 
 Letters in shape comments: N positions of all rows of a batch, n of one row, m queries and k keys of
-a tile, H heads, d width of a head, D channels, T frames.
+a tile, H heads, d width of a head, D channels.
 """
 
 import os
