@@ -761,8 +761,9 @@ def open_loader(run: Run) -> Iterator[dict]:
     workers = 0 if run.examples.states else run.cfg.workers
     # What each sends, two batches of float32, stands there twice, and containers have little of it.
     needed = 16 * run.cfg.batch_frames * run.model.adapter.config.feature_projection_input_dim
-    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < workers * needed:
-        workers = shutil.disk_usage("/dev/shm").free // needed
+    room = shutil.disk_usage("/dev/shm").free // needed if os.path.isdir("/dev/shm") else workers
+    if room < workers:
+        workers = room
         print(f"/dev/shm has room for {workers} workers only: docker run --shm-size=1g gives more")
     turns = islice(run_schedule(run), rank(), None, world())  # the ranks take turns
     options = {"num_workers": workers, "pin_memory": run.cfg.device == "cuda"}

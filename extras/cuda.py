@@ -80,7 +80,7 @@ def relative_attention(
     q, k, v = (x.contiguous() for x in (q, k, v))
     bias = evenly_spaced(bias)
     y, lse = empty_results(q)
-    launch(0, (begin, count, n, left, scale), bias, q, k, v, bias, y, lse)
+    launch(0, (begin, count, n, left, scale), q, k, v, bias, y, lse)
     return y, lse
 
 
@@ -106,8 +106,8 @@ def relative_attention_gradients(
     d_bias = bias.new_zeros(bias.shape)  # a place without a key stays zero
     delta = torch.empty_like(lse)
     rows = begin, count, n, left, scale
-    launch(1, rows, bias, q, k, v, bias, y, lse, dy, delta, dq, d_bias)
-    launch(2, rows, bias, q, k, v, bias, lse, dy, delta, dk, dv)
+    launch(1, rows, q, k, v, bias, y, lse, dy, delta, dq, d_bias)
+    launch(2, rows, q, k, v, bias, lse, dy, delta, dk, dv)
     return dq, dk, dv, d_bias
 
 
@@ -152,12 +152,12 @@ class Sizes(NamedTuple):
     keys: int
 
 
-def launch(step: int, rows: tuple, bias: Tensor, *tensors: Tensor) -> None:
-    """Runs one of the three kernels on its tensors, of which the first is the queries (N, H, d).
-    rows: where they begin and their lengths (B,), the longest, how far left keys are told apart,
-    and the scale of products."""
+def launch(step: int, rows: tuple, *tensors: Tensor) -> None:
+    """Runs one of the three kernels on its tensors, the first of which are queries, keys, values
+    and biases. rows: where they begin and their lengths (B,), the longest, how far left keys are
+    told apart, and the scale of products."""
     begin, count, n, left, scale = rows
-    q = tensors[0]
+    q, _, _, bias, *_ = tensors
     queries, keys, warps, stages = TILES[q.element_size()][step]
     sizes = Sizes(*q.shape[1:], bias.shape[2], bias.stride(1), left, scale, queries, keys)
     tiles = triton.cdiv(n, keys if step == 2 else queries)
@@ -224,12 +224,23 @@ def keys_on_side(side: tl.constexpr, at, n, FAR: tl.constexpr, NEAR: tl.constexp
 
 
 @triton.jit
+def scores(x, keys, bias, added, i, j, n, side: tl.constexpr, C: tl.constexpr):
+    """The scores (m, k), to base 2, of queries x (m, d) at positions i for keys (k, d) at j. added:
+    the bias of each query beside the band."""
+    s = tl.dot(x, keys.T, input_precision="ieee") * (LOG2E * C.scale)
+    if side == 1:
+        s += load_bias(bias, i[:, None], places(i[:, None], j[None], C), n, C)
+    else:
+        s += added
+    return tl.where(j[None] < n, s, float("-inf"))
+
+
+@triton.jit
 def attention(q, k, v, bias, y, lse, begin, count, C: tl.constexpr):
     """y (N, H, d) of M queries of a row and head, and their lse (N, H)."""
     M: tl.constexpr = C.queries
     K: tl.constexpr = C.keys
     D: tl.constexpr = C.width
-    SCALE: tl.constexpr = LOG2E * C.scale
     n, base = extent(begin, count, C)
     m0 = tl.program_id(0) * M
     if m0 >= n:
@@ -247,13 +258,7 @@ def attention(q, k, v, bias, y, lse, begin, count, C: tl.constexpr):
         added = load_bias(bias, i[:, None], C.places - 1 if side == 2 else 0, n, C)
         for k0 in range(start, stop, K):
             j = k0 + tl.arange(0, K)
-            s = tl.dot(x, load_lines(k, j, n, C).T, input_precision="ieee")  # (m, k)
-            if side == 1:
-                place = places(i[:, None], j[None], C)
-                s = s * SCALE + load_bias(bias, i[:, None], place, n, C)
-            else:
-                s = s * SCALE + added
-            s = tl.where(j[None] < n, s, float("-inf"))
+            s = scores(x, load_lines(k, j, n, C), bias, added, i, j, n, side, C)
             higher = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - higher[:, None])
             shrink = tl.exp2(top - higher)
@@ -273,7 +278,6 @@ def query_gradients(q, k, v, bias, y, lse, dy, delta, dq, d_bias, begin, count, 
     M: tl.constexpr = C.queries
     K: tl.constexpr = C.keys
     D: tl.constexpr = C.width
-    SCALE: tl.constexpr = LOG2E * C.scale
     n, base = extent(begin, count, C)
     m0 = tl.program_id(0) * M
     if m0 >= n:
@@ -296,18 +300,13 @@ def query_gradients(q, k, v, bias, y, lse, dy, delta, dq, d_bias, begin, count, 
         for k0 in range(start, stop, K):
             j = k0 + tl.arange(0, K)
             keys = load_lines(k, j, n, C)
-            s = tl.dot(x, keys.T, input_precision="ieee") * SCALE  # (m, k)
-            place = places(i[:, None], j[None], C)
-            if side == 1:
-                s += load_bias(bias, i[:, None], place, n, C)
-            else:
-                s += added
-            s = tl.where(j[None] < n, s, float("-inf"))
+            s = scores(x, keys, bias, added, i, j, n, side, C)
             dp = tl.dot(dx, load_lines(v, j, n, C).T, input_precision="ieee")
             ds = tl.exp2(s - total[:, None]) * (dp - d_total[:, None])
             if side == 0:
                 d_first += tl.sum(ds, 1)
             elif side == 1:
+                place = places(i[:, None], j[None], C)
                 inner = (place > 0) & (place < C.places - 1) & (i[:, None] < n) & (j[None] < n)
                 pointers = d_bias + i[:, None] * (C.heads * C.places) + place
                 tl.store(pointers, ds, mask=inner)

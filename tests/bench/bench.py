@@ -236,6 +236,8 @@ def compare(args, workers: dict[str, Worker], **task) -> dict[str, Result]:
         for side, worker in workers.items():
             worker(**task)
             replies[side].append(worker(**task))
+            if len(workers) > 1 and args.device == "cuda":  # its memory is for the next side
+                worker(do="rest")
     clock = "cpu" if args.cpu else "wall"
     return {side: Result(replies[side], clock) for side in replies}
 

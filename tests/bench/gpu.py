@@ -136,7 +136,7 @@ def train_demo(args, place: Path) -> dict[str, str]:
     results["ift, LoRA"] = train(args, place / "lora", [*ift, "--lora-rank", "8"])
     results["ift, checkpointing"] = train(args, place / "again", [*ift, "--checkpointing"])
     if args.device == "cuda":
-        fitting = [*align[:3], "2", *align[4:], "--batch-frames", "auto"]
+        fitting = [*align, "--steps", "2", "--batch-frames", "auto"]
         results["align, --batch-frames auto"] = train(args, place / "auto", fitting)
     return results
 
@@ -199,7 +199,6 @@ def resume(args, place: Path, options: list[str], stop_after: int) -> str:
 @contextmanager
 def running(args, sides: list[str]) -> Iterator[dict[str, Worker]]:
     """A process for each side, which start side by side, and take turns when they are measured."""
-
     layers = 2 if args.quick else 0
     workers = {side: Worker(side, layers, 4, args.device) for side in sides}
     try:
@@ -244,15 +243,7 @@ def scaled(args, seconds: list[float]) -> list[float]:
 
 
 def measure_step(args, workers: dict, what: str, seconds: list[float], peak: float) -> dict:
-    """The sides in turns, each of which gives its memory back before the next one's turn."""
-    replies = {side: [] for side in workers}
-    for _ in range(args.rounds):
-        for side, worker in workers.items():
-            for _ in range(2):  # of which the second counts
-                reply = worker(do="step", what=what, seconds=seconds)
-            replies[side].append(reply)
-            worker(do="rest")
-    results = {side: bench.Result(of_side, "wall") for side, of_side in replies.items()}
+    results = bench.compare(args, workers, do="step", what=what, seconds=seconds)
     # The operations of a few rows, as many times as there are such rows.
     few = seconds[:8]
     operations = workers["ours"](do="count", what=what, seconds=few)["value"] or 0
@@ -341,10 +332,6 @@ def compiled(args) -> list[dict]:
     return decoding(args, ("replayed", "compiled"), (1, 8))
 
 
-def loader(args) -> None:
-    bench.loader(args)
-
-
 # --- The program
 
 PARTS = {  # and the seconds that each is expected to take
@@ -352,7 +339,7 @@ PARTS = {  # and the seconds that each is expected to take
     steps: 220,
     decoding: 60,
     correctness: 120,
-    loader: 40,
+    bench.loader: 40,
     compiled: 180,
 }
 

@@ -16,7 +16,7 @@ import copy
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -45,6 +45,7 @@ from kernels import Driver  # noqa: E402
 
 import conftest  # noqa: E402
 import model  # noqa: E402
+import train  # noqa: E402
 
 H200 = SimpleNamespace(
     name="H200",
@@ -74,6 +75,7 @@ BELIEFS = {  # functions of torch.cuda
     "_exchange_device": lambda device: 0,
     "_maybe_exchange_device": lambda device: 0,
     "_lazy_init": lambda: None,
+    "_get_device_properties": lambda device: H200,
 }
 # Kernels that an operator of ours launches, with those of PyTorch that it calls.
 LAUNCHES = {
@@ -147,20 +149,13 @@ class Compiler:
 def believing():
     """Inside, PyTorch's compiler takes this machine for one with an H200."""
     triton.runtime.driver.set_active(Driver(90))
-    with contextlib.ExitStack() as stack:
-        for name, function in BELIEFS.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, function))
-        properties = mock.patch.object(
-            torch.cuda, "_get_device_properties", lambda device: H200, create=True
-        )
-        stack.enter_context(properties)
-        stack.enter_context(mock.patch.object(scheduler, "has_triton", lambda *_: True))
+    with (
+        mock.patch.multiple(torch.cuda, create=True, **BELIEFS),
+        mock.patch.object(scheduler, "has_triton", lambda *_: True),
         # It would compute on CUDA, if only to see which shapes fit.
-        unchanged = mock.patch.object(
-            reinplace, "canonicalize_view_scatter_ops", lambda graph: None
-        )
-        stack.enter_context(unchanged)
-        stack.enter_context(mock.patch.object(GraphLowering, "compile_to_module", stop_with_code))
+        mock.patch.object(reinplace, "canonicalize_view_scatter_ops", lambda graph: None),
+        mock.patch.object(GraphLowering, "compile_to_module", stop_with_code),
+    ):
         yield
 
 
@@ -214,8 +209,8 @@ def count_graphs(batches: int) -> tuple[int, int]:
 
     torch._dynamo.reset()
     counters.clear()
-    call = torch.compile(model.call_layer, dynamic=True, backend="aot_eager")
-    kernels = replace(model.default_kernels("cuda"), call_layer=call)
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        kernels = train.training_kernels("cuda", compiled=True)
     speech_lm = conftest.tiny_speech_lm(kernels=kernels).train()
     conftest.place(speech_lm, "meta", torch.float32, torch.bfloat16)
     random = np.random.default_rng(0)
@@ -231,7 +226,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--code", type=Path, help="directory for the compiled code")
     args = parser.parse_args()
-    torch._dynamo.config.recompile_limit = 16
     print("| layer | fused | products | attention, convolution | launches |")
     print("|---|---|---|---|---|")
     totals = dict.fromkeys(STEPS, 0)

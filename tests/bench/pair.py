@@ -388,13 +388,15 @@ def measure(run: Callable, device: str) -> dict:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     wall, cpu = time.perf_counter(), time.process_time()
+    fits, value = True, None
     try:
         value = run()
     except torch.OutOfMemoryError:
-        value, wall = None, -math.inf
+        fits = False
     if not on_cpu:
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    wall = wall if fits else math.inf
     peak = memory("VmHWM") if on_cpu else torch.cuda.max_memory_allocated()
     value = value if isinstance(value, float | int | list) else None
     return {"wall": wall, "cpu": cpu, "peak": peak, "value": value}
